@@ -1,0 +1,74 @@
+"""What an op is: its formula, its gradient and the inputs on which every backend must follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = Any  # numpy.ndarray on the CPU, cupy.ndarray on a GPU, or one of the readings
+Run = Callable[..., Any]  # run(op, *arrays, **params): a backend, handed to a gradient
+
+
+class Sample(NamedTuple):
+    """One input of an op: float arrays in float64 (each backend casts them), integer and bool arrays as they are."""
+
+    arrays: tuple[np.ndarray, ...]
+    params: Mapping[str, Any] = {}
+
+
+class BertSize(NamedTuple):
+    """The axes of one training step, for the shapes that `bench` times."""
+
+    batch: int = 8  # B sequences
+    length: int = 128  # T positions in each
+    hidden: int = 384  # C channels
+    heads: int = 12  # H
+    intermediate: int = 1536  # I
+    vocabulary: int = 30522  # V
+    predicted: int = 154  # M masked positions
+
+    @property
+    def tokens(self) -> int:  # N
+        return self.batch * self.length
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One operation, defined once; it registers itself in `OPS`.
+
+    `formula(xp, *arrays, **params)` is the math over an array module `xp`. It returns the output, or
+    `(output, *residuals)` where something is kept for the gradient.
+    `vjp(run, g, outs, *arrays, **params)` gives one gradient per array (None where there is none), in ops.
+    `samples(rng)` yields the inputs it is checked on, `bench(rng, size)` the input it is timed on.
+    `writes` names the arrays that it updates in place; the formula then returns their new values in that order.
+    `bytes` overrides the memory traffic that sizes of inputs and outputs suggest, where an op reads less.
+    """
+
+    name: str
+    formula: Callable[..., Any]
+    samples: Callable[[np.random.Generator], Iterator[Sample]]
+    bench: Callable[[np.random.Generator, BertSize], Sample]
+    vjp: Callable[..., tuple[Any, ...]] | None = None
+    writes: tuple[int, ...] = ()
+    bytes: Callable[..., int] | None = None
+    family: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.name in OPS:
+            raise ValueError(f"op {self.name!r} is defined twice")
+        object.__setattr__(self, "family", self.formula.__module__)
+        OPS[self.name] = self
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
+
+OPS: dict[str, Op] = {}
+
+
+def outputs(result: Any) -> tuple[Any, ...]:
+    """What an op returned, as a tuple."""
+    return result if isinstance(result, tuple) else (result,)
