@@ -1,0 +1,47 @@
+# make demo | test | lint | bench | clean        make test ARGS="-k softmax -x"        make demo PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+ARGS :=
+BIN := $(VENV)/bin
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint style types bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/minibert compare $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: style types
+
+style: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-lint
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m bench.ops $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp per set of requirements, renewed when pyproject.toml changes. The install is editable: sources need no stamp.
+$(VENV)/.installed: extra :=
+$(VENV)/.installed-test: extra := [test]
+$(VENV)/.installed-lint: extra := [lint]
+
+$(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-lint: pyproject.toml | $(VENV)/.made
+	@echo "installing minibert$(extra) and what it needs into $(VENV) (up to a minute or two) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(extra)'
+	@touch $@
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "minibert needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true): name another, as in 'make PYTHON=python3.12 $(firstword $(MAKECMDGOALS))'" >&2; exit 1; }
+	@echo "making the virtual environment $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
