@@ -1,4 +1,91 @@
-"""Where ops run: NumPy, Numba on the CPU's cores."""
+"""Where ops run: NumPy, Numba on the CPU's cores, and whatever other packages add."""
 
 if __name__ != "minibert.backends":
     raise ImportError("this folder is the package `minibert.backends`: import it by that name")
+
+import os
+
+# A BLAS thread that spins after its product keeps a core from the kernels; OpenBLAS reads this when it is loaded.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import NamedTuple
+
+from minibert.backends.base import Backend, BackendUnavailable
+
+__all__ = ["Backend", "BackendUnavailable", "Status", "available", "get", "names", "set_num_threads"]
+
+GROUP = "minibert.backends"
+BUILT_IN = {"numpy": "minibert.backends.numpy_backend", "numba": "minibert.backends.numba_backend"}
+REMEDY = {"numba": "pip install numba scipy"}
+THREADS = "MINIBERT_NUM_THREADS"
+
+
+class Status(NamedTuple):
+    """Whether a backend runs here: the backend, or the reason and remedy."""
+
+    name: str
+    backend: Backend | None
+    reason: str
+
+
+_loaded: dict[str, Backend] = {}
+
+
+def _third_party() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def names() -> list[str]:
+    """Every backend known here, the reference first; built-in ones, then those of other packages."""
+    return [*BUILT_IN, *(name for name in _third_party() if name not in BUILT_IN)]
+
+
+def get(name: str) -> Backend:
+    """The backend called `name`; its library is imported here, on first use, and nowhere else.
+
+    Raises ValueError for a name that is not known and BackendUnavailable where it cannot run.
+    """
+    if name not in _loaded:
+        _loaded[name] = _load(name)
+        if THREADS in os.environ:
+            _loaded[name].set_num_threads(_threads(os.environ[THREADS], f"${THREADS}"))
+    return _loaded[name]
+
+
+def _load(name: str) -> Backend:
+    if name not in names():
+        raise ValueError(f"no backend is called {name!r}: choose one of {', '.join(names())}")
+    try:
+        found = import_module(BUILT_IN[name]).backend if name in BUILT_IN else _third_party()[name].load()
+    except ImportError as error:
+        remedy = REMEDY.get(name, f"install what the package behind it needs ({error})")
+        raise BackendUnavailable(f"backend {name!r} cannot run here: {error}; to mend it: {remedy}") from error
+    if not isinstance(found, Backend):
+        raise BackendUnavailable(f"backend {name!r}: its entry point gave {type(found).__name__}, expected a minibert Backend")
+    return found
+
+
+def available() -> list[Status]:
+    """Every known backend, with the reason where it does not run here."""
+    found = []
+    for name in names():
+        try:
+            found.append(Status(name, get(name), ""))
+        except BackendUnavailable as error:
+            found.append(Status(name, None, str(error)))
+    return found
+
+
+def _threads(value: object, source: str) -> int:
+    if not str(value).isdigit() or int(str(value)) < 1:
+        raise ValueError(f"{source}: expected a number of threads of 1 or more, got {value!r}")
+    return int(str(value))
+
+
+def set_num_threads(count: int) -> None:
+    """Use `count` threads in every backend loaded from here on, and in those already loaded."""
+    os.environ[THREADS] = str(_threads(count, "threads"))
+    for backend in _loaded.values():
+        backend.set_num_threads(count)

@@ -1,0 +1,139 @@
+"""A backend: the one door through which every operation of the model passes."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import numpy as np
+
+from minibert.kernels.op import Array, Op, outputs
+
+Kernel = Callable[..., Any]
+
+
+class BackendUnavailable(RuntimeError):
+    """This backend cannot run here; the message says why and what would mend it."""
+
+
+class Watcher(Protocol):
+    """Stands in the door: sees one call, makes it by `call()`, and returns its result."""
+
+    def __call__(self, op: Op, arrays: tuple[Array, ...], params: Mapping[str, Any], call: Callable[[], Any]) -> Any: ...
+
+
+class Backend:
+    """Arrays of one library, and the kernels written for it.
+
+    `kernel_files` names the module of each op family that holds its kernels ("cpu": `kernels/softmax/cpu.py`); a function
+    there that bears an op's name is that op's kernel. An op without one runs by its formula on `xp`.
+    """
+
+    def __init__(self, name: str, xp: Any, kernel_files: str | None = None) -> None:
+        self.name = name
+        self.xp = xp
+        self.kernel_files = kernel_files
+        self._kernels: dict[Op, Kernel | None] = {}
+        self._watchers: list[Watcher] = []
+
+    def run(self, op: Op, *arrays: Array, **params: Any) -> Any:
+        """Run `op` here: by this backend's kernel, else by the formula. One array, or (output, *residuals)."""
+        call: Callable[[], Any] = lambda: self._run(op, arrays, params)  # noqa: E731
+        for watcher in self._watchers:
+            call = self._watched(watcher, op, arrays, params, call)
+        return call()
+
+    def _run(self, op: Op, arrays: tuple[Array, ...], params: dict[str, Any]) -> Any:
+        kernel = self.kernel(op)
+        if kernel is not None:
+            result = kernel(*arrays, **params)
+        else:
+            result = op.formula(self.xp, *arrays, **params)
+            for written, value in zip(op.writes, outputs(result), strict=False):
+                arrays[written][...] = value
+        if op.writes:
+            return tuple(arrays[i] for i in op.writes)
+        if isinstance(result, tuple):
+            return tuple(self.xp.asarray(r) for r in result)
+        return self.xp.asarray(result)
+
+    @staticmethod
+    def _watched(
+        watcher: Watcher, op: Op, arrays: tuple[Array, ...], params: dict[str, Any], call: Callable[[], Any]
+    ) -> Callable[[], Any]:
+        return lambda: watcher(op, arrays, params, call)
+
+    def kernel(self, op: Op) -> Kernel | None:
+        """The kernel of `op` here, or None where its formula runs."""
+        if op not in self._kernels:
+            self._kernels[op] = self._find(op)
+        return self._kernels[op]
+
+    def _find(self, op: Op) -> Kernel | None:
+        if self.kernel_files is None or find_spec(f"{op.family}.{self.kernel_files}") is None:
+            return None
+        return getattr(import_module(f"{op.family}.{self.kernel_files}"), op.name, None)
+
+    def by(self, op: Op) -> str:
+        """What runs `op` here: "kernel" (written by hand), "library" (BLAS, cuBLAS) or "formula"."""
+        kernel = self.kernel(op)
+        return "formula" if kernel is None else getattr(kernel, "by", "kernel")
+
+    @contextmanager
+    def using(self, kernels: Mapping[Op, Kernel | None]) -> Iterator[Backend]:
+        """Swap kernels in for the length of a `with` block (None: run the formula)."""
+        before = self._kernels
+        self._kernels = {**before, **kernels}
+        try:
+            yield self
+        finally:
+            self._kernels = before
+
+    @contextmanager
+    def watched_by(self, watcher: Watcher) -> Iterator[Backend]:
+        """Let `watcher` see every call for the length of a `with` block."""
+        self._watchers.append(watcher)
+        try:
+            yield self
+        finally:
+            self._watchers.remove(watcher)
+
+    def asarray(self, x: Any, dtype: Any = None) -> Array:
+        return self.xp.asarray(x, dtype=dtype)
+
+    def numpy(self, x: Array) -> np.ndarray:
+        """A copy, or on a CPU the array itself, as NumPy."""
+        return np.asarray(x)
+
+    def synchronize(self) -> None:
+        """Wait until all that was launched has run."""
+
+    @contextmanager
+    def peak_memory(self) -> Iterator[Callable[[], int]]:
+        """Measure within the block; the function it yields gives the peak, in bytes, above what was there before."""
+        outer = tracemalloc.is_tracing()
+        if not outer:
+            tracemalloc.start()
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        peak = 0
+        try:
+            yield lambda: peak or tracemalloc.get_traced_memory()[1] - before
+        finally:
+            peak = tracemalloc.get_traced_memory()[1] - before
+            if not outer:
+                tracemalloc.stop()
+
+    def describe(self) -> str:
+        """Library, version and threads, for a table."""
+        return self.name
+
+    def set_num_threads(self, count: int) -> None:
+        """Use `count` threads; a backend without threads of its own has nothing to set."""
+
+    def __repr__(self) -> str:
+        return f"<backend {self.name}>"

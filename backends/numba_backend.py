@@ -1,0 +1,45 @@
+"""Numba: the loops of `kernels/*/cpu.py`, compiled for this CPU; large products by NumPy's BLAS."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import numba
+import numpy as np
+
+from minibert.backends.base import Backend
+from minibert.backends.blas import blas_threads, set_blas_threads
+from minibert.kernels import cpu_threads
+from minibert.kernels.array_module import numpy_module
+
+
+class NumbaBackend(Backend):
+    def describe(self) -> str:
+        return (
+            f"Numba {numba.__version__} ({cpu_threads.num_threads()} threads), "
+            f"NumPy {np.__version__} (BLAS threads {blas_threads('numpy') or 'unknown'})"
+        )
+
+    def set_num_threads(self, count: int) -> None:
+        cpu_threads.set_num_threads(count)
+        set_blas_threads("numpy", count)
+
+
+def recycle_memory() -> None:
+    """Let glibc keep freed arrays for the next ones of their size instead of handing them back to the system.
+
+    A step makes and drops the same arrays again and again; with mmap, each time every page of them faults anew.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
+recycle_memory()
+set_blas_threads("scipy", 1)  # products inside kernels: each thread runs its own
+backend = NumbaBackend("numba", numpy_module, kernel_files="cpu")

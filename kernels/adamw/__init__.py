@@ -1,0 +1,80 @@
+"""adamw: m += (1 - b1)(g s - m), v += (1 - b2)((g s)^2 - v), p = p (1 - lr wd) - lr m^ / (sqrt(v^) + eps).
+
+Loshchilov and Hutter, "Decoupled weight decay regularization" (2019), algorithm 2; m^ = m / (1 - b1^t) and
+v^ = v / (1 - b2^t). One flat call for all parameters of a group; p, m and v are updated in place. s, a 0-d array,
+scales the gradient: it carries the clipping by global norm (Pascanu et al. 2013), min(1, max_norm / norm).
+square_norm: sum x^2; clip_scale: that s from a square norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from minibert.kernels.elementwise import mul, scale
+from minibert.kernels.op import Array, BertSize, Op, Sample
+
+
+def _adamw(
+    xp: Any, param: Array, grad: Array, exp_avg: Array, exp_avg_sq: Array, grad_scale: Array,
+    *, lr: float, step: int, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    grad = grad * grad_scale
+    exp_avg = exp_avg * beta1 + grad * (1 - beta1)
+    exp_avg_sq = exp_avg_sq * beta2 + grad * grad * (1 - beta2)
+    denominator = xp.sqrt(exp_avg_sq) / (1 - beta2**step) ** 0.5 + eps
+    update = exp_avg * (lr / (1 - beta1**step)) / denominator
+    return param * (1 - lr * weight_decay) - update, exp_avg, exp_avg_sq
+
+
+def _square_norm(xp: Any, x: Array) -> Array:
+    return (x * x).sum()
+
+
+def _clip_scale(xp: Any, square_norm: Array, *, max_norm: float) -> Array:
+    norm = xp.sqrt(square_norm) + 1e-6  # the constant of torch.nn.utils.clip_grad_norm_
+    return -xp.maximum(-(max_norm / norm), -1.0)
+
+
+def _state(rng: np.random.Generator, count: int, size: float = 1e-3) -> tuple[np.ndarray, ...]:
+    param, grad, exp_avg = rng.standard_normal((3, count))
+    return param, grad * size, exp_avg * size, rng.standard_normal(count) ** 2 * size**2, np.float64(rng.uniform(0.3, 1))
+
+
+def _states(rng: np.random.Generator) -> Iterator[Sample]:
+    for count, size, step, decay in [(7, 1e-3, 1, 0.01), (1, 1.0, 1000, 0.0), (5171, 1e-3, 3, 0.1), (33, 1e-9, 2, 0.01)]:
+        yield Sample(_state(rng, count, size), {"lr": 1e-3, "step": step, "weight_decay": decay})
+    param, *zeros = (np.full(5, v) for v in (1.0, 0.0, 0.0, 0.0))  # a parameter that was never used
+    yield Sample((param, *zeros, np.float64(1)), {"lr": 1e-3, "step": 1})
+
+
+def _vectors(rng: np.random.Generator) -> Iterator[Sample]:
+    for count in (7, 1, 5171, 70001):
+        yield Sample((rng.standard_normal(count),))
+
+
+def _norms(rng: np.random.Generator) -> Iterator[Sample]:
+    for norm in (0.0, 0.25, 1.0, 9.0, 1e6):
+        yield Sample((np.float64(norm),), {"max_norm": 1.0})
+
+
+def _bench(rng: np.random.Generator, size: BertSize) -> Sample:
+    return Sample(_state(rng, 12 * size.hidden * size.hidden), {"lr": 1e-3, "step": 3})  # one layer's matrices
+
+
+adamw = Op("adamw", _adamw, samples=_states, bench=_bench, writes=(0, 2, 3))
+square_norm = Op(
+    "square_norm",
+    _square_norm,
+    samples=_vectors,
+    bench=lambda rng, size: Sample((rng.standard_normal(12 * size.hidden * size.hidden),)),
+    vjp=lambda run, g, outs, x: (run(mul, run(scale, x, factor=2.0), g),),
+)
+clip_scale = Op(
+    "clip_scale",
+    _clip_scale,
+    samples=_norms,
+    bench=lambda rng, size: Sample((np.float64(4.0),), {"max_norm": 1.0}),
+)

@@ -1,0 +1,38 @@
+"""The array module a formula is written against: NumPy, with the two things that BERT needs and NumPy lacks.
+
+Formulas use these primitives and no others, so that whoever supplies another module gets another reading of them:
+operators + - * / ** @ and comparisons, indexing, `.shape .ndim .size`, the methods `sum mean max reshape swapaxes
+transpose`, the functions `exp log sqrt tanh erf maximum where concatenate broadcast_to segment_sum`, and any function
+on integers. `kernels/readings/reading.py` holds the same list for the other readings.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from minibert.kernels.op import Array
+
+
+class NumpyModule:
+    """NumPy plus `erf` and `segment_sum`."""
+
+    erf = staticmethod(special.erf)
+
+    @staticmethod
+    def segment_sum(rows: Array, ids: Array, count: int) -> Array:
+        """out[i] = sum of rows[k] over ids[k] == i; rows (N, ...) -> (count, ...). Sorted, so the order is fixed."""
+        out = np.zeros((count, *rows.shape[1:]), rows.dtype)
+        if len(ids):
+            order = np.argsort(ids, kind="stable")
+            present, starts = np.unique(ids[order], return_index=True)
+            out[present] = np.add.reduceat(rows[order], starts, axis=0)
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+numpy_module = NumpyModule()

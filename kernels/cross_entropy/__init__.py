@@ -1,0 +1,78 @@
+"""cross_entropy: loss = mean over rows of log sum exp(z) - z[label]; keeps dz = (softmax(z) - onehot) / rows.
+
+linear_cross_entropy: the same of z = x W' + b: decoder and loss in one op, so that the logits live once, and are
+overwritten by their gradient. Shapes: z (M, V), labels (M,) in [0, V), x (M, C), W (V, C), b (V,); loss ().
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from minibert.kernels.elementwise import mul
+from minibert.kernels.linear import matmul
+from minibert.kernels.op import Array, BertSize, Op, Run, Sample
+from minibert.kernels.reduction import reduce_sum
+
+
+def _cross_entropy(xp: Any, logits: Array, labels: Array) -> tuple[Array, Array]:
+    rows = xp.arange(logits.shape[0])
+    top = logits.max(axis=-1, keepdims=True)
+    e = xp.exp(logits - top)
+    total = e.sum(axis=-1, keepdims=True)
+    losses = xp.log(total[:, 0]) - (logits - top)[rows, labels]
+    hit = labels[:, None] == xp.arange(logits.shape[1])
+    p = e / total
+    return losses.mean(), xp.where(hit, p - 1, p) / logits.shape[0]
+
+
+def _linear_cross_entropy(xp: Any, x: Array, weight: Array, bias: Array, labels: Array) -> tuple[Array, Array]:
+    return _cross_entropy(xp, x @ weight.swapaxes(0, 1) + bias, labels)
+
+
+def _linear_cross_entropy_vjp(
+    run: Run, g: Array, outs: tuple[Array, ...], x: Array, weight: Array, bias: Array, labels: Array
+) -> tuple[Any, ...]:
+    dlogits = outs[1]  # g is a number: it is cheapest to scale the small arrays
+    dx = run(mul, run(matmul, dlogits, weight), g)
+    dweight = run(matmul, dlogits.swapaxes(0, 1), run(mul, x, g))
+    return dx, dweight, run(mul, run(reduce_sum, dlogits, axis=0), g), None
+
+
+def _samples(rng: np.random.Generator) -> Iterator[Sample]:
+    for rows, classes, offset in [(3, 7, 0), (1, 2, 0), (37, 1031, 0), (4, 9, 1e4)]:
+        yield Sample((rng.standard_normal((rows, classes)) * 3 + offset, rng.integers(0, classes, rows)))
+
+
+def _linear_samples(rng: np.random.Generator) -> Iterator[Sample]:
+    for rows, inputs, classes in [(3, 4, 7), (1, 1, 2), (37, 33, 1031)]:
+        arrays = (rng.standard_normal(s) for s in ((rows, inputs), (classes, inputs), (classes,)))
+        yield Sample((*arrays, rng.integers(0, classes, rows)))
+
+
+def _bench(rng: np.random.Generator, size: BertSize) -> Sample:
+    labels = rng.integers(0, size.vocabulary, size.predicted)
+    return Sample((rng.standard_normal((size.predicted, size.vocabulary)), labels))
+
+
+def _bench_linear(rng: np.random.Generator, size: BertSize) -> Sample:
+    x, weight = (rng.standard_normal((n, size.hidden)) * 0.2 for n in (size.predicted, size.vocabulary))
+    return Sample((x, weight, rng.standard_normal(size.vocabulary), rng.integers(0, size.vocabulary, size.predicted)))
+
+
+cross_entropy = Op(
+    "cross_entropy",
+    _cross_entropy,
+    samples=_samples,
+    bench=_bench,
+    vjp=lambda run, g, outs, logits, labels: (run(mul, outs[1], g), None),
+)
+linear_cross_entropy = Op(
+    "linear_cross_entropy",
+    _linear_cross_entropy,
+    samples=_linear_samples,
+    bench=_bench_linear,
+    vjp=_linear_cross_entropy_vjp,
+)

@@ -1,0 +1,117 @@
+"""embedding: y[n] = word[input_ids[n]] + position[position_ids[n]] + token_type[token_type_ids[n]].
+
+Devlin et al., "BERT" (2019), figure 2. gather_rows: y[k] = x[index[k]]; scatter_rows: y[i] = sum of x[k] over
+index[k] == i, the adjoint of the former and so the gradient of an embedding table. Rows at the index `skip` are left
+out of both (the padding row of a table gets no gradient).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from minibert.kernels.op import Array, BertSize, Op, Run, Sample
+
+
+def _embedding(
+    xp: Any, word: Array, position: Array, token_type: Array, input_ids: Array, position_ids: Array,
+    token_type_ids: Array, *, padding_idx: int | None = None,
+) -> Array:  # fmt: skip
+    return word[input_ids] + position[position_ids] + token_type[token_type_ids]
+
+
+def _gather_rows(xp: Any, x: Array, index: Array, *, skip: int | None = None) -> Array:
+    rows = x[index]
+    return rows if skip is None else xp.where((index != skip)[:, None], rows, 0.0)
+
+
+def _scatter_rows(xp: Any, x: Array, index: Array, *, num_rows: int, skip: int | None = None) -> Array:
+    if skip is not None:
+        kept = xp.flatnonzero(index != skip)
+        x, index = x[kept], index[kept]
+    return xp.segment_sum(x, index, num_rows)
+
+
+def _embedding_vjp(
+    run: Run, g: Array, outs: Any, word: Array, position: Array, token_type: Array, input_ids: Array,
+    position_ids: Array, token_type_ids: Array, *, padding_idx: int | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    return (
+        run(scatter_rows, g, input_ids, num_rows=word.shape[0], skip=padding_idx),
+        run(scatter_rows, g, position_ids, num_rows=position.shape[0]),
+        run(scatter_rows, g, token_type_ids, num_rows=token_type.shape[0]),
+        None, None, None,
+    )  # fmt: skip
+
+
+def _tables(rng: np.random.Generator, words: int, columns: int, rows: int, positions: int = 40) -> tuple[np.ndarray, ...]:
+    tables = (rng.standard_normal((n, columns)) for n in (words, positions, 2))
+    ids = (rng.integers(0, n, rows).astype(np.int32) for n in (words, positions, 2))
+    return (*tables, *ids)
+
+
+def _samples(rng: np.random.Generator) -> Iterator[Sample]:
+    for words, columns, rows in [(11, 7, 5), (1, 1, 1), (50, 65, 1031), (5, 3, 40)]:  # the last two repeat every word
+        yield Sample(_tables(rng, words, columns, rows))
+
+
+def _gathers(rng: np.random.Generator) -> Iterator[Sample]:
+    for table, columns, rows, skip in [(11, 7, 5, None), (1, 1, 1, None), (50, 65, 1031, 3), (5, 3, 40, None)]:
+        yield Sample((rng.standard_normal((table, columns)), rng.integers(0, table, rows).astype(np.int32)), {"skip": skip})
+
+
+def _scatters(rng: np.random.Generator) -> Iterator[Sample]:
+    for (x, index), params in _gathers(rng):
+        yield Sample((rng.standard_normal((len(index), x.shape[1])), index), {**params, "num_rows": len(x)})
+    yield Sample((rng.standard_normal((300, 3)) + 1e4, np.zeros(300, np.int32)), {"num_rows": 2})  # one row gets all
+
+
+def _zipf(rng: np.random.Generator, size: BertSize) -> np.ndarray:
+    """Word ids as text has them: few words often, many seldom (Zipf)."""
+    return (rng.zipf(1.3, size.tokens) % size.vocabulary).astype(np.int32)
+
+
+def _bench_scatter(rng: np.random.Generator, size: BertSize) -> Sample:
+    return Sample((rng.standard_normal((size.tokens, size.hidden)), _zipf(rng, size)), {"num_rows": size.vocabulary})
+
+
+def _bench_gather(rng: np.random.Generator, size: BertSize) -> Sample:
+    index = np.sort(rng.choice(size.tokens, size.predicted, replace=False)).astype(np.int32)
+    return Sample((rng.standard_normal((size.tokens, size.hidden)), index))
+
+
+def _bench_embedding(rng: np.random.Generator, size: BertSize) -> Sample:
+    *tables, _, position_ids, type_ids = _tables(rng, size.vocabulary, size.hidden, size.tokens, size.length)
+    return Sample((*tables, _zipf(rng, size), position_ids, type_ids))
+
+
+def _rows_bytes(count: int) -> Any:
+    """Of a table only the rows that are named are read: for each, `count` rows are moved."""
+
+    def moved(*arrays: Array, **_: Any) -> int:
+        ids = arrays[-1]
+        return len(ids) * (count * arrays[0].shape[1] * arrays[0].dtype.itemsize + ids.dtype.itemsize)
+
+    return moved
+
+
+scatter_rows = Op(
+    "scatter_rows",
+    _scatter_rows,
+    samples=_scatters,
+    bench=_bench_scatter,
+    vjp=lambda run, g, outs, x, index, *, num_rows, skip=None: (run(gather_rows, g, index, skip=skip), None),
+)
+gather_rows = Op(
+    "gather_rows",
+    _gather_rows,
+    samples=_gathers,
+    bench=_bench_gather,
+    vjp=lambda run, g, outs, x, index, *, skip=None: (run(scatter_rows, g, index, num_rows=x.shape[0], skip=skip), None),
+    bytes=_rows_bytes(2),
+)
+embedding = Op(
+    "embedding", _embedding, samples=_samples, bench=_bench_embedding, vjp=_embedding_vjp, bytes=_rows_bytes(4)
+)

@@ -1,0 +1,114 @@
+"""layer_norm: y = (x - mean) rstd w + b over the last axis; keeps mean and rstd = 1 / sqrt(var + eps).
+
+add_layer_norm: the same of z = dropout(x) + residual, the end of every BERT block; keeps z, mean and rstd.
+Ba, Kiros, Hinton, "Layer normalization" (2016), equation 4. Shapes: x (N, C), w and b (C,), mean and rstd (N,).
+
+layer_norm_grad: n = (x - mean) rstd, h = g w: dx = (h - mean h - n mean(h n)) rstd, dw = sum g n, db = sum g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from minibert.kernels.array_module import numpy_module
+from minibert.kernels.dropout import dropout_formula
+from minibert.kernels.op import Array, BertSize, Op, Run, Sample
+from minibert.kernels.philox import Stream
+
+NO_STREAM = Stream()
+
+
+def _layer_norm(xp: Any, x: Array, weight: Array, bias: Array, *, eps: float = 1e-12) -> tuple[Array, Array, Array]:
+    mean = x.mean(axis=-1)
+    d = x - mean[:, None]
+    rstd = 1 / xp.sqrt((d * d).mean(axis=-1) + eps)
+    return d * rstd[:, None] * weight + bias, mean, rstd
+
+
+def _layer_norm_grad(xp: Any, g: Array, x: Array, weight: Array, mean: Array, rstd: Array) -> tuple[Array, ...]:
+    n = (x - mean[:, None]) * rstd[:, None]
+    h = g * weight
+    dx = (h - h.mean(axis=-1, keepdims=True) - n * (h * n).mean(axis=-1, keepdims=True)) * rstd[:, None]
+    return dx, (g * n).sum(axis=0), g.sum(axis=0)
+
+
+def _add_layer_norm(
+    xp: Any, x: Array, residual: Array, weight: Array, bias: Array,
+    *, eps: float = 1e-12, rate: float = 0.0, stream: Stream = NO_STREAM,
+) -> tuple[Array, ...]:  # fmt: skip
+    z = dropout_formula(xp, x, rate=rate, stream=stream) + residual
+    y, mean, rstd = _layer_norm(xp, z, weight, bias, eps=eps)
+    return y, z, mean, rstd
+
+
+def _add_layer_norm_grad(
+    xp: Any, g: Array, z: Array, weight: Array, mean: Array, rstd: Array,
+    *, rate: float = 0.0, stream: Stream = NO_STREAM,
+) -> tuple[Array, ...]:  # fmt: skip
+    dz, dw, db = _layer_norm_grad(xp, g, z, weight, mean, rstd)
+    return dropout_formula(xp, dz, rate=rate, stream=stream), dz, dw, db
+
+
+def _layer_norm_vjp(run: Run, g: Array, outs: tuple[Array, ...], x: Array, w: Array, b: Array, **_: Any) -> tuple[Any, ...]:
+    return run(layer_norm_grad, g, x, w, *outs[1:])
+
+
+def _add_layer_norm_vjp(
+    run: Run, g: Array, outs: tuple[Array, ...], x: Array, residual: Array, weight: Array, bias: Array,
+    *, eps: float = 1e-12, **dropout: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    return run(add_layer_norm_grad, g, outs[1], weight, *outs[2:], **dropout)
+
+
+def _rows(rng: np.random.Generator) -> Iterator[tuple[np.ndarray, ...]]:
+    for rows, columns, offset in [(3, 7, 0), (1, 2, 0), (37, 1031, 0), (70, 129, 0), (4, 33, 100)]:
+        yield (rng.standard_normal((rows, columns)) + offset, *rng.standard_normal((2, columns)))
+
+
+def _streams(rng: np.random.Generator) -> Iterator[tuple[tuple[np.ndarray, ...], dict[str, Any]]]:
+    for arrays in _rows(rng):
+        yield arrays, {"rate": float(rng.choice([0.0, 0.1, 0.5])), "stream": Stream(3, 17, 2, int(rng.integers(9)))}
+
+
+def _samples(rng: np.random.Generator) -> Iterator[Sample]:
+    yield from (Sample(arrays) for arrays in _rows(rng))
+
+
+def _grad_samples(rng: np.random.Generator) -> Iterator[Sample]:
+    for x, w, b in _rows(rng):
+        yield Sample((rng.standard_normal(x.shape), x, w, *_layer_norm(numpy_module, x, w, b)[1:]))
+
+
+def _add_samples(rng: np.random.Generator) -> Iterator[Sample]:
+    for (x, w, b), params in _streams(rng):
+        yield Sample((x, rng.standard_normal(x.shape), w, b), params)
+
+
+def _add_grad_samples(rng: np.random.Generator) -> Iterator[Sample]:
+    for (x, w, b), params in _streams(rng):
+        yield Sample((rng.standard_normal(x.shape), x, w, *_layer_norm(numpy_module, x, w, b)[1:]), params)
+
+
+def _bench(grad: bool, add: bool) -> Any:
+    def bench(rng: np.random.Generator, size: BertSize) -> Sample:
+        x, g = rng.standard_normal((2, size.tokens, size.hidden))
+        w, b = rng.standard_normal((2, size.hidden))
+        params = {"rate": 0.1, "stream": Stream(1, 17, 1, 1)} if add else {}
+        if grad:
+            return Sample((g, x, w, *_layer_norm(numpy_module, x, w, b)[1:]), params)
+        return Sample((x, g, w, b) if add else (x, w, b), params)
+
+    return bench
+
+
+layer_norm_grad = Op("layer_norm_grad", _layer_norm_grad, samples=_grad_samples, bench=_bench(grad=True, add=False))
+layer_norm = Op("layer_norm", _layer_norm, samples=_samples, bench=_bench(grad=False, add=False), vjp=_layer_norm_vjp)
+add_layer_norm_grad = Op(
+    "add_layer_norm_grad", _add_layer_norm_grad, samples=_add_grad_samples, bench=_bench(grad=True, add=True)
+)
+add_layer_norm = Op(
+    "add_layer_norm", _add_layer_norm, samples=_add_samples, bench=_bench(grad=False, add=True), vjp=_add_layer_norm_vjp
+)

@@ -1,0 +1,71 @@
+"""matmul: y = a b; linear: y = x W' + b, W (out, in); linear_gelu: y = gelu(x W' + b), keeps x W' + b."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from minibert.kernels.activation import gelu_formula, gelu_grad
+from minibert.kernels.op import Array, BertSize, Op, Run, Sample
+from minibert.kernels.reduction import reduce_sum, sum_to
+
+
+def _matmul(xp: Any, a: Array, b: Array) -> Array:
+    return a @ b
+
+
+def _linear(xp: Any, x: Array, weight: Array, bias: Array) -> Array:
+    return x @ weight.swapaxes(0, 1) + bias
+
+
+def _linear_gelu(xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str = "none") -> tuple[Array, Array]:
+    before = x @ weight.swapaxes(0, 1) + bias
+    return gelu_formula(xp, before, approximate=approximate), before
+
+
+def _matmul_vjp(run: Run, g: Array, outs: tuple[Array, ...], a: Array, b: Array) -> tuple[Array, Array]:
+    return sum_to(run, run(matmul, g, b.swapaxes(-1, -2)), a), sum_to(run, run(matmul, a.swapaxes(-1, -2), g), b)
+
+
+def linear_vjp(run: Run, g: Array, outs: Any, x: Array, weight: Array, bias: Array) -> tuple[Array, Array, Array]:
+    return run(matmul, g, weight), run(matmul, g.swapaxes(0, 1), x), run(reduce_sum, g, axis=0)
+
+
+def _products(rng: np.random.Generator) -> Iterator[Sample]:
+    for a, b in [((3, 4), (4, 5)), ((1, 1), (1, 1)), ((2, 3, 17, 9), (2, 3, 9, 5)), ((33, 70), (70, 1031)), ((2, 3, 4), (4, 5))]:
+        yield Sample((rng.standard_normal(a), rng.standard_normal(b)))
+    row = rng.standard_normal(40)
+    yield Sample((np.concatenate([row, row])[None], np.concatenate([row, -row])[:, None] + 1e-3))  # cancels
+
+
+def _layers(rng: np.random.Generator) -> Iterator[Sample]:
+    for rows, inputs, outs in [(3, 4, 5), (1, 1, 1), (33, 70, 1031), (65, 129, 7)]:
+        yield Sample(tuple(rng.standard_normal(s) for s in ((rows, inputs), (outs, inputs), (outs,))))
+
+
+def _gelu_layers(rng: np.random.Generator) -> Iterator[Sample]:
+    for approximate in ("none", "tanh"):
+        for arrays, _ in _layers(rng):
+            yield Sample(arrays, {"approximate": approximate})
+
+
+def _bench(rng: np.random.Generator, size: BertSize) -> Sample:
+    n, c, i = size.tokens, size.hidden, size.intermediate
+    return Sample((rng.standard_normal((n, c)), rng.standard_normal((i, c)) * 0.05, rng.standard_normal(i)))
+
+
+def _bench_matmul(rng: np.random.Generator, size: BertSize) -> Sample:
+    return Sample((rng.standard_normal((size.tokens, size.hidden)), rng.standard_normal((size.hidden, size.intermediate))))
+
+
+matmul = Op("matmul", _matmul, samples=_products, bench=_bench_matmul, vjp=_matmul_vjp)
+linear = Op("linear", _linear, samples=_layers, bench=_bench, vjp=linear_vjp)
+linear_gelu = Op(
+    "linear_gelu",
+    _linear_gelu,
+    samples=_gelu_layers,
+    bench=_bench,
+    vjp=lambda run, g, outs, *arrays, **params: linear_vjp(run, run(gelu_grad, g, outs[1], **params), None, *arrays),
+)

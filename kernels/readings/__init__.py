@@ -1,0 +1,55 @@
+"""Other readings of a formula: its error bound, its exact derivative, its cost. None of them is written per op."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minibert.kernels.op import Array, Op, outputs
+from minibert.kernels.readings.bounded import PRECISIONS, bounded_module
+from minibert.kernels.readings.counted import Cost, cost
+from minibert.kernels.readings.dual import Dual, dual_module
+
+__all__ = ["PRECISIONS", "Bound", "Cost", "bound", "bounded_module", "cost", "dual_module", "jvp"]
+
+
+class Bound(NamedTuple):
+    """What the float64 formula says of one output, and how far from it an evaluation may end."""
+
+    value: np.ndarray  # float64
+    error: np.ndarray  # the hard bound on |computed - value|
+    terms: np.ndarray  # S: the sum of the absolute values of the terms last added
+
+
+def bound(op: Op, *arrays: Array, precision: str = "float32", storage: str | None = None, **params: Any) -> list[Bound]:
+    """The outputs of `op` in float64, each with its bound for an evaluation in `precision`.
+
+    `storage` (float16, bfloat16) adds the rounding of a result that is computed in `precision` and stored in fewer bits.
+    Float arrays are read as they are, already rounded to what the backend sees.
+    """
+    module = bounded_module(precision)
+    lift = module.reading.lift
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
+        results = op.formula(module, *(lift(a) if a.dtype.kind == "f" else a for a in map(np.asarray, arrays)), **params)
+    bounds = []
+    for result in map(lift, outputs(results)):
+        error = result.error
+        if storage is not None:
+            stored = PRECISIONS[storage]
+            error = error + stored.roundoff * (abs(result.value) + error) + stored.tiny
+        bounds.append(Bound(result.value, error, result.terms))
+    return bounds
+
+
+def jvp(op: Op, arrays: tuple[Array, ...], tangents: tuple[Array | None, ...], **params: Any) -> np.ndarray:
+    """The derivative of the first output along `tangents` (None: held fixed), exactly, in float64."""
+    duals = [
+        Dual(np.asarray(a, np.float64), np.asarray(t, np.float64)) if t is not None else _fixed(a)
+        for a, t in zip(arrays, tangents, strict=True)
+    ]
+    return Dual.lift(outputs(op.formula(dual_module, *duals, **params))[0]).tangent
+
+
+def _fixed(array: Array) -> Any:
+    return Dual.lift(array) if np.asarray(array).dtype.kind == "f" else array

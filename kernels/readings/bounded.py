@@ -1,0 +1,160 @@
+"""A formula read for its error: every array carries a bound on what floating point may have done to it.
+
+Running error analysis (Wilkinson; Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., ch. 3): beside its
+value in float64 an array carries `error`, a bound on |computed - value| over every evaluation in the given precision
+in which each primitive commits at most its own rounding and sums run in any order. A fused kernel is judged by the
+plain math, and cancellation is paid for where it happens. It also carries S, the sum of the absolute values of the
+terms last added: the unit in which summation is judged.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from scipy import special
+
+from minibert.kernels.readings.reading import Reading, ReadingModule
+
+# What a library function may commit, in units of the unit roundoff (half an ulp), relative to its result.
+ALLOWANCE = {"exp": 4, "log": 4, "sqrt": 1, "tanh": 8, "erf": 8}
+
+
+class Precision(NamedTuple):
+    """The arithmetic under test: each primitive rounds with `roundoff`; numbers below `tiny` may be flushed to zero."""
+
+    roundoff: float
+    tiny: float
+
+
+PRECISIONS = {
+    "float64": Precision(2.0**-53, 2.0**-1022),
+    "float32": Precision(2.0**-24, 2.0**-126),
+    "float16": Precision(2.0**-11, 2.0**-14),
+    "bfloat16": Precision(2.0**-8, 2.0**-126),
+}
+
+
+class Bounded(Reading):
+    """value, error, S; `precision` is set by `bounded_module`."""
+
+    width = 3
+    precision: Precision
+
+    @classmethod
+    def lift(cls, x: Any) -> Self:
+        if isinstance(x, cls):
+            return x
+        value = np.asarray(x, np.float64)
+        error = np.zeros_like(value)
+        if isinstance(x, float):  # a constant of the formula is rounded to the precision when it meets an array
+            mantissa = np.frexp(x)[0] / cls.precision.roundoff
+            error = abs(value) * cls.precision.roundoff * (mantissa != np.rint(mantissa))
+        return cls(value, error, np.abs(value))
+
+    @property
+    def error(self) -> np.ndarray:
+        return self.parts[1]
+
+    @property
+    def terms(self) -> np.ndarray:
+        return self.parts[2]
+
+    @classmethod
+    def rounded(cls, value: np.ndarray, error: Any, terms: Any = None, units: float = 1) -> Self:
+        """`value` with what it inherited, plus `units` roundings of the computed result."""
+        size = np.abs(value)
+        error = np.asarray(error, np.float64)
+        own = units * cls.precision.roundoff * (size + error) + cls.precision.tiny
+        return cls(value, error + own, size if terms is None else terms)
+
+    @classmethod
+    def gamma(cls, count: Any) -> Any:
+        """gamma_n = n u / (1 - n u): the bound of n roundings (Higham, lemma 3.1); unbounded from n u = 1 on."""
+        product = np.asarray(count, np.float64) * cls.precision.roundoff
+        return np.where(product < 1, product / np.where(product < 1, 1 - product, 1), np.inf)
+
+    def add(self, other: Self) -> Self:
+        return self.rounded(self.value + other.value, self.error + other.error, abs(self.value) + abs(other.value))
+
+    def subtract(self, other: Self) -> Self:
+        return self.rounded(self.value - other.value, self.error + other.error, abs(self.value) + abs(other.value))
+
+    def negative(self) -> Self:
+        return type(self)(-self.value, self.error, self.terms)
+
+    def multiply(self, other: Self) -> Self:
+        a, b = abs(self.value), abs(other.value)
+        inherited = a * other.error + self.error * b + self.error * other.error
+        return self.rounded(self.value * other.value, inherited, np.maximum(self.terms * b, a * other.terms))
+
+    def divide(self, other: Self) -> Self:
+        value = self.value / other.value
+        smallest = abs(other.value) - other.error  # the divisor may have been computed this small
+        with np.errstate(divide="ignore", invalid="ignore"):
+            inherited = np.where(smallest > 0, (self.error + abs(value) * other.error) / np.where(smallest > 0, smallest, 1), np.inf)
+        return self.rounded(value, inherited, self.terms / abs(other.value))
+
+    def matmul(self, other: Self) -> Self:
+        a, b = abs(self.value), abs(other.value)
+        k = self.shape[-1]
+        terms = a @ b
+        inherited = a @ other.error + self.error @ (b + other.error)
+        error = inherited + self.gamma(k) * (terms + inherited) + k * self.precision.tiny
+        return type(self)(self.value @ other.value, error, terms)
+
+    def sum(self, axis: Any = None, keepdims: bool = False) -> Self:
+        value = self.value.sum(axis=axis, keepdims=keepdims)
+        terms = abs(self.value).sum(axis=axis, keepdims=keepdims)
+        inherited = self.error.sum(axis=axis, keepdims=keepdims)
+        count = self.size // max(1, value.size)
+        error = inherited + self.gamma(max(0, count - 1)) * (terms + inherited) + self.precision.tiny
+        return type(self)(np.asarray(value), np.asarray(error), np.asarray(terms))
+
+    def segment_sum(self, ids: np.ndarray, count: int) -> Self:
+        def total(part: np.ndarray) -> np.ndarray:
+            out = np.zeros((count, *part.shape[1:]))
+            np.add.at(out, ids, part)
+            return out
+
+        terms, inherited = total(abs(self.value)), total(self.error)
+        repeats = np.bincount(ids, minlength=count).reshape(-1, *(1,) * (self.ndim - 1))
+        error = inherited + self.gamma(np.maximum(repeats - 1, 0)) * (terms + inherited)
+        return type(self)(total(self.value), error + self.precision.tiny * (repeats > 0), terms)
+
+    def max(self, axis: Any = None, keepdims: bool = False) -> Self:
+        return self.each(lambda part: part.max(axis=axis, keepdims=keepdims))
+
+    def maximum(self, other: Self) -> Self:
+        return type(self)(*(np.maximum(a, b) for a, b in zip(self.parts, other.parts, strict=True)))
+
+    def exp(self) -> Self:
+        value = np.exp(self.value)
+        return self.rounded(value, value * np.expm1(self.error), units=ALLOWANCE["exp"])
+
+    def log(self) -> Self:
+        share = self.error / self.value
+        inherited = np.where(share < 1, -np.log1p(-np.minimum(share, 1 - 1e-16)), np.inf)
+        return self.rounded(np.log(self.value), inherited, units=ALLOWANCE["log"])
+
+    def sqrt(self) -> Self:
+        value = np.sqrt(self.value)
+        slope = self.error / np.where(value > 0, value, 1)  # sqrt(x) - sqrt(x - e) <= e / sqrt(x), and <= sqrt(e)
+        inherited = np.where(value > 0, np.minimum(slope, np.sqrt(self.error)), np.sqrt(self.error))
+        return self.rounded(value, inherited, units=ALLOWANCE["sqrt"])
+
+    def tanh(self) -> Self:
+        nearest = np.maximum(abs(self.value) - self.error, 0)  # where the slope is steepest within the error
+        return self.rounded(np.tanh(self.value), self.error / np.cosh(np.minimum(nearest, 300)) ** 2, units=ALLOWANCE["tanh"])
+
+    def erf(self) -> Self:
+        nearest = np.maximum(abs(self.value) - self.error, 0)
+        slope = 2 / np.sqrt(np.pi) * np.exp(-np.minimum(nearest, 30) ** 2)
+        return self.rounded(special.erf(self.value), self.error * slope, units=ALLOWANCE["erf"])
+
+
+@cache
+def bounded_module(precision: str) -> ReadingModule:
+    """The array module that bounds an evaluation in `precision`: float64, float32, float16 or bfloat16."""
+    return ReadingModule(type(f"Bounded_{precision}", (Bounded,), {"precision": PRECISIONS[precision]}))

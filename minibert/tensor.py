@@ -1,0 +1,155 @@
+"""A tensor remembers the op that made it, so that gradients can be carried back through it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from minibert.backends.base import Backend
+from minibert.kernels.elementwise import add, mul, scale
+from minibert.kernels.linear import matmul
+from minibert.kernels.op import Array, Op
+from minibert.kernels.reduction import reduce_sum
+from minibert.kernels.view import reshape, slice_axis, transpose
+
+_mode = threading.local()
+
+
+class Tensor:
+    """An array on a backend. `grad`, an array or None, is filled by `backward()` where `requires_grad`."""
+
+    __slots__ = ("__weakref__", "backend", "data", "grad", "grad_buffer", "made_by", "requires_grad")
+
+    def __init__(self, data: Array, backend: Backend, requires_grad: bool = False) -> None:
+        self.data, self.backend, self.requires_grad = data, backend, requires_grad
+        self.grad: Array | None = None
+        self.grad_buffer: Array | None = None  # where an optimiser wants the gradient to be
+        self.made_by: tuple[Op, tuple[Tensor, ...], tuple[Array, ...], dict[str, Any]] | None = None
+
+    shape = property(lambda self: self.data.shape)
+    ndim = property(lambda self: self.data.ndim)
+    dtype = property(lambda self: self.data.dtype)
+
+    def numpy(self) -> np.ndarray:
+        """The values as a NumPy array."""
+        return self.backend.numpy(self.data)
+
+    def item(self) -> float:
+        """The value of a tensor of one element."""
+        return float(self.numpy().reshape(()))
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return apply(matmul, self, other)
+
+    def __add__(self, other: Tensor) -> Tensor:
+        return apply(add, self, other)
+
+    def __mul__(self, other: Tensor | float) -> Tensor:
+        return apply(mul, self, other) if isinstance(other, Tensor) else apply(scale, self, factor=float(other))
+
+    def reshape(self, *shape: int) -> Tensor:
+        return apply(reshape, self, shape=shape)
+
+    def transpose(self, *axes: int) -> Tensor:
+        return apply(transpose, self, axes=axes)
+
+    def slice(self, axis: int, start: int, stop: int) -> Tensor:
+        """Elements start .. stop of one axis."""
+        return apply(slice_axis, self, axis=axis, start=start, stop=stop)
+
+    def sum(self, axis: int | tuple[int, ...] | None = None) -> Tensor:
+        return apply(reduce_sum, self, axis=axis)
+
+    def backward(self, gradient: Array | None = None) -> None:
+        """Add d(self)/d(leaf) to `grad` of every leaf that requires it and led here.
+
+        `gradient` weighs the elements of self; it may be left out for a scalar. The graph is freed on the way.
+        """
+        if not self.requires_grad:
+            raise RuntimeError("backward: no gradient leads here; was it computed under no_grad(), or twice backward?")
+        if gradient is None:
+            if self.data.size != 1:
+                raise ValueError(f"backward: expected a scalar or an explicit gradient, got a tensor of shape {self.shape}")
+            gradient = self.backend.asarray(np.ones(self.shape), dtype=self.dtype)
+        run = self.backend.run
+        grads: dict[Tensor, Array] = {self: self.backend.asarray(gradient, dtype=self.dtype)}
+        for tensor in _newest_first(self):
+            g = grads.pop(tensor)
+            if tensor.made_by is None:
+                tensor._accumulate(g)
+                continue
+            op, inputs, residuals, params = tensor.made_by
+            if op.vjp is None:
+                raise NotImplementedError(f"op {op.name!r} has no vjp: give one where the op is defined")
+            arrays = (i.data for i in inputs)
+            gradients = op.vjp(run, g, (tensor.data, *residuals), *arrays, **params)
+            tensor.made_by = None  # frees what this step kept
+            tensor.requires_grad = False
+            for i, gi in zip(inputs, gradients, strict=True):
+                if gi is not None and i.requires_grad:
+                    grads[i] = run(add, grads[i], gi) if i in grads else gi
+
+    def _accumulate(self, g: Array) -> None:
+        if self.grad is not None:
+            g = self.backend.run(add, self.grad, g)
+        if self.grad_buffer is not None:
+            self.grad_buffer[...] = g
+            g = self.grad_buffer
+        self.grad = g
+
+    def __repr__(self) -> str:
+        return f"Tensor(shape={self.shape}, dtype={self.dtype}, backend={self.backend.name})"
+
+
+def apply(op: Op, *inputs: Tensor, **params: Any) -> Tensor:
+    """Run `op` on the inputs' backend, and remember it if a gradient will be asked for."""
+    backend = inputs[0].backend
+    if any(t.backend is not backend for t in inputs):
+        places = ", ".join(t.backend.name for t in inputs)
+        raise ValueError(f"{op.name}: its inputs stand on {places}; move them to one backend first")
+    result = backend.run(op, *(t.data for t in inputs), **params)
+    data, *residuals = result if isinstance(result, tuple) else (result,)
+    out = Tensor(data, backend, grad_enabled() and any(t.requires_grad for t in inputs))
+    if out.requires_grad:
+        out.made_by = (op, inputs, tuple(residuals), params)
+    return out
+
+
+def grad_enabled() -> bool:
+    return getattr(_mode, "grad", True)
+
+
+@contextmanager
+def set_grad_enabled(enabled: bool) -> Iterator[None]:
+    before = grad_enabled()
+    _mode.grad = enabled
+    try:
+        yield
+    finally:
+        _mode.grad = before
+
+
+def no_grad() -> Any:
+    """A `with` block in which nothing is remembered for a gradient."""
+    return set_grad_enabled(False)
+
+
+def _newest_first(root: Tensor) -> list[Tensor]:
+    """Every tensor that led to `root`, each after all that it was used for. No recursion: BERT is deeper than the stack."""
+    order: list[Tensor] = []
+    seen: set[Tensor] = set()
+    stack = [(root, False)]
+    while stack:
+        tensor, done = stack.pop()
+        if done:
+            order.append(tensor)
+        elif tensor not in seen:
+            seen.add(tensor)
+            stack.append((tensor, True))
+            if tensor.made_by is not None:
+                stack += [(i, False) for i in tensor.made_by[1] if i.requires_grad]
+    return order[::-1]
