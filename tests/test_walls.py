@@ -46,7 +46,7 @@ ALLOWED = {
     },
 }
 # kernels/**/cpu*.py is compiled by Numba; nothing else in kernels/ knows it.
-ALLOWED_IN_CPU_FILES = {"numba"}
+ALLOWED_IN_CPU_FILES = {"numba", "llvmlite"}
 # Optional libraries: imported inside the function that uses them.
 ALLOWED_LAZILY = {"kernels": set(), "backends": {"cupy", "cupyx"}, "minibert": {"torch", "transformers", "matplotlib"}}
 
@@ -309,12 +309,11 @@ def test_wall_breaks_on_a_bad_tree(wall: Wall, name: str, text: str, message: st
     assert message in breaches[0]
 
 
-def test_the_repository_is_what_was_looked_at(root: Path) -> None:
-    """The walls would stand on an empty folder too."""
-    assert len(list(sources(root, *PACKAGES.values()))) > 20
-    assert {"minibert.kernels.op"} <= {i.name for _, _, m in sources(root, "kernels") for i in imports(root, m)} | {
-        f"minibert.kernels.{path.stem}" for path, _, _ in sources(root, "kernels")
-    }
+def test_the_walls_look_at_the_repository(root: Path) -> None:
+    """They would stand on an empty folder too."""
+    seen = {where: [i.name for i in imports(root, module)] for _, where, module in sources(root, *PACKAGES.values())}
+    assert len(seen) > 20
+    assert "minibert.kernels.op" in seen["kernels/philox.py"]
 
 
 def python(code: str, folder: Path) -> Any:
