@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from minibert.kernels.cpu_threads import HELPER_OPTIONS, inline
+from minibert.kernels.cpu_threads import HELPER_OPTIONS, helper, inline
 from minibert.kernels.philox import MASK, MULTIPLY_0, MULTIPLY_1, WEYL_0, WEYL_1
 
 F = np.float32
@@ -143,8 +143,8 @@ def tanh(x: float) -> float:
 
 
 def vmax(a: float, b: float) -> float:
-    """The larger of two floats, in a form of which LLVM makes vector maxima."""
-    return a if a > b else b
+    """The larger of two floats, NaN if one is; LLVM makes vector maxima of it, which it does not of `max`."""
+    return a if a > b or a != a else b
 
 
 def constant(value: float, x: float) -> float:
@@ -169,11 +169,12 @@ def _tanh(x: Any) -> Any:
 
 @intrinsic
 def _larger(typingctx: Any, a: Any, b: Any) -> Any:
+    """IEEE 754-2019 maximum: unlike a compare that promises "no NaN" it leaves nothing undefined, and is as fast."""
+
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        flags = ("nsz",)
-        name = "llvm.maximum"
-        function = builder.module.declare_intrinsic(name, [args[0].type], ir.FunctionType(args[0].type, [args[0].type] * 2))
-        return builder.call(function, args, fastmath=flags)
+        kind = args[0].type
+        maximum = builder.module.declare_intrinsic("llvm.maximum", [kind], ir.FunctionType(kind, [kind, kind]))
+        return builder.call(maximum, args, fastmath=("nsz",))
 
     return a(a, a), code
 
@@ -193,6 +194,7 @@ def _constant(value: Any, x: Any) -> Any:
 
 M0, M1, W0, W1 = np.uint64(MULTIPLY_0), np.uint64(MULTIPLY_1), np.uint64(WEYL_0), np.uint64(WEYL_1)
 LOW, SHIFT = np.uint64(MASK), np.uint64(32)
+U1, U2, U3, FOUR = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)
 
 
 @inline
@@ -208,7 +210,14 @@ def philox_block(block: Any, layer: Any, step: Any, seed: Any, stream: Any) -> t
     return c0, c1, c2, c3
 
 
-@inline
+@helper
+def _part_of_block(words: Any, skip: Any, block: Any, layer: Any, step: Any, seed: Any, stream: Any) -> None:
+    four = philox_block(block, layer, step, seed, stream)
+    for j in range(words.size):
+        words[j] = np.uint32(four[skip + j])
+
+
+@helper
 def philox_row(words: Any, first: Any, count: Any, seed: Any, stream: Any, step: Any, layer: Any) -> None:
     """words[:count] = elements first .. first + count of the stream (seed, stream, step, layer).
 
@@ -221,15 +230,12 @@ def philox_row(words: Any, first: Any, count: Any, seed: Any, stream: Any, step:
     whole = (count - head) // 4
     tail = head + 4 * whole
     if head > 0:
-        four = philox_block(np.uint64(first // 4), layer, step, seed, stream)
-        for j in range(head):
-            words[j] = np.uint32(four[first % 4 + j])
+        _part_of_block(words[:head], first % 4, np.uint64(first // 4), layer, step, seed, stream)
     begin = np.uint64((first + head) // 4)
-    body = words[head:tail].reshape((whole, 4))
-    for i in range(whole):
-        a, b, c, d = philox_block(begin + np.uint64(i), layer, step, seed, stream)
-        body[i, 0], body[i, 1], body[i, 2], body[i, 3] = np.uint32(a), np.uint32(b), np.uint32(c), np.uint32(d)
+    body = words[head:tail]
+    for i in range(np.uint64(whole)):  # unsigned indices: Numba adds no test for negative ones
+        a, b, c, d = philox_block(begin + i, layer, step, seed, stream)
+        j = FOUR * i
+        body[j], body[j + U1], body[j + U2], body[j + U3] = np.uint32(a), np.uint32(b), np.uint32(c), np.uint32(d)
     if tail < count:
-        four = philox_block(begin + np.uint64(whole), layer, step, seed, stream)
-        for j in range(count - tail):
-            words[tail + j] = np.uint32(four[j])
+        _part_of_block(words[tail:count], 0, begin + np.uint64(whole), layer, step, seed, stream)

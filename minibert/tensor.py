@@ -78,7 +78,9 @@ class Tensor:
         run = self.backend.run
         grads: dict[Tensor, Array] = {self: self.backend.asarray(gradient, dtype=self.dtype)}
         for tensor in _newest_first(self):
-            g = grads.pop(tensor)
+            g = grads.pop(tensor, None)
+            if g is None:
+                continue
             if tensor.made_by is None:
                 tensor._accumulate(g)
                 continue
