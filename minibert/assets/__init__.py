@@ -1,0 +1,1 @@
+"""Files that ship with the package: a small text and its vocabulary (README.md)."""
