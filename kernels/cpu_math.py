@@ -115,9 +115,9 @@ def _tanh_float32(x: Any) -> Any:
     p = p * s + T4
     p = p * s + T2
     p = p * s + T0
-    near = (p * s) * x + x
-    far = math.copysign(ONE - TWO / (exp(t + t) + ONE), x)
-    return far if t > TANH_SPLIT else near
+    near = (p * s) * t + t
+    far = ONE - TWO / (exp(t + t) + ONE)
+    return math.copysign(far if t > TANH_SPLIT else near, x)
 
 
 def _tanh_float64(x: Any) -> Any:
@@ -219,10 +219,11 @@ def _part_of_block(words: Any, skip: Any, block: Any, layer: Any, step: Any, see
 
 @helper
 def philox_row(words: Any, first: Any, count: Any, seed: Any, stream: Any, step: Any, layer: Any) -> None:
-    """words[:count] = elements first .. first + count of the stream (seed, stream, step, layer).
+    """words[:count] = elements first .. first + count of the stream (seed, stream, step, layer), in vector code.
 
     `words` is a contiguous uint32 scratch of `count` words or more; `first` need not be a multiple of 4. The same
     words as `minibert.kernels.philox.random_words(Stream(seed, stream, step, layer), count, start=first)`.
+    The vector loop takes 64 blocks at once with AVX-512: ask for 256 words or more where that can be arranged.
     """
     seed, stream, step, layer = np.uint64(seed), np.uint64(stream), np.uint64(step), np.uint64(layer)
     first, count = np.int64(first), np.int64(count)
