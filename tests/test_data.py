@@ -287,6 +287,19 @@ def test_budget_is_kept_and_used(sequences: Sequences) -> None:
     assert sum(sizes) == len(sequences.ids)
 
 
+def test_a_budget_is_filled_to_the_last_token() -> None:
+    made = make_sequences(toy(*[[8]] * 6), SPECIAL, 10)
+    assert [len(Batches(made, budget).batch(0).input_ids) for budget in (10, 19, 20, 60, 1000)] == [10, 10, 20, 60, 60]
+
+
+def test_each_epoch_masks_anew() -> None:
+    made = make_sequences(toy([90] * 5), SPECIAL, 128)
+    batches = Batches(made, 10_000, masking=masking_rule(SPECIAL, VOCABULARY))
+    assert batches.steps_in_epoch(0) == 1
+    hidden = [frozenset(b.labels[b.labels != -100].tolist()) for b in map(batches.batch, range(5))]
+    assert len(set(hidden)) == 5
+
+
 @pytest.mark.parametrize("epoch", [0, 3])
 def test_every_sequence_comes_once_an_epoch(sequences: Sequences, epoch: int) -> None:
     batches = Batches(sequences, 2048, seed=1)
