@@ -26,7 +26,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m bench.ops $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-ci build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp per set of requirements, renewed when pyproject.toml changes. The install is editable: sources need no stamp.
