@@ -128,7 +128,8 @@ def _tanh_float64(x: Any) -> Any:
 
 
 def exp(x: float) -> float:
-    """e^x. float32: within 1 ulp everywhere, subnormal results included; 0 below -103.97, infinity above 88.72."""
+    """e^x. float32: within 0.87 ulp (1.13 where the processor has no fused multiply-add), subnormal results included;
+    0 below -103.97, infinity above 88.72."""
     return math.exp(x)
 
 

@@ -85,7 +85,7 @@ def jit(function: Function) -> Function:
     if it counts from 0: `for j in range(n)`. Where it would run over [start, stop), slice first: Numba lets indices be
     negative, and a test for that in the loop turns loads into gathers (12 times slower, measured on exp).
     """
-    cached = _cache is not None and Path(function.__code__.co_filename).is_file()  # type: ignore[attr-defined]
+    cached = _cache is not None and Path(function.__code__.co_filename).is_file()
     function.__dict__["minibert_kernel"] = True  # so that `on_compile` tells it from other people's functions
     before = numba.config.CACHE_DIR
     try:
@@ -114,7 +114,7 @@ class Compilation(NamedTuple):
     signature: str  # "array(float32, 2d, C), int64, int64"
 
 
-class _CompileListener(event.Listener):  # type: ignore[misc]
+class _CompileListener(event.Listener):
     """Times the outermost compilation of our kernels; Numba sends these under its compiler lock, one at a time."""
 
     def __init__(self) -> None:
@@ -190,7 +190,7 @@ def set_num_threads(count: int) -> None:
 
 
 def _positive(value: Any, what: str) -> int:
-    whole = isinstance(value, int) and not isinstance(value, bool) or isinstance(value, str) and value.isdecimal()
+    whole = value.isdecimal() if isinstance(value, str) else isinstance(value, int) and not isinstance(value, bool)
     if not whole or int(value) < 1:
         raise ValueError(f"{what} must be a whole number above 0, got {value!r}")
     return int(value)

