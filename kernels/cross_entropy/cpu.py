@@ -1,0 +1,93 @@
+"""Cross entropy: the logits of a row are read once from memory; loss and gradient are made while they are in cache."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from minibert.kernels.cpu_math import constant, exp, vmax
+from minibert.kernels.cpu_threads import jit, rows_worth_a_thread, run_rows
+from minibert.kernels.linear.cpu import product_with_transpose
+from minibert.kernels.op import Array
+
+
+@jit
+def cross_entropy_rows(logits: Array, labels: Array, losses: Array, dlogits: Array, start: int, stop: int) -> None:
+    for i in range(start, stop):
+        row, out = logits[i], dlogits[i]
+        top = row[0]
+        for j in range(row.size):
+            z = row[j]
+            out[j] = z
+            top = vmax(top, z)
+        losses[i] = loss_and_gradient(out, top, labels[i], len(labels))
+
+
+@jit
+def bias_cross_entropy_rows(logits: Array, bias: Array, labels: Array, losses: Array, start: int, stop: int) -> None:
+    """Cross entropy of logits + bias, which are overwritten by their gradient."""
+    for i in range(start, stop):
+        row = logits[i]
+        top = row[0] + bias[0]
+        for j in range(row.size):
+            z = row[j] + bias[j]
+            row[j] = z
+            top = vmax(top, z)
+        losses[i] = loss_and_gradient(row, top, labels[i], len(labels))
+
+
+@jit
+def loss_and_gradient(row: Array, top: float, label: int, count: int) -> float:
+    """The loss of one row of `count`, in float64, and its gradient in place of the logits.
+
+    Compiled by `jit`: the sums of an `inline` or `helper` keep their order, and so do not vectorise. In place: had it an
+    array to read and one to write, the vector code would be left where a caller gives the same for both.
+    """
+    loss = np.float64(top) - np.float64(row[label])
+    total = constant(0.0, top)
+    for j in range(row.size):
+        e = exp(row[j] - top)
+        row[j] = e
+        total += e
+    rows = type(top)(count)
+    hit = (row[label] / total - constant(1.0, top)) / rows
+    share = constant(1.0, top) / (total * rows)
+    for j in range(row.size):
+        row[j] *= share
+    row[label] = hit
+    return loss + math.log(np.float64(total))
+
+
+def _checked_labels(labels: Array, rows: int, classes: int) -> Array:
+    """(rows,) int64. Raises ValueError unless there is one in [0, classes) for each row: the loops index by them."""
+    if labels.shape != (rows,):
+        raise ValueError(f"cross entropy of {rows} rows needs {rows} labels, got shape {labels.shape}")
+    if rows and (labels.min() < 0 or labels.max() >= classes):
+        raise ValueError(f"labels must lie in [0, {classes}), got {labels.min()} to {labels.max()}")
+    return np.ascontiguousarray(labels, np.int64)
+
+
+def _mean(losses: Array, dtype: np.dtype) -> Array:
+    """Added in float64 in the order of the rows, rounded once."""
+    return np.asarray(losses.mean(), dtype)
+
+
+def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
+    rows, classes = logits.shape
+    labels = _checked_labels(labels, rows, classes)
+    losses, dlogits = np.empty(rows), np.empty(logits.shape, logits.dtype)
+    grain = rows_worth_a_thread(classes)
+    run_rows(cross_entropy_rows, rows, np.ascontiguousarray(logits), labels, losses, dlogits, grain=grain)
+    return _mean(losses, logits.dtype), dlogits
+
+
+def linear_cross_entropy(x: Array, weight: Array, bias: Array, labels: Array) -> tuple[Array, Array]:
+    rows, classes = len(x), len(weight)
+    if bias.shape != (classes,):
+        raise ValueError(f"weight {weight.shape} needs a bias ({classes},), got {bias.shape}")
+    labels = _checked_labels(labels, rows, classes)
+    losses, logits = np.empty(rows), product_with_transpose(x, weight)
+    grain = rows_worth_a_thread(classes)
+    run_rows(bias_cross_entropy_rows, rows, logits, np.ascontiguousarray(bias), labels, losses, grain=grain)
+    return _mean(losses, logits.dtype), logits
