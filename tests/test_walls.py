@@ -25,10 +25,12 @@ FOLDERS = (*PACKAGES.values(), "tests", "bench")
 # Inside minibert/, lowest first: a module imports from its own line of this table and from the lines above it.
 LAYERS = (
     ("errors",),
-    ("tensor",),
+    ("config", "assets"),
+    ("tensor", "packing", "checkpoint"),
     ("nn",),
+    ("pretrained",),
     ("bert",),
-    ("optim", "data", "assets", "checkpoint"),
+    ("optim", "data", "judge"),
     ("train", "check", "compare"),
     ("__init__",),
     ("cli",),
@@ -338,10 +340,18 @@ def test_an_uninvited_import_would_be_seen(root: Path) -> None:
     assert python("import numba, sys; print('numba' in sys.modules)", root).stdout == "True\n"
 
 
-@pytest.mark.parametrize("folder", ["kernels", "backends"])
-def test_bare_name_is_refused(folder: str, root: Path) -> None:
-    """`import kernels` from the repository's folder would make a second registry."""
-    done = python(f"import {folder}", root)
-    assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].startswith("ImportError: this folder is the package `minibert.")
-    assert f"minibert.{folder}" in done.stderr
+@pytest.mark.parametrize("code", ["from kernels import OPS", "import kernels.op", "import backends"])
+def test_bare_name_is_refused(code: str, root: Path) -> None:
+    """In the repository's folder they are found by that name too: it would make a second registry."""
+    done = python(code, root)
+    package = f"minibert.{code.split()[1].split('.')[0]}"
+    assert done.returncode == 1
+    said = done.stderr.splitlines()[-1]
+    assert said == f"ImportError: this folder is the package `{package}`: import it by that name"
+
+
+@pytest.mark.parity
+def test_transformers_works_in_the_repository(root: Path) -> None:
+    """It imports whatever is called `kernels`, to ask for the version of the library of that name."""
+    done = python("from transformers import BertModel; import sys; print('minibert' in sys.modules)", root)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
