@@ -210,7 +210,7 @@ def test_a_wrong_number_of_threads_is_refused(count):
 
 
 def test_wide_rows_are_worth_a_thread_sooner():
-    assert rows_worth_a_thread(1) > rows_worth_a_thread(768) > rows_worth_a_thread(30522) == 1
+    assert rows_worth_a_thread(1) > rows_worth_a_thread(768) > rows_worth_a_thread(100_000) == 1
     assert rows_worth_a_thread(768, cost=10) < rows_worth_a_thread(768)
 
 
