@@ -1,0 +1,126 @@
+"""gelu, relu, tanh and their gradients: one loop over the elements each."""
+
+from __future__ import annotations
+
+from math import pi, sqrt
+
+import numpy as np
+
+from minibert.kernels.activation import CUBIC, SQRT_2_OVER_PI
+from minibert.kernels.cpu_arrays import flat
+from minibert.kernels.cpu_math import erf, exp, vmax
+from minibert.kernels.cpu_math import tanh as tanh_of
+from minibert.kernels.cpu_threads import jit, rows_worth_a_thread, run_rows
+from minibert.kernels.op import Array
+
+LIGHT, HEAVY = rows_worth_a_thread(1, cost=0.25), rows_worth_a_thread(1, cost=1.5)  # elements, without and with erf
+
+
+@jit
+def gelu_erf_loop(x, y, start, stop):  # type: ignore[no-untyped-def]
+    x, y = x[start:stop], y[start:stop]
+    half, one, root = x.dtype.type(0.5), x.dtype.type(1), x.dtype.type(sqrt(0.5))
+    for i in range(x.size):
+        y[i] = x[i] * half * (one + erf(x[i] * root))
+
+
+@jit
+def gelu_tanh_loop(x, y, start, stop):  # type: ignore[no-untyped-def]
+    x, y = x[start:stop], y[start:stop]
+    half, one = x.dtype.type(0.5), x.dtype.type(1)
+    slope, cubic = x.dtype.type(SQRT_2_OVER_PI), x.dtype.type(CUBIC)
+    for i in range(x.size):
+        v = x[i]
+        y[i] = v * half * (one + tanh_of(slope * (v + cubic * v * v * v)))
+
+
+def gelu(x: Array, *, approximate: str = "none") -> Array:
+    y = np.empty(x.shape, x.dtype)
+    (vector,) = flat(x)
+    run_rows(gelu_tanh_loop if approximate == "tanh" else gelu_erf_loop, x.size, vector, y.reshape(-1), grain=HEAVY)
+    return y
+
+
+@jit
+def gelu_erf_grad_loop(g, x, dx, start, stop):  # type: ignore[no-untyped-def]
+    g, x, dx = g[start:stop], x[start:stop], dx[start:stop]
+    half, one, root = x.dtype.type(0.5), x.dtype.type(1), x.dtype.type(sqrt(0.5))
+    density = x.dtype.type(sqrt(0.5 / pi))
+    for i in range(x.size):
+        v = x[i]
+        dx[i] = g[i] * (half * (one + erf(v * root)) + v * density * exp(-half * v * v))
+
+
+@jit
+def gelu_tanh_grad_loop(g, x, dx, start, stop):  # type: ignore[no-untyped-def]
+    g, x, dx = g[start:stop], x[start:stop], dx[start:stop]
+    half, one = x.dtype.type(0.5), x.dtype.type(1)
+    slope, cubic, cubic3 = x.dtype.type(SQRT_2_OVER_PI), x.dtype.type(CUBIC), x.dtype.type(3 * CUBIC)
+    for i in range(x.size):
+        v = x[i]
+        t = tanh_of(slope * (v + cubic * v * v * v))
+        dx[i] = g[i] * half * ((one + t) + v * (one - t * t) * slope * (one + cubic3 * v * v))
+
+
+def gelu_grad(g: Array, x: Array, *, approximate: str = "none") -> Array:
+    dx = np.empty(x.shape, x.dtype)
+    loop = gelu_tanh_grad_loop if approximate == "tanh" else gelu_erf_grad_loop
+    run_rows(loop, x.size, *flat(g, x), dx.reshape(-1), grain=HEAVY)
+    return dx
+
+
+@jit
+def relu_loop(x, y, start, stop):  # type: ignore[no-untyped-def]
+    x, y = x[start:stop], y[start:stop]
+    zero = x.dtype.type(0)
+    for i in range(x.size):
+        y[i] = vmax(x[i], zero)
+
+
+def relu(x: Array) -> Array:
+    y = np.empty(x.shape, x.dtype)
+    (vector,) = flat(x)
+    run_rows(relu_loop, x.size, vector, y.reshape(-1), grain=LIGHT)
+    return y
+
+
+@jit
+def relu_grad_loop(g, x, dx, start, stop):  # type: ignore[no-untyped-def]
+    g, x, dx = g[start:stop], x[start:stop], dx[start:stop]
+    zero = g.dtype.type(0)
+    for i in range(x.size):
+        dx[i] = g[i] if x[i] > zero else zero
+
+
+def relu_grad(g: Array, x: Array) -> Array:
+    dx = np.empty(x.shape, g.dtype)
+    run_rows(relu_grad_loop, x.size, *flat(g, x), dx.reshape(-1), grain=LIGHT)
+    return dx
+
+
+@jit
+def tanh_loop(x, y, start, stop):  # type: ignore[no-untyped-def]
+    x, y = x[start:stop], y[start:stop]
+    for i in range(x.size):
+        y[i] = tanh_of(x[i])
+
+
+def tanh(x: Array) -> Array:
+    y = np.empty(x.shape, x.dtype)
+    (vector,) = flat(x)
+    run_rows(tanh_loop, x.size, vector, y.reshape(-1), grain=HEAVY)
+    return y
+
+
+@jit
+def tanh_grad_loop(g, y, dx, start, stop):  # type: ignore[no-untyped-def]
+    g, y, dx = g[start:stop], y[start:stop], dx[start:stop]
+    one = y.dtype.type(1)
+    for i in range(y.size):
+        dx[i] = g[i] * (one - y[i] * y[i])
+
+
+def tanh_grad(g: Array, y: Array) -> Array:
+    dx = np.empty(y.shape, y.dtype)
+    run_rows(tanh_grad_loop, y.size, *flat(g, y), dx.reshape(-1), grain=LIGHT)
+    return dx

@@ -1,0 +1,65 @@
+"""reduce_sum: rows added up column by column (a bias gradient), or the elements of each row.
+
+Sums are cut into blocks of fixed size whose totals are added in order, in float64: no thread count changes a bit.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+
+from minibert.kernels.cpu_threads import blocks, jit, rows_worth_a_thread, run_rows
+from minibert.kernels.op import Array
+
+ROWS = 32  # of one block, added in the precision of the array
+ELEMENTS = 1 << 14  # of one block of a long row
+COST = 0.25  # nanoseconds an element, for `rows_worth_a_thread`
+
+
+@jit
+def column_sum_blocks(x, partial, start, stop):  # type: ignore[no-untyped-def]
+    total = np.empty(x.shape[1], x.dtype)
+    for block in range(start, stop):
+        total[:] = 0
+        for i in range(block * ROWS, min((block + 1) * ROWS, x.shape[0])):
+            row = x[i]
+            for j in range(row.size):
+                total[j] += row[j]
+        partial[block] = total
+
+
+@jit
+def row_sum_blocks(x, partial, start, stop):  # type: ignore[no-untyped-def]
+    for block in range(start, stop):
+        i, k = block // partial.shape[1], block % partial.shape[1]
+        part = x[i, k * ELEMENTS : (k + 1) * ELEMENTS]
+        total = 0.0
+        for j in range(part.size):
+            total += np.float64(part[j])
+        partial[i, k] = total
+
+
+def reduce_sum(x: Array, *, axis: int | tuple[int, ...] | None = None) -> Array:
+    summed = range(x.ndim) if axis is None else [a % x.ndim for a in ((axis,) if isinstance(axis, int) else axis)]
+    kept = [a for a in range(x.ndim) if a not in summed]
+    shape = tuple(x.shape[a] for a in kept)
+    if kept and list(summed) == list(range(len(summed))):  # the leading axes
+        total = _column_sums(np.ascontiguousarray(x).reshape(-1, prod(shape)))
+    else:
+        total = _row_sums(np.ascontiguousarray(x.transpose(*kept, *summed)).reshape(prod(shape), -1))
+    return total.astype(x.dtype).reshape(shape)
+
+
+def _column_sums(x: Array) -> Array:
+    """(R, C) -> (C,)"""
+    partial = np.empty((blocks(x.shape[0], ROWS), x.shape[1]))
+    run_rows(column_sum_blocks, len(partial), x, partial, grain=rows_worth_a_thread(ROWS * x.shape[1], COST))
+    return partial.sum(axis=0)
+
+
+def _row_sums(x: Array) -> Array:
+    """(K, R) -> (K,)"""
+    partial = np.empty((x.shape[0], blocks(x.shape[1], ELEMENTS)))
+    run_rows(row_sum_blocks, partial.size, x, partial, grain=rows_worth_a_thread(min(x.shape[1], ELEMENTS), COST))
+    return partial.sum(axis=1)
