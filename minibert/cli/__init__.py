@@ -1,0 +1,41 @@
+"""The command line: `minibert COMMAND`. Each module here adds its commands to `app`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+
+from minibert.backends import BackendUnavailable
+from minibert.errors import UserError
+
+# A wrong option or argument, in whichever library this release of typer raises it from: click, or its own copy of it.
+UsageMistake: Any = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="minibert",
+    help="A BERT written from the ground up, compared op by op across backends.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def main() -> None:
+    """Run a command. A user's mistake is one line on stderr and exit code 2; an interrupt is exit code 130."""
+    from minibert.cli import check, compare, pretrain, tables, tokenizer  # noqa: F401  each registers its commands
+
+    try:
+        status = app(standalone_mode=False)
+    except UsageMistake as error:
+        if error.format_message():
+            print(f"error: {error.format_message()}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (UserError, BackendUnavailable) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(status if isinstance(status, int) else 0)

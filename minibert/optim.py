@@ -1,0 +1,145 @@
+"""AdamW on flat memory, clipping by global norm, and the learning-rate schedule of BERT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from minibert.errors import UserError
+from minibert.kernels.adamw import adamw, clip_scale, square_norm
+from minibert.kernels.elementwise import add
+from minibert.kernels.op import Array
+from minibert.nn import Module, Parameter
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters that share a weight decay, laid one after the other in flat arrays of `size` elements."""
+
+    params: list[Parameter]
+    weight_decay: float
+    offsets: list[int] = field(default_factory=list)
+    param: Array = None
+    grad: Array = None
+    exp_avg: Array = None
+    exp_avg_sq: Array = None
+
+    def flatten(self) -> None:
+        """Move the parameters into one flat array, and have their gradients written into another."""
+        first = self.params[0]
+        self.offsets = np.cumsum([0, *(p.data.size for p in self.params)]).tolist()
+        flat = np.empty(self.offsets[-1], first.dtype)
+        self.param, self.grad, self.exp_avg, self.exp_avg_sq = (
+            first.backend.asarray(values) for values in (flat, flat.copy(), np.zeros_like(flat), np.zeros_like(flat))
+        )
+        for p, start, stop in zip(self.params, self.offsets, self.offsets[1:], strict=False):
+            self.param[start:stop] = p.data.reshape(-1)
+            p.data = self.param[start:stop].reshape(p.declared_shape)
+            p.grad_buffer = self.grad[start:stop].reshape(p.declared_shape)
+
+    def spans(self) -> list[slice]:
+        """Where there are gradients, as long slices: usually one. A parameter without a gradient is left alone."""
+        found: list[slice] = []
+        for p, start, stop in zip(self.params, self.offsets, self.offsets[1:], strict=False):
+            if p.grad is None:
+                continue
+            if p.grad is not p.grad_buffer:  # set by hand, or before this optimiser was made
+                p.grad_buffer[...] = p.grad  # type: ignore[index]
+                p.grad = p.grad_buffer
+            if found and found[-1].stop == start:
+                found[-1] = slice(found[-1].start, stop)
+            else:
+                found.append(slice(start, stop))
+        return found
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), one op call for each group.
+
+    `params` is a list of parameters, or of mappings {"params": [...], "weight_decay": ...} as in torch. `max_grad_norm`
+    clips by the global norm of all gradients (Pascanu et al. 2013). Raises UserError for an empty or repeated list.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0.01, max_grad_norm: float | None = None,
+    ) -> None:  # fmt: skip
+        given = list(params)
+        groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+        self.groups = [
+            ParameterGroup(list(g["params"]), g.get("weight_decay", weight_decay)) for g in groups if list(g["params"])
+        ]
+        everything = [p for g in self.groups for p in g.params]
+        if not everything or len(set(map(id, everything))) != len(everything):
+            raise UserError(f"AdamW: expected each parameter once, got {len(everything)} with repetitions, or none")
+        self.lr, self.betas, self.eps, self.max_grad_norm = lr, betas, eps, max_grad_norm
+        self.step_count = 0
+        self.grad_norm: float | None = None  # of the last step, before clipping; only known where it is clipped
+        for group in self.groups:
+            group.flatten()
+
+    def zero_grad(self) -> None:
+        """Forget every gradient."""
+        for group in self.groups:
+            for p in group.params:
+                p.grad = None
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        backend = self.groups[0].params[0].backend
+        spans = [(group, span) for group in self.groups for span in group.spans()]
+        if not spans:
+            return
+        self.step_count += 1
+        scale = backend.asarray(1.0, dtype=self.groups[0].params[0].dtype)
+        if self.max_grad_norm is not None:
+            total: Array = None
+            for group, span in spans:
+                part = backend.run(square_norm, group.grad[span])
+                total = part if total is None else backend.run(add, total, part)
+            self.grad_norm = float(backend.numpy(total)) ** 0.5
+            scale = backend.run(clip_scale, total, max_norm=self.max_grad_norm)
+        for group, span in spans:
+            state = (group.param[span], group.grad[span], group.exp_avg[span], group.exp_avg_sq[span])
+            backend.run(
+                adamw, *state, scale,
+                lr=self.lr, step=self.step_count, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
+                weight_decay=group.weight_decay,
+            )  # fmt: skip
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Both moments of every group, flat, and the number of steps."""
+        state = {"step_count": np.asarray(self.step_count)}
+        for i, group in enumerate(self.groups):
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[f"groups.{i}.{name}"] = np.array(group.params[0].backend.numpy(getattr(group, name)))
+        return state
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take the moments of an optimiser over the same parameters. Raises UserError where they do not fit."""
+        expected = {name: values.shape for name, values in self.state_dict().items()}
+        given = {name: np.shape(values) for name, values in state.items()}
+        if expected != given:
+            raise UserError(f"optimiser state: expected {expected}, got {given}; was it saved from another model?")
+        self.step_count = int(state["step_count"])
+        for i, group in enumerate(self.groups):
+            for name in ("exp_avg", "exp_avg_sq"):
+                getattr(group, name)[...] = group.params[0].backend.asarray(state[f"groups.{i}.{name}"])
+
+
+def parameter_groups(model: Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: decay on matrices, none on biases and layer norms (Devlin et al. 2019, appendix A.2)."""
+    decayed, rest = [], []
+    for _, parameter in model.named_parameters():
+        (decayed if len(parameter.declared_shape) > 1 else rest).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def linear_schedule(step: int, warmup_steps: int, total_steps: int) -> float:
+    """The factor of the learning rate at 0-based `step`: linear from 0 over the warm-up, then linear to 0 at the end."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))

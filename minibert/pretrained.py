@@ -1,0 +1,79 @@
+"""What every model has: a place, a seed, and a folder to come from and to go to."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from minibert import backends, checkpoint
+from minibert.backends.base import Backend
+from minibert.config import BertConfig
+from minibert.errors import UserError
+from minibert.nn import Module, Parameter, Place
+
+DTYPES = ("float32", "float64")
+
+
+class PreTrained(Module):
+    """A model on a backend."""
+
+    config: BertConfig
+    place: Place
+    seed: int
+
+    def begin(self, config: BertConfig, backend: str | Backend, dtype: str, seed: int) -> Place:
+        if dtype not in DTYPES:
+            raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed: expected 0 .. {2**32 - 1}, got {seed}")
+        self.config, self.seed = config, seed
+        self.place = Place(backends.get(backend) if isinstance(backend, str) else backend, dtype)
+        return self.place
+
+    @property
+    def backend(self) -> Backend:
+        return self.place.backend
+
+    def initialise(self, only: set[str] | None = None) -> None:
+        """Draw first values for every parameter, or for those named: by seed and name, whatever else the model holds."""
+        for name, parameter in self.named_parameters():
+            if only is None or name in only:
+                parameter.initialise(self.seed, name.removeprefix("bert."), self.config.initializer_range)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """A copy of every parameter, as NumPy, by Hugging Face's name."""
+        return {name: np.array(self.backend.numpy(p.data)) for name, p in self.named_parameters()}
+
+    def load_state_dict(self, arrays: dict[str, np.ndarray], strict: bool = True) -> checkpoint.LoadReport:
+        """Take values by name. Raises UserError for a wrong shape and, if `strict`, for a missing or unexpected name."""
+        parameters: dict[str, Parameter] = dict(self.named_parameters())
+        matched, report = checkpoint.match(arrays, {name: p.declared_shape for name, p in parameters.items()})
+        if strict and (report.missing or report.unexpected):
+            raise UserError(f"the weights do not fit the model: {report}")
+        for name, values in matched.items():
+            parameters[name].assign(values)
+        return report
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, backend: str | Backend = "numba", dtype: str = "float32", seed: int = 0
+    ) -> Self:
+        """Load config.json and model.safetensors from a folder, with dropout off.
+
+        Parameters that the file lacks are drawn from `seed`, and a warning names them. Raises UserError for a folder
+        that is not a checkpoint, and for weights of the wrong shape.
+        """
+        read = checkpoint.read_folder(folder)
+        model = cls(read.config, backend, dtype, seed, initialise=False)
+        report = model.load_state_dict(read.arrays, strict=False)
+        if report.missing:
+            warnings.warn(f"{folder}: {report}; the missing ones are newly initialised", stacklevel=2)
+            model.initialise(set(report.missing))
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, tokenizer_files: Any = None) -> None:
+        """Write config.json and model.safetensors, as transformers reads them; `tokenizer_files` are copied beside them."""
+        checkpoint.write_folder(folder, self.config, self.state_dict(), tokenizer_files, architecture=type(self).__name__)
