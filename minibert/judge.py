@@ -1,0 +1,127 @@
+"""How far an output stands from its formula: three numbers, and a verdict element by element.
+
+The formula is evaluated in float64 on the inputs that the backend saw (already rounded to its precision), and beside it
+runs a bound on what any evaluation in that precision may commit (`minibert.kernels.readings`: Wilkinson's running error
+analysis). With u the unit roundoff of the precision:
+
+- `ulp_max`: the largest |got - expected|, in units in the last place of `expected`: 2u 2^e where 2^e <= |expected| <
+  2^(e+1). Below the smallest normal number it is the unit of that number. It misleads where terms cancel.
+- `err_over_us`: the largest |got - expected| / (u S), S the sum of the absolute values of the terms last added.
+- `bound_share`: the largest |got - expected| / bound. Passing means at most 1 on every element; a bound of 0 (copies)
+  means the very same number.
+
+The float64 evaluation has rounding errors as well. They are at most u(float64) / u of those bounded, so the bound is
+widened by that share: by 2^-29 for float32, and doubled for float64, where both sides commit it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minibert.kernels.op import Array, Op, outputs
+from minibert.kernels.readings import PRECISIONS, Bound, bound
+
+
+class Worst(NamedTuple):
+    """The element that used up the largest share of its bound."""
+
+    output: int  # 0: the output; 1 and on: what is kept for the gradient
+    index: tuple[int, ...]
+    expected: float
+    got: float
+    bound: float
+
+    def __str__(self) -> str:
+        where = f"output {self.output}" + (f"[{', '.join(map(str, self.index))}]" if self.index else "")
+        off = abs(self.got - self.expected)
+        return f"{where}: expected {self.expected:.9g}, got {self.got:.9g}, off by {off:.3g}, allowed {self.bound:.3g}"
+
+
+class Judgement(NamedTuple):
+    """What the module's docstring says, over all outputs of one call."""
+
+    ulp_max: float
+    err_over_us: float
+    bound_share: float
+    ok: bool
+    worst: Worst | None  # None where there is no element, or `problem` says why none was looked at
+    problem: str  # wrong number of outputs, shape or dtype; else empty
+    unbounded: int  # elements of which the bound says nothing, being infinite: they count as right if finite
+
+
+def expect(op: Op, arrays: Sequence[Array], params: Mapping[str, Any], dtype: str) -> list[Bound]:
+    """What `op` should give on these NumPy arrays, with the bound for an evaluation in `dtype`.
+
+    For an op that writes in place: the arrays as they were before.
+    """
+    widened = 1 + PRECISIONS["float64"].roundoff / PRECISIONS[dtype].roundoff
+    return [b._replace(error=b.error * widened) for b in bound(op, *arrays, precision=dtype, **params)]
+
+
+def judge(op: Op, arrays: Sequence[Array], params: Mapping[str, Any], got: Any, dtype: str) -> Judgement:
+    """Judge what a backend returned (as NumPy: one array, or a tuple with the residuals) for one call of `op`.
+
+    For an op that writes in place `arrays` are those from before the call, and `got` those that it wrote.
+    """
+    return judge_against(expect(op, arrays, params, dtype), got, dtype)
+
+
+def judge_against(expected: Sequence[Bound], got: Any, dtype: str) -> Judgement:
+    """The same, where what is expected is known already."""
+    results = outputs(got)
+    problem = _problem(expected, results, dtype)
+    if problem:
+        return Judgement(np.inf, np.inf, np.inf, False, None, problem, 0)
+    ulp, over_us, share, unbounded, worst = 0.0, 0.0, 0.0, 0, None
+    for k, (b, result) in enumerate(zip(expected, results, strict=True)):
+        if not result.size:
+            continue
+        off, allowed = _distance(b, result, dtype)
+        shares = _share(off, allowed)
+        at = np.unravel_index(int(shares.argmax()), shares.shape)
+        if worst is None or shares[at] > share:
+            worst = Worst(k, tuple(map(int, at)), float(b.value[at]), float(result[at]), float(allowed[at]))
+        share = max(share, float(shares[at]))
+        ulp = max(ulp, float((off / _ulp(b.value, dtype)).max()))
+        precision = PRECISIONS[dtype]
+        over_us = max(over_us, float((off / np.maximum(precision.roundoff * b.terms, precision.tiny)).max()))
+        unbounded += int(np.isinf(allowed).sum())
+    return Judgement(ulp, over_us, share, share <= 1, worst, "", unbounded)
+
+
+def _problem(expected: Sequence[Bound], results: tuple[Array, ...], dtype: str) -> str:
+    if len(results) != len(expected):
+        return f"expected {len(expected)} outputs, got {len(results)}"
+    for k, (b, result) in enumerate(zip(expected, results, strict=True)):
+        if result.shape != b.value.shape:
+            return f"output {k}: expected shape {b.value.shape}, got {result.shape}"
+        if result.dtype != np.dtype(dtype):
+            return f"output {k}: expected dtype {dtype}, got {result.dtype}"
+    return ""
+
+
+def _distance(b: Bound, result: Array, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """|got - expected| and what is allowed; infinity and NaN must be where the formula has them, and nowhere else."""
+    got = np.asarray(result, np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        same = (got == b.value) | (np.isnan(got) & np.isnan(b.value))
+        beyond = np.abs(b.value) + b.error > float(np.finfo(dtype).max)  # may overflow, to its own side
+        same |= beyond & (got == np.copysign(np.inf, b.value))
+        off = np.where(same, 0.0, np.abs(got - b.value))
+    off = np.where(np.isnan(off), np.inf, off)
+    return off, np.where(np.isfinite(b.value), b.error, 0.0)
+
+
+def _share(off: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        share = off / allowed
+    return np.where(off == 0, 0.0, np.where(np.isinf(off) | np.isnan(share), np.inf, share))
+
+
+def _ulp(value: np.ndarray, dtype: str) -> np.ndarray:
+    precision = PRECISIONS[dtype]
+    size = np.where(np.isfinite(value), np.maximum(np.abs(value), precision.tiny), 1.0)
+    return np.ldexp(2 * precision.roundoff, np.frexp(size)[1] - 1)
