@@ -67,7 +67,7 @@ class LoadReport(NamedTuple):
 def read_folder(folder: AnyPath) -> Checkpoint:
     """The config and weights in `folder`: config.json, and model.safetensors or its shards with their index.
 
-    16-bit floats come back as float32. Raises UserError, in one line that names the file, for all that is wrong with it.
+    16-bit floats come back as float32. Raises UserError, one line that names the file, for all that is wrong with it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -81,7 +81,7 @@ def read_folder(folder: AnyPath) -> Checkpoint:
     if pickles:
         raise UserError(
             f"{folder} holds {pickles[0]} but no {WEIGHTS}: a pickle can run code and is never loaded; convert it "
-            "where you trust it, with transformers: BertForPreTraining.from_pretrained(old).save_pretrained(new)"
+            "where you trust it, by from_pretrained and save_pretrained of transformers"
         )
     raise UserError(f"no {WEIGHTS} in {folder}: expected a folder that save_pretrained wrote")
 
@@ -168,9 +168,9 @@ def match(arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ..
     """
     found = {_modern(name): array for name, array in arrays.items() if not BUFFERS.search(name)}
     for second, first in TIED.items():
-        if second in found and second not in expected and first in expected:
-            if DECODER in expected or _same_where_both(found, first, second):
-                found[first] = found.pop(second)
+        concerns = second in found and second not in expected and first in expected
+        if concerns and (DECODER in expected or _same_where_both(found, first, second)):
+            found[first] = found.pop(second)
     matched: Arrays = {}
     unexpected = []
     for name, array in found.items():
@@ -226,7 +226,7 @@ def write_folder(
     """
     folder = Path(folder)
     kept = {name: array for name, array in arrays.items() if not (config.tie_word_embeddings and name in TIED)}
-    if DECODER in kept:
+    if DECODER in kept and BIAS in kept:
         kept.setdefault(DECODER_BIAS, kept[BIAS])
     dtypes = sorted({str(array.dtype) for array in kept.values()})
     about = {"architectures": [architecture], "dtype": dtypes[0] if len(dtypes) == 1 else "float32", **config.to_dict()}
