@@ -13,6 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import NamedTuple
 
 from minibert.backends.base import Backend, BackendUnavailable
+from minibert.errors import UserError
 
 __all__ = ["Backend", "BackendUnavailable", "Status", "available", "get", "names", "set_num_threads"]
 
@@ -45,7 +46,7 @@ def names() -> list[str]:
 def get(name: str) -> Backend:
     """The backend called `name`; its library is imported here, on first use, and nowhere else.
 
-    Raises ValueError for a name that is not known and BackendUnavailable where it cannot run.
+    Raises UserError for a name that is not known and BackendUnavailable where it cannot run.
     """
     if name not in _loaded:
         _loaded[name] = _load(name)
@@ -56,7 +57,7 @@ def get(name: str) -> Backend:
 
 def _load(name: str) -> Backend:
     if name not in names():
-        raise ValueError(f"no backend is called {name!r}: choose one of {', '.join(names())}")
+        raise UserError(f"no backend is called {name!r}: choose one of {', '.join(names())}")
     try:
         found = import_module(BUILT_IN[name]).backend if name in BUILT_IN else _third_party()[name].load()
     except ImportError as error:
@@ -80,7 +81,7 @@ def available() -> list[Status]:
 
 def _threads(value: object, source: str) -> int:
     if not str(value).isdigit() or int(str(value)) < 1:
-        raise ValueError(f"{source}: expected a number of threads of 1 or more, got {value!r}")
+        raise UserError(f"{source}: expected a number of threads of 1 or more, got {value!r}")
     return int(str(value))
 
 

@@ -289,3 +289,55 @@ def _unwatched(backend: Backend) -> Iterator[None]:
         yield
     finally:
         backend._watchers = before
+
+
+def facts(found: Comparison, config: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[str, Any]:
+    """The comparison as plain data, as `--json` writes it. Times are milliseconds, medians over the timed steps."""
+    ops = [
+        {
+            "op": r.op.name,
+            "backend": run.backend.name,
+            "by": run.backend.by(r.op),
+            "calls": r.calls,
+            "judged": len(r.judgements),
+            "ms": r.median_seconds * 1e3,
+            "share": r.median_seconds / run.step_seconds,
+            "gflops": rate(r.cost.flops, r.median_seconds),
+            "gbps": rate(r.cost.bytes, r.median_seconds),
+            "ulp_max": r.worst("ulp_max"),
+            "err_over_us": r.worst("err_over_us"),
+            "bound_share": r.worst("bound_share"),
+            "ok": r.ok,
+        }
+        for run in found.runs
+        for r in run.ops.values()
+    ]
+    stages = [
+        {
+            "stage": name,
+            "backend": run.backend.name,
+            "ms_per_sample": stage.seconds * 1e3 / found.samples,
+            "ms_per_token": stage.seconds * 1e3 / len(found.batch.input_ids),
+            "peak_bytes": stage.peak_bytes,
+        }
+        for run in found.runs
+        for name, stage in run.stages.items()
+    ]
+    apart = {
+        run.backend.name: {"loss": found.loss_distance(run), "weights": found.weight_distance(run)} for run in found.runs
+    }
+    return {
+        "machine": dict(machine),
+        "config": dict(config),
+        "backends": [{"name": run.backend.name, "what": run.backend.describe()} for run in found.runs],
+        "ops": ops,
+        "stages": stages,
+        "loss": {run.backend.name: run.losses for run in found.runs},
+        "distance": apart,
+        "ok": found.ok,
+    }
+
+
+def rate(amount: float, seconds: float) -> float:
+    """Billions a second; 0 where nothing was done or no time was seen to pass."""
+    return amount / seconds / 1e9 if seconds > 0 else 0.0

@@ -1,0 +1,80 @@
+"""`minibert check`: the conformance and gradient checks, for a person."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import ExitStack
+from typing import Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from minibert.check import CheckResult, check, find_op
+from minibert.cli import app
+from minibert.cli.compiling import show_compiling
+from minibert.cli.kernels import HELP, load_kernels
+from minibert.cli.options import chosen_backends, console, notes
+from minibert.errors import UserError
+from minibert.kernels import OPS
+
+
+@app.command("check")
+def check_command(
+    names: list[str] = typer.Argument(None, metavar="[OP ...]", help="Ops to check; all of them if none is named."),
+    backend: str = typer.Option(None, "--backend", "--backends", help="Backends to check, as in numpy,numba; default: all."),
+    dtype: str = typer.Option(None, help="float32 or float64; default: float32, and on numpy both."),
+    kernel: list[str] = typer.Option([], help=HELP),
+    seed: int = typer.Option(0, min=0, help="Seed of the inputs."),
+    threads: int = typer.Option(None, min=1, help="Threads of every backend."),
+) -> int:
+    """Check every op on every backend against its formula in float64, and every gradient against the exact derivative.
+
+    A kernel passes if each element of each output lies under the error bound that its formula implies. Exit status 1 if
+    any check fails.
+    """
+    kernels = load_kernels(kernel)
+    compared = chosen_backends(backend, threads)
+    ops = [find_op(name) for name in names] if names else list(kernels) or list(OPS.values())
+    if kernels and not set(kernels) <= set(ops):
+        raise UserError(f"--kernel replaces {', '.join(o.name for o in kernels)}, but only {', '.join(names)} is checked")
+    results: list[CheckResult] = []
+    with ExitStack() as stack:
+        status = stack.enter_context(notes.status("checking"))
+        stack.enter_context(show_compiling(status.update))
+        for place in compared:
+            stack.enter_context(place.using(kernels))
+        for result in check(ops, compared, [dtype] if dtype else None, seed):
+            results.append(result)
+            status.update(f"checking {result.op} on {result.backend} in {result.dtype}: {result.check}")
+    console.print(_table(results))
+    failed = [r for r in results if not r.ok]
+    for result in failed:
+        console.print(f"[red]FAIL[/red] {escape(result.message)}", highlight=False, soft_wrap=True)
+    tried, count = sum(r.inputs for r in results), len({(r.op, r.backend) for r in results})
+    verdict = f"{len(results) - len(failed)} of {len(results)} checks passed: {count} op-backend pairs, {tried} inputs"
+    console.print(f"[{'red' if failed else 'green'}]{'FAIL' if failed else 'PASS'}[/] {verdict}", highlight=False)
+    return 1 if failed else 0
+
+
+def _table(results: list[CheckResult]) -> Table:
+    """A row for each op, backend and dtype: what was tried, and the worst of it."""
+    rows: dict[tuple[str, str, str], list[CheckResult]] = defaultdict(list)
+    for result in results:
+        rows[result.op, result.backend, result.dtype].append(result)
+    table = Table("op", "backend", "dtype", "by", "checks", "inputs", "max ulp", "err/uS", "of bound", "gradient", "")
+    for (op, backend, dtype), group in rows.items():
+        forward = [r for r in group if r.check != "gradient"]
+        gradient = next((r for r in group if r.check == "gradient"), None)
+        table.add_row(
+            op, backend, dtype, group[0].by, str(len(group)), str(sum(r.inputs for r in group)),
+            _worst(forward, "ulp_max", ".2f"), _worst(forward, "err_over_us", ".2f"), _worst(forward, "bound_share", ".1%"),
+            "" if gradient is None else "exact" if gradient.ok else "[red]wrong[/red]",
+            "[green]ok[/green]" if all(r.ok for r in group) else "[red]FAIL[/red]",
+        )  # fmt: skip
+    return table
+
+
+def _worst(results: list[CheckResult], measure: str, form: str) -> str:
+    values: list[Any] = [v for v in (getattr(r, measure) for r in results) if v is not None]
+    return format(max(values), form) if values else ""

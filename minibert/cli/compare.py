@@ -1,0 +1,156 @@
+"""`minibert compare`: one training step of a BERT on every backend, op by op."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from minibert import checkpoint
+from minibert.bert import BertForMaskedLM
+from minibert.cli import app
+from minibert.cli.compiling import show_compiling
+from minibert.cli.kernels import HELP, load_kernels
+from minibert.cli.options import chosen_backends, console, notes
+from minibert.cli.report import markdown, tables, verdict
+from minibert.compare import Comparison, compare, facts
+from minibert.config import NAMED, BertConfig
+from minibert.data import (
+    SHIPPED_TEXT,
+    SHIPPED_VOCABULARY,
+    Batches,
+    Document,
+    PackedBatch,
+    check_vocabulary,
+    encode,
+    load_tokenizer,
+    make_sequences,
+    masking_rule,
+    read_documents,
+    special_ids,
+)
+from minibert.errors import UserError
+
+
+@app.command("compare")
+def compare_command(
+    config: str = typer.Option("tiny", help="tiny, mini, small, medium, base, or a checkpoint's FOLDER."),
+    text: list[Path] = typer.Option(None, help="Text files; default: the one that ships with minibert."),
+    backends: str = typer.Option(None, help="Backends to compare, as in numpy,numba; the first is the reference. Default: all."),
+    steps: int = typer.Option(6, min=2, help="Training steps; the first compiles and judges, the others are timed."),
+    tokens: int = typer.Option(1024, min=8, help="Tokens in the batch."),
+    max_seq_length: int = typer.Option(128, min=8, help="Longest sequence."),
+    kernel: list[str] = typer.Option([], help=HELP),
+    dtype: str = typer.Option("float32", help="float32 or float64."),
+    threads: int = typer.Option(None, min=1, help="Threads of every backend."),
+    seed: int = typer.Option(0, min=0, help="Seed of weights, masks and dropout."),
+    json_file: Path = typer.Option(None, "--json", help="Write the facts to this file as JSON."),
+    markdown_file: Path = typer.Option(None, "--markdown", help="Write the tables to this file as Markdown."),
+) -> int:
+    """Train one batch of real text on every backend and compare the backends op by op.
+
+    Each op's error is its own: every backend gets the reference's inputs, and is judged against the formula in float64.
+    Exit status 1 if any op leaves the error bound that its formula implies.
+    """
+    for path in (json_file, markdown_file):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.resolve().parent}; make it first")
+    kernels = load_kernels(kernel)
+    compared = chosen_backends(backends, threads)
+    folder = None if config in NAMED else Path(config)
+    tokenizer = load_tokenizer(folder if folder and _has_tokenizer(folder) else SHIPPED_VOCABULARY)
+    model_config = _config(config, tokenizer.get_vocab_size())
+    check_vocabulary(tokenizer, model_config.vocab_size)
+    if max_seq_length > model_config.max_position_embeddings:
+        raise UserError(
+            f"--max-seq-length {max_seq_length}: the model has {model_config.max_position_embeddings} positions; "
+            "give that many or fewer"
+        )
+    documents = _enough(read_documents(text or [SHIPPED_TEXT]), tokens)
+    rule = masking_rule(special_ids(tokenizer), model_config.vocab_size)
+
+    def make_batch() -> PackedBatch:
+        sequences = make_sequences(encode(documents, tokenizer), special_ids(tokenizer), max_seq_length)
+        return Batches(sequences, max(tokens, int(sequences.lengths.max())), seed, rule).batch(0)
+
+    if folder is None:
+        make_model = partial(BertForMaskedLM, model_config, dtype=dtype, seed=seed)
+    else:
+        make_model = partial(BertForMaskedLM.from_pretrained, folder, dtype=dtype, seed=seed)
+    with ExitStack() as stack:
+        status = stack.enter_context(notes.status("reading the text"))
+        stack.enter_context(show_compiling(status.update))
+        found = compare(make_model, make_batch, compared, steps, kernels=kernels, progress=status.update)
+    described = _described(config, model_config, dtype, steps, found)
+    console.print(f"{described['name']}: {described['summary']}", highlight=False)
+    for table in tables(found):
+        console.print(table)
+    console.print(verdict(found), highlight=False)
+    machine = _machine()
+    if json_file is not None:
+        json_file.write_text(json.dumps(facts(found, described, machine), indent=1) + "\n")
+    if markdown_file is not None:
+        markdown_file.write_text(markdown(found, described, machine))
+    return 0 if found.ok else 1
+
+
+def _config(name: str, vocabulary: int) -> BertConfig:
+    if name in NAMED:
+        return replace(NAMED[name], vocab_size=vocabulary)
+    if not Path(name).is_dir():
+        raise UserError(f"--config: expected {', '.join(NAMED)} or a checkpoint's folder, got {name!r}")
+    return checkpoint.read_folder(name).config
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+
+
+def _enough(documents: list[Document], tokens: int) -> list[Document]:
+    """The first sentences, some more than a batch needs: what is timed is the making of one batch."""
+    kept: list[Document] = []
+    characters = 0
+    for document in documents:
+        kept.append([])
+        for sentence in document:
+            kept[-1].append(sentence)
+            characters += len(sentence)
+            if characters > 12 * tokens:  # a token is 4 to 5 characters of English
+                return kept
+    return kept
+
+
+def _described(name: str, config: BertConfig, dtype: str, steps: int, found: Comparison) -> dict[str, Any]:
+    batch = found.batch
+    predicted = int((batch.labels >= 0).sum())
+    return {
+        "name": name,
+        **asdict(config),
+        "dtype": dtype,
+        "steps": steps,
+        "sequences": found.samples,
+        "tokens": len(batch.input_ids),
+        "predicted": predicted,
+        "summary": (
+            f"L{config.num_hidden_layers} C{config.hidden_size} H{config.num_attention_heads} V{config.vocab_size}, {dtype}; "
+            f"{found.samples} sequences, {len(batch.input_ids)} tokens, {predicted} predicted; {steps} steps"
+        ),
+    }
+
+
+def _machine() -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"system": platform.platform(), "processor": _processor(), "cores": cores, "python": platform.python_version()}
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,42 @@
+"""`--kernel FILE.py:FUNCTION=OP`: a kernel of one's own, swapped in for the length of a command."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+
+from minibert.backends.base import Kernel
+from minibert.errors import UserError
+from minibert.kernels import OPS, Op
+
+HELP = "Try a kernel of your own: FILE.py:FUNCTION=OP, a function of the op's arrays and parameters. May be repeated."
+
+
+def load_kernels(specs: Iterable[str]) -> dict[Op, Kernel]:
+    """The functions that `--kernel` options name, by op. Raises UserError for a file, function or op that is not there."""
+    kernels: dict[Op, Kernel] = {}
+    for spec in specs:
+        place, _, name = spec.rpartition("=")
+        file, _, function = place.rpartition(":")
+        if not (file and function and name):
+            raise UserError(f"--kernel: expected FILE.py:FUNCTION=OP, got {spec!r}")
+        if name not in OPS:
+            near = get_close_matches(name, OPS, n=1)
+            raise UserError(f"--kernel: no op is called {name!r}: {f'did you mean {near[0]}?' if near else 'see minibert ops'}")
+        kernels[OPS[name]] = _function(Path(file), function)
+    return kernels
+
+
+def _function(path: Path, function: str) -> Kernel:
+    if not path.is_file():
+        raise UserError(f"--kernel: there is no file {path}")
+    try:
+        found = runpy.run_path(str(path), run_name=path.stem)
+    except Exception as error:  # whatever the user's file does: it is the user's to mend
+        raise UserError(f"--kernel: {path} does not run: {type(error).__name__}: {error}") from error
+    if not callable(found.get(function)):
+        functions = ", ".join(k for k, v in found.items() if callable(v) and not k.startswith("_")) or "none"
+        raise UserError(f"--kernel: {path} has no function {function!r}; it has {functions}")
+    return found[function]

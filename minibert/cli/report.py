@@ -1,0 +1,151 @@
+"""What `minibert compare` shows: the same rows as rich tables and as Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from minibert.compare import STAGES, Comparison, OpRecord, rate
+
+
+class Rows(NamedTuple):
+    """A titled table of strings; rich's markup in cells."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def _speed(found: Comparison) -> Rows:
+    """Op by op: calls, and for each backend what ran it, its time, its share of the step and its rates."""
+    reference, *others = found.runs
+    header = ["op", "calls"]
+    for run in found.runs:
+        ratio = [] if run is reference else [f"x {reference.backend.name}"]
+        header += [f"{run.backend.name} by", "ms", *ratio, "share", "GFLOP/s", "GB/s"]
+    rows = []
+    for op in sorted(reference.ops, key=lambda op: -reference.ops[op].median_seconds):
+        row = [op.name, str(reference.ops[op].calls)]
+        for run in found.runs:
+            record = run.ops[op]
+            seconds = record.median_seconds
+            ratio = [] if run is reference else [f"{_ratio(reference.ops[op].median_seconds, seconds):.2f}"]
+            row += [
+                run.backend.by(op), f"{seconds * 1e3:.3f}", *ratio, f"{seconds / run.step_seconds:.1%}",
+                f"{rate(record.cost.flops, seconds):.1f}", f"{rate(record.cost.bytes, seconds):.1f}",
+            ]  # fmt: skip
+        rows.append(row)
+    total = ["step", str(sum(r.calls for r in reference.ops.values()))]
+    for run in found.runs:
+        ratio = [] if run is reference else [f"{_ratio(reference.step_seconds, run.step_seconds):.2f}"]
+        work = [r.cost for r in run.ops.values()]
+        total += [
+            "", f"{run.step_seconds * 1e3:.3f}", *ratio, "100.0%",
+            f"{rate(sum(c.flops for c in work), run.step_seconds):.1f}",
+            f"{rate(sum(c.bytes for c in work), run.step_seconds):.1f}",
+        ]  # fmt: skip
+    return Rows("Speed: one training step, medians", header, [*rows, total])
+
+
+def _errors(found: Comparison) -> Rows:
+    """Op by op: each backend on the reference's inputs, against the formula in float64."""
+    header = ["op", "judged"]
+    for run in found.runs:
+        header += [f"{run.backend.name} max ulp", "err/uS", "of bound", ""]
+    rows = []
+    for op, record in found.runs[0].ops.items():
+        row = [op.name, f"{len(record.judgements)}"]
+        for run in found.runs:
+            row += _error_cells(run.ops[op])
+        rows.append(row)
+    return Rows("Error: local (same inputs), against the formula in float64", header, rows)
+
+
+def _error_cells(record: OpRecord) -> list[str]:
+    if not record.judgements:
+        return ["", "", "", "not judged"]
+    ulp, over_us, share = (record.worst(m) or 0.0 for m in ("ulp_max", "err_over_us", "bound_share"))
+    return [f"{ulp:.3g}", f"{over_us:.3g}", f"{share:.2%}", "[green]ok[/green]" if record.ok else "[red]FAIL[/red]"]
+
+
+def _stages(found: Comparison) -> Rows:
+    header = ["stage"]
+    for run in found.runs:
+        header += [f"{run.backend.name} ms/sample", "us/token", "peak MB"]
+    tokens = len(found.batch.input_ids)
+    rows = []
+    for name in STAGES:
+        row = [name]
+        for run in found.runs:
+            stage = run.stages[name]
+            per_sample, per_token = stage.seconds * 1e3 / found.samples, stage.seconds * 1e6 / tokens
+            row += [f"{per_sample:.3f}", f"{per_token:.2f}", f"{stage.peak_bytes / 1e6:.1f}"]
+        rows.append(row)
+    return Rows("Stages", header, rows)
+
+
+def _losses(found: Comparison) -> Rows:
+    names = [run.backend.name for run in found.runs]
+    rows = [[str(i + 1), *(repr(run.losses[i]) for run in found.runs)] for i in range(len(found.runs[0].losses))]
+    rows.append(["loss apart (relative)", *(f"{found.loss_distance(run):.2g}" for run in found.runs)])
+    rows.append(["weights apart (relative)", *(f"{found.weight_distance(run):.2g}" for run in found.runs)])
+    return Rows("Loss after each step", ["step", *names], rows)
+
+
+def _all(found: Comparison) -> Iterator[Rows]:
+    yield _speed(found)
+    yield _errors(found)
+    yield _stages(found)
+    yield _losses(found)
+
+
+def tables(found: Comparison) -> Iterator[Table]:
+    for rows in _all(found):
+        table = Table(title=rows.title, title_justify="left", header_style="bold")
+        for i, name in enumerate(rows.header):
+            table.add_column(name, justify="left" if i == 0 or name.endswith(" by") else "right")
+        for row in rows.rows:
+            table.add_row(*row)
+        yield table
+
+
+def verdict(found: Comparison) -> str:
+    """One line: whether every op stayed within its bound, how far the losses stand apart, and how fast each was."""
+    reference, *others = found.runs
+    speeds = [f"{run.backend.name} {_ratio(reference.step_seconds, run.step_seconds):.2f}x {reference.backend.name}" for run in others]
+    losses = max(found.loss_distance(run) for run in found.runs)
+    apart = f"; losses within {losses:.1g} of each other" if others else ""
+    speed = f"; speed of a step: {', '.join(speeds)}" if others else ""
+    if found.ok:
+        judged = sum(len(r.judgements) for run in found.runs for r in run.ops.values())
+        names = ", ".join(run.backend.name for run in found.runs)
+        return f"[green]PASS[/green] {len(reference.ops)} ops on {names}: {judged} judged calls within their bound{apart}{speed}"
+    run, record, judgement = found.failures[0]
+    bad = sorted({f"{r.op.name} on {b.backend.name}" for b, r, _ in found.failures})
+    return f"[red]FAIL[/red] {', '.join(bad)}: {judgement.problem or judgement.worst}{speed}"
+
+
+def markdown(found: Comparison, config: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
+    """The tables and the verdict as a Markdown page."""
+    lines = ["# minibert compare", "", f"{config['name']}: {config['summary']}", ""]
+    lines += [f"- {key}: {value}" for key, value in machine.items()]
+    lines += [f"- {run.backend.name}: {run.backend.describe()}" for run in found.runs]
+    for rows in _all(found):
+        lines += ["", f"## {rows.title}", "", _line(rows.header), _line(["---"] * len(rows.header))]
+        lines += [_line(row) for row in rows.rows]
+    return "\n".join([*lines, "", _plain(verdict(found)), ""])
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(_plain(cell) for cell in cells)} |"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\[/?(green|red|bold)?\]", "", text)
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b > 0 else float("nan")
