@@ -1,0 +1,413 @@
+"""Pretraining: steps over packed batches, held-out evaluation, a log, and a state from which a run goes on exactly.
+
+    data = prepare(read_documents(["speeches.txt"]), tokenizer, config)
+    trainer = Trainer(BertForMaskedLM(bert_config, backend="numba", seed=config.seed), data, config, "folder")
+    for kind, record in trainer.run():
+        print(kind, record)
+
+What a step does is named by its number alone (its batch, masks and dropout are drawn by Philox from seed and step), so
+a run that was stopped goes on with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from minibert.bert import BertForMaskedLM
+from minibert.checkpoint import read_arrays, write_arrays
+from minibert.data import (
+    Batches,
+    Document,
+    PackedBatch,
+    Sequences,
+    check_vocabulary,
+    encode,
+    make_sequences,
+    masking_rule,
+    save_tokenizer,
+    special_ids,
+    split,
+)
+from minibert.data.masking import IGNORED
+from minibert.errors import UserError
+from minibert.kernels.cross_entropy import cross_entropy
+from minibert.kernels.op import Array, Op, outputs
+from minibert.optim import AdamW, linear_schedule, parameter_groups
+from minibert.tensor import no_grad
+
+LOG = "training_log.jsonl"
+STATE = "trainer_state.safetensors"
+SINCE = ("steps", "loss", "tokens", "seconds")  # sums since the last line of the log
+
+Record = dict[str, Any]
+Kind = Literal["step", "log", "eval"]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained, under the names of Hugging Face's TrainingArguments where it has one.
+
+    Raises UserError where a value is of the wrong type or out of range.
+    """
+
+    max_steps: int = 1000  # updates; the learning rate reaches 0 after the last
+    tokens_per_batch: int = 2048  # packed tokens of one forward pass: a budget, filled with sequences of mixed length
+    gradient_accumulation_steps: int = 1  # passes summed into one update, for batches beyond memory
+    max_seq_length: int = 128  # where sequences are cut: attention costs its square, and sentences are short
+    learning_rate: float = 1e-3  # at its highest; small models take more than the 1e-4 of BERT base
+    warmup_steps: int = 100  # the first second moments are poor estimates: full steps by them go astray
+    weight_decay: float = 0.01  # on matrices, as BERT
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.98  # RoBERTa's: a memory of 50 steps; the usual 0.999 outlasts the warm-up of a short run
+    adam_epsilon: float = 1e-6  # BERT's; rows of rare words have tiny second moments
+    max_grad_norm: float = 1.0  # as BERT
+    mlm_probability: float = 0.15  # as BERT
+    next_sentence: bool = False  # RoBERTa found that this second task does not help
+    held_out: float = 0.05  # share of the text, in whole documents, that is never trained on
+    eval_tokens: int = 50_000  # of the held-out text, the same at each evaluation: about 7000 predictions
+    logging_steps: int = 10
+    eval_steps: int = 250
+    save_steps: int = 500
+    seed: int = 0  # of weights, split, order, masks and dropout
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if type(f.default) is float and type(value) is int:
+                object.__setattr__(self, f.name, float(value))
+            elif type(value) is not type(f.default):
+                raise UserError(f"expected {f.name} to be {type(f.default).__name__}, got {value!r}")
+        for name in ("max_steps", "tokens_per_batch", "gradient_accumulation_steps", "max_seq_length", "eval_tokens",
+                     "logging_steps", "eval_steps", "save_steps"):  # fmt: skip
+            self._require(getattr(self, name) >= 1, name, "1 or more")
+        for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
+            self._require(getattr(self, name) > 0, name, "above 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            self._require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+        for name in ("mlm_probability", "held_out"):
+            self._require(0 < getattr(self, name) < 1, name, "between 0 and 1")
+        self._require(0 <= self.weight_decay < math.inf, "weight_decay", "0 or more")
+        self._require(self.learning_rate < math.inf, "learning_rate", "finite")
+        self._require(self.warmup_steps >= 0, "warmup_steps", "0 or more")
+        self._require(0 <= self.seed < 2**32, "seed", f"from 0 to {2**32 - 1}")
+
+    def _require(self, holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            raise UserError(f"expected {name} to be {expected}, got {getattr(self, name)}")
+
+
+class Data(NamedTuple):
+    """Text made ready: the sequences to train on, those held out, and how frequent each token is."""
+
+    tokenizer: Tokenizer
+    train: Sequences
+    held_out: Sequences
+    unigram: np.ndarray  # (V,) float64: the logarithm of each token's share of the training text, one added to each count
+
+    @property
+    def fingerprint(self) -> int:
+        """A checksum: a run goes on with the text it began with."""
+        return zlib.crc32(self.held_out.ids.tobytes(), zlib.crc32(self.train.ids.tobytes()))
+
+
+def prepare(documents: Sequence[Document], tokenizer: Tokenizer, config: TrainingConfig) -> Data:
+    """Encode, hold documents out, cut into sequences. Raises UserError where the text is too short."""
+    special = special_ids(tokenizer)
+    train, held_out = (
+        make_sequences(part, special, config.max_seq_length, config.next_sentence, config.seed)
+        for part in split(encode(documents, tokenizer), config.held_out, config.seed)
+    )
+    counts = np.bincount(train.ids, minlength=tokenizer.get_vocab_size()) + 1.0
+    counts[list(special)] = 1.0
+    return Data(tokenizer, train, held_out, np.log(counts / counts.sum()))
+
+
+class NonFiniteError(UserError):
+    """Training stopped, with nothing updated, because a number is no longer finite. The message names the op."""
+
+
+class FirstNonFinite:
+    """A watcher that stops at the first op whose output holds NaN or infinity."""
+
+    def __init__(self, to_numpy: Callable[[Array], np.ndarray]) -> None:
+        self.to_numpy, self.calls = to_numpy, 0
+
+    def __call__(self, op: Op, arrays: tuple[Array, ...], params: Mapping[str, Any], call: Callable[[], Any]) -> Any:
+        self.calls += 1
+        bad_inputs = [i for i, array in enumerate(arrays) if self.place(array) is not None]
+        result = call()
+        for i, output in enumerate(outputs(result)):
+            place = self.place(output)
+            if place is not None:
+                value = self.to_numpy(output)[place]
+                inputs = f"its input {bad_inputs[0]} was not finite before" if bad_inputs else "its inputs were finite"
+                raise NonFiniteError(
+                    f"first in op {op.name} (call {self.calls} of the step): element {list(place)} of output {i}, of "
+                    f"shape {self.to_numpy(output).shape}, is {value}; {inputs}"
+                )
+        return result
+
+    def place(self, array: Array) -> tuple[int, ...] | None:
+        """The index of the first element that is not finite."""
+        values = self.to_numpy(array)
+        if values.dtype.kind != "f" or np.isfinite(values).all():
+            return None
+        return tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
+
+
+class State(NamedTuple):
+    """A run as it was saved: its config, what else was asked for (`options`), how far it came, weights and moments."""
+
+    config: TrainingConfig
+    options: dict[str, Any]
+    progress: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+
+def read_state(folder: str | Path) -> State:
+    """The state in `folder`. Raises UserError where there is none, or none that can be read."""
+    path = Path(folder) / STATE
+    if not path.is_file():
+        raise UserError(f"nothing to resume in {folder}: expected {STATE} there, as `minibert pretrain --output` writes it")
+    arrays, metadata = read_arrays(path)
+    try:
+        about = json.loads(metadata["trainer_state"])
+        return State(TrainingConfig(**about["config"]), about["options"], about["progress"], arrays)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no state of a run of this version ({error}): begin a new run") from None
+
+
+class Trainer:
+    """One run, whose results are written into the folder `output` as it goes.
+
+    There: the model, as `from_pretrained` reads it; its tokenizer; `training_log.jsonl`; and the state to resume from.
+    `options` is kept in the state for whoever resumes. Raises UserError where model, text and config do not fit.
+    """
+
+    def __init__(
+        self, model: BertForMaskedLM, data: Data, config: TrainingConfig, output: str | Path,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        check_vocabulary(data.tokenizer, model.config.vocab_size)
+        if config.max_seq_length > model.config.max_position_embeddings:
+            raise UserError(
+                f"expected max_seq_length of at most {model.config.max_position_embeddings}, the positions of the model, "
+                f"got {config.max_seq_length}: lower it"
+            )
+        self.model, self.data, self.config, self.output = model, data, config, Path(output)
+        self.options = dict(options or {})
+        self.optimizer = AdamW(
+            parameter_groups(model, config.weight_decay), config.learning_rate, (config.adam_beta1, config.adam_beta2),
+            config.adam_epsilon, max_grad_norm=config.max_grad_norm,
+        )  # fmt: skip
+        rule = masking_rule(special_ids(data.tokenizer), data.tokenizer.get_vocab_size(), config.mlm_probability)
+        self.batches = Batches(data.train, config.tokens_per_batch, config.seed, rule)
+        held_out = Batches(data.held_out, config.tokens_per_batch, config.seed ^ 0x5EED, rule)  # other masks, always the same
+        count = min(held_out.steps_in_epoch(0), -(-config.eval_tokens // config.tokens_per_batch))
+        self.held_out = [held_out.batch(i) for i in range(count)]
+        self.stop = False  # set it, from a signal handler say, and the run ends after the step
+        # How far the run came, and sums since the last line of the log: plain numbers, saved as they are.
+        self.progress: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "since": dict.fromkeys(SINCE, 0)}
+
+    @property
+    def step(self) -> int:
+        """Updates done so far."""
+        return self.progress["step"]
+
+    @property
+    def unigram_loss(self) -> float:
+        """Cross entropy of guessing the held-out masked tokens by their frequency in the training text: to be beaten."""
+        labels = np.concatenate([batch.labels[batch.labels != IGNORED] for batch in self.held_out])
+        return float(-self.data.unigram[labels].mean())
+
+    # ------------------------------------------------------------------------------------------------------- the loop
+
+    def run(self) -> Iterator[tuple[Kind, Record]]:
+        """Train to the end, or until `stop`; the state is saved first and last. Yields each step, log line, evaluation."""
+        config = self.config
+        if self.step == 0:
+            self.begin()
+            yield "eval", self.evaluate_and_log()
+        saved = self.step
+        while self.step < config.max_steps and not self.stop:
+            record = self.train_step()
+            yield "step", record
+            if self.step % config.logging_steps == 0 or self.step == config.max_steps:
+                yield "log", self.log(self.summary(record))
+            if self.step % config.eval_steps == 0 or self.step == config.max_steps:
+                yield "eval", self.evaluate_and_log()
+            if self.step % config.save_steps == 0:
+                self.save()
+                saved = self.step
+        if saved != self.step:
+            self.save()
+
+    def train_step(self) -> Record:
+        """One update. Raises NonFiniteError, with nothing updated, where loss or gradients are not finite."""
+        began = time.perf_counter()
+        learning_rate = self.config.learning_rate * linear_schedule(
+            self.step, self.config.warmup_steps, self.config.max_steps
+        )
+        self.optimizer.lr = learning_rate
+        loss, tokens = self.forward_backward()
+        try:
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss}")
+            self.optimizer.step()
+        except FloatingPointError as error:
+            raise NonFiniteError(self.explain(error)) from None
+        seconds = time.perf_counter() - began
+        self.progress["step"] += 1
+        self.progress["tokens"] += tokens
+        self.progress["seconds"] += seconds
+        for name, value in zip(SINCE, (1, loss, tokens, seconds), strict=True):
+            self.progress["since"][name] += value
+        return {
+            "step": self.step,
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "grad_norm": self.optimizer.grad_norm,
+            "tokens": tokens,
+            "seconds": seconds,
+        }
+
+    def forward_backward(self) -> tuple[float, int]:
+        """Gradients of the step's batches, averaged; their mean loss and their tokens."""
+        passes = self.config.gradient_accumulation_steps
+        self.model.train()
+        self.optimizer.zero_grad()
+        loss, tokens = 0.0, 0
+        for number in range(self.step * passes, (self.step + 1) * passes):
+            batch = self.batches.batch(number)
+            self.model.step = number  # names the dropout masks
+            out = self.forward(batch, labels=batch.labels)
+            (out.loss if passes == 1 else out.loss * (1 / passes)).backward()
+            loss += out.loss.item() / passes
+            tokens += len(batch.input_ids)
+        return loss, tokens
+
+    def forward(self, batch: PackedBatch, labels: np.ndarray | None = None) -> Any:
+        more = {}
+        if labels is not None and batch.next_sentence_label is not None:
+            more["next_sentence_label"] = batch.next_sentence_label
+        return self.model(
+            batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids,
+            cu_seqlens=batch.cu_seqlens, labels=labels, **more,
+        )  # fmt: skip
+
+    def explain(self, error: FloatingPointError) -> str:
+        """Run the step again, with an eye on every op, to find where it went wrong."""
+        backend = self.model.backend
+        found = "not seen again when the step was repeated: a kernel gives other results each time"
+        try:
+            with backend.watched_by(FirstNonFinite(backend.numpy)):
+                self.forward_backward()
+                self.optimizer.square_norm()
+        except NonFiniteError as first:
+            found = str(first)
+        return (
+            f"step {self.step + 1}: {error}: {found}. Nothing was updated; try a lower learning rate than "
+            f"{self.optimizer.lr:.3g}, or --resume from the last checkpoint"
+        )
+
+    # ------------------------------------------------------------------------------------------------------ evaluation
+
+    def evaluate(self) -> Record:
+        """Loss and accuracy on the held-out masked tokens: always the same ones, dropout off."""
+        self.model.eval()
+        loss = hits = count = 0.0
+        follows: list[np.ndarray] = []
+        with no_grad():
+            for batch in self.held_out:
+                out = self.forward(batch)
+                index = np.flatnonzero(batch.labels != IGNORED)
+                labels = batch.labels[index]
+                logits = out.logits_at(index)
+                hits += np.count_nonzero(logits.numpy().argmax(axis=-1) == labels)
+                loss += self.mean_loss(logits.data, labels) * len(labels)
+                count += len(labels)
+                if batch.next_sentence_label is not None:
+                    follows.append(out.seq_relationship_logits.numpy().argmax(axis=-1) == batch.next_sentence_label)
+        record = {"eval_loss": loss / count, "eval_accuracy": float(hits / count)}
+        if follows:
+            record["eval_next_sentence_accuracy"] = float(np.concatenate(follows).mean())
+        return record
+
+    def mean_loss(self, logits: Array, labels: np.ndarray) -> float:
+        backend = self.model.backend
+        return float(backend.numpy(backend.run(cross_entropy, logits, backend.asarray(labels))[0]))
+
+    def evaluate_and_log(self) -> Record:
+        return self.log({"step": self.step, **self.evaluate(), "unigram_loss": self.unigram_loss})
+
+    # ---------------------------------------------------------------------------------------------- log and checkpoints
+
+    def summary(self, record: Record) -> Record:
+        """A line of the log: means since the last one, totals since the start."""
+        steps, loss, tokens, seconds = (self.progress["since"][name] for name in SINCE)
+        self.progress["since"] = dict.fromkeys(SINCE, 0)
+        return {
+            **record,
+            "loss": loss / steps,
+            "tokens": self.progress["tokens"],
+            "tokens_per_second": tokens / seconds,
+            "seconds": self.progress["seconds"],
+        }
+
+    def log(self, record: Record) -> Record:
+        with open(self.output / LOG, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        return record
+
+    def begin(self) -> None:
+        """Write all there is before the first step: what cannot be written shows now, and any interrupt can be resumed."""
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            save_tokenizer(self.data.tokenizer, self.output)
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise UserError(f"cannot write into {self.output}: {error}; choose another --output") from None
+        self.save()
+
+    def save(self) -> None:
+        """Write the model and, in one file that replaces the last one whole, all that resuming needs."""
+        about = {
+            "config": asdict(self.config),
+            "options": self.options,
+            "progress": {**self.progress, "fingerprint": self.data.fingerprint},
+        }
+        weights = {f"model.{name}": array for name, array in self.model.state_dict().items()}
+        moments = {f"optimizer.{name}": array for name, array in self.optimizer.state_dict().items()}
+        write_arrays(self.output / STATE, {**weights, **moments}, {"trainer_state": json.dumps(about)})
+        self.model.save_pretrained(self.output)
+
+    def resume(self, state: State) -> None:
+        """Go on from a state. Raises UserError where it belongs to another model or text."""
+        progress = dict(state.progress)
+        if progress.pop("fingerprint") != self.data.fingerprint:
+            raise UserError("the text, its tokens or its split are not those this run began with: give the same text")
+        self.model.load_state_dict(
+            {name.removeprefix("model."): array for name, array in state.arrays.items() if name.startswith("model.")}
+        )
+        self.optimizer.load_state_dict(
+            {name.removeprefix("optimizer."): a for name, a in state.arrays.items() if name.startswith("optimizer.")}
+        )
+        self.progress = {**progress, "since": dict(progress["since"])}
+        self.forget_log_after(self.step)
+
+    def forget_log_after(self, step: int) -> None:
+        """Drop lines of steps that will be done again."""
+        path = self.output / LOG
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        if kept != lines:
+            path.write_text("".join(kept), encoding="utf-8")
