@@ -377,7 +377,7 @@ def check(
     for dtype in dtypes or ():
         if dtype not in ("float32", "float64"):
             raise UserError(f"expected dtype float32 or float64, got {dtype!r}")
-    chosen = [_op(op) for op in (OPS if ops is None else ops)]
+    chosen = [find_op(op) for op in (OPS if ops is None else ops)]
     if backends is None:
         places = [status.backend for status in _backends.available() if status.backend is not None]
     else:
@@ -388,7 +388,8 @@ def check(
                 yield run_check(name, op, backend, dtype, seed)
 
 
-def _op(op: str | Op) -> Op:
+def find_op(op: str | Op) -> Op:
+    """The op of that name; UserError if there is none."""
     if isinstance(op, Op):
         return op
     if op not in OPS:

@@ -6,7 +6,7 @@ analysis). With u the unit roundoff of the precision:
 
 - `ulp_max`: the largest |got - expected|, in units in the last place of `expected`: 2u 2^e where 2^e <= |expected| <
   2^(e+1). Below the smallest normal number it is the unit of that number. It misleads where terms cancel.
-- `err_over_us`: the largest |got - expected| / (u S), S the sum of the absolute values of the terms last added.
+- `err_over_us`: the largest |got - expected| / (u S), S the sum of the absolute values of the terms added on the way.
 - `bound_share`: the largest |got - expected| / bound. Passing means at most 1 on every element; a bound of 0 (copies)
   means the very same number.
 
@@ -29,13 +29,13 @@ class Worst(NamedTuple):
     """The element that used up the largest share of its bound."""
 
     output: int  # 0: the output; 1 and on: what is kept for the gradient
-    index: tuple[int, ...]
+    place: tuple[int, ...]
     expected: float
     got: float
     bound: float
 
     def __str__(self) -> str:
-        where = f"output {self.output}" + (f"[{', '.join(map(str, self.index))}]" if self.index else "")
+        where = f"output {self.output}" + (f"[{', '.join(map(str, self.place))}]" if self.place else "")
         off = abs(self.got - self.expected)
         return f"{where}: expected {self.expected:.9g}, got {self.got:.9g}, off by {off:.3g}, allowed {self.bound:.3g}"
 

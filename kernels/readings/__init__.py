@@ -19,19 +19,21 @@ class Bound(NamedTuple):
 
     value: np.ndarray  # float64
     error: np.ndarray  # the hard bound on |computed - value|
-    terms: np.ndarray  # S: the sum of the absolute values of the terms last added
+    terms: np.ndarray  # S: the sum of the absolute values of the terms that were added on the way
 
 
 def bound(op: Op, *arrays: Array, precision: str = "float32", storage: str | None = None, **params: Any) -> list[Bound]:
     """The outputs of `op` in float64, each with its bound for an evaluation in `precision`.
 
-    `storage` (float16, bfloat16) adds the rounding of a result that is computed in `precision` and stored in fewer bits.
-    Float arrays are read as they are, already rounded to what the backend sees.
+    `storage` (float16, bfloat16) adds the rounding of a result that is computed in `precision` and stored in fewer
+    bits. Float arrays are read as they are, already rounded to what the backend sees.
     """
     module = bounded_module(precision)
     lift = module.reading.lift
     with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
-        results = op.formula(module, *(lift(a) if a.dtype.kind == "f" else a for a in map(np.asarray, arrays)), **params)
+        results = op.formula(
+            module, *(lift(a) if a.dtype.kind == "f" else a for a in map(np.asarray, arrays)), **params
+        )
     bounds = []
     for result in map(lift, outputs(results)):
         error = result.error

@@ -4,11 +4,13 @@ Running error analysis (Wilkinson; Higham, Accuracy and Stability of Numerical A
 value in float64 an array carries `error`, a bound on |computed - value| over every evaluation in the given precision
 in which each primitive commits at most its own rounding and sums run in any order. A fused kernel is judged by the
 plain math, and cancellation is paid for where it happens. It also carries S, the sum of the absolute values of the
-terms last added: the unit in which summation is judged.
+terms that were added on the way, handed on like an error: times the other factor, times a function's slope. It is the
+unit in which an evaluation is judged that adds in another order (for a dot product: sum |x_i y_i|).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple, Self
 
@@ -76,10 +78,10 @@ class Bounded(Reading):
         return np.where(product < 1, product / np.where(product < 1, 1 - product, 1), np.inf)
 
     def add(self, other: Self) -> Self:
-        return self.rounded(self.value + other.value, self.error + other.error, abs(self.value) + abs(other.value))
+        return self.rounded(self.value + other.value, self.error + other.error, self.terms + other.terms)
 
     def subtract(self, other: Self) -> Self:
-        return self.rounded(self.value - other.value, self.error + other.error, abs(self.value) + abs(other.value))
+        return self.rounded(self.value - other.value, self.error + other.error, self.terms + other.terms)
 
     def negative(self) -> Self:
         return type(self)(-self.value, self.error, self.terms)
@@ -93,8 +95,10 @@ class Bounded(Reading):
         value = self.value / other.value
         smallest = abs(other.value) - other.error  # the divisor may have been computed this small
         with np.errstate(divide="ignore", invalid="ignore"):
-            inherited = np.where(smallest > 0, (self.error + abs(value) * other.error) / np.where(smallest > 0, smallest, 1), np.inf)
-        return self.rounded(value, inherited, self.terms / abs(other.value))
+            inherited = np.where(
+                smallest > 0, (self.error + abs(value) * other.error) / np.where(smallest > 0, smallest, 1), np.inf
+            )
+        return self.rounded(value, inherited, np.maximum(self.terms, abs(value) * other.terms) / abs(other.value))
 
     def matmul(self, other: Self) -> Self:
         a, b = abs(self.value), abs(other.value)
@@ -102,14 +106,15 @@ class Bounded(Reading):
         terms = a @ b
         inherited = a @ other.error + self.error @ (b + other.error)
         error = inherited + self.gamma(k) * (terms + inherited) + k * self.precision.tiny
-        return type(self)(self.value @ other.value, error, terms)
+        return type(self)(self.value @ other.value, error, np.maximum(self.terms @ b, a @ other.terms))
 
     def sum(self, axis: Any = None, keepdims: bool = False) -> Self:
         value = self.value.sum(axis=axis, keepdims=keepdims)
-        terms = abs(self.value).sum(axis=axis, keepdims=keepdims)
-        inherited = self.error.sum(axis=axis, keepdims=keepdims)
+        size, inherited, terms = (
+            x.sum(axis=axis, keepdims=keepdims) for x in (abs(self.value), self.error, self.terms)
+        )
         count = self.size // max(1, value.size)
-        error = inherited + self.gamma(max(0, count - 1)) * (terms + inherited) + self.precision.tiny
+        error = inherited + self.gamma(max(0, count - 1)) * (size + inherited) + self.precision.tiny
         return type(self)(np.asarray(value), np.asarray(error), np.asarray(terms))
 
     def segment_sum(self, ids: np.ndarray, count: int) -> Self:
@@ -118,10 +123,10 @@ class Bounded(Reading):
             np.add.at(out, ids, part)
             return out
 
-        terms, inherited = total(abs(self.value)), total(self.error)
+        size, inherited = total(abs(self.value)), total(self.error)
         repeats = np.bincount(ids, minlength=count).reshape(-1, *(1,) * (self.ndim - 1))
-        error = inherited + self.gamma(np.maximum(repeats - 1, 0)) * (terms + inherited)
-        return type(self)(total(self.value), error + self.precision.tiny * (repeats > 0), terms)
+        error = inherited + self.gamma(np.maximum(repeats - 1, 0)) * (size + inherited)
+        return type(self)(total(self.value), error + self.precision.tiny * (repeats > 0), total(self.terms))
 
     def max(self, axis: Any = None, keepdims: bool = False) -> Self:
         return self.each(lambda part: part.max(axis=axis, keepdims=keepdims))
@@ -129,29 +134,40 @@ class Bounded(Reading):
     def maximum(self, other: Self) -> Self:
         return type(self)(*(np.maximum(a, b) for a, b in zip(self.parts, other.parts, strict=True)))
 
+    def _function(self, value: np.ndarray, slope: np.ndarray, inherited: Any, units: int) -> Self:
+        """A library function of this array, with its `slope` here and its rounding in `units` of u."""
+        return self.rounded(value, inherited, np.maximum(np.abs(value), slope * self.terms), units)
+
     def exp(self) -> Self:
         value = np.exp(self.value)
-        return self.rounded(value, value * np.expm1(self.error), units=ALLOWANCE["exp"])
+        return self._function(value, value, value * np.expm1(self.error), ALLOWANCE["exp"])
 
     def log(self) -> Self:
         share = self.error / self.value
         inherited = np.where(share < 1, -np.log1p(-np.minimum(share, 1 - 1e-16)), np.inf)
-        return self.rounded(np.log(self.value), inherited, units=ALLOWANCE["log"])
+        return self._function(np.log(self.value), 1 / self.value, inherited, ALLOWANCE["log"])
 
     def sqrt(self) -> Self:
         value = np.sqrt(self.value)
-        slope = self.error / np.where(value > 0, value, 1)  # sqrt(x) - sqrt(x - e) <= e / sqrt(x), and <= sqrt(e)
-        inherited = np.where(value > 0, np.minimum(slope, np.sqrt(self.error)), np.sqrt(self.error))
-        return self.rounded(value, inherited, units=ALLOWANCE["sqrt"])
+        root = np.where(value > 0, value, 1)  # sqrt(x) - sqrt(x - e) <= e / sqrt(x), and <= sqrt(e)
+        inherited = np.where(value > 0, np.minimum(self.error / root, np.sqrt(self.error)), np.sqrt(self.error))
+        return self._function(value, np.where(value > 0, 0.5 / root, 0), inherited, ALLOWANCE["sqrt"])
 
     def tanh(self) -> Self:
-        nearest = np.maximum(abs(self.value) - self.error, 0)  # where the slope is steepest within the error
-        return self.rounded(np.tanh(self.value), self.error / np.cosh(np.minimum(nearest, 300)) ** 2, units=ALLOWANCE["tanh"])
+        return self._function(
+            np.tanh(self.value), *self._slopes(lambda x: np.cosh(np.minimum(x, 300)) ** -2.0), ALLOWANCE["tanh"]
+        )
 
     def erf(self) -> Self:
-        nearest = np.maximum(abs(self.value) - self.error, 0)
-        slope = 2 / np.sqrt(np.pi) * np.exp(-np.minimum(nearest, 30) ** 2)
-        return self.rounded(special.erf(self.value), self.error * slope, units=ALLOWANCE["erf"])
+        def slope(x: np.ndarray) -> np.ndarray:
+            return 2 / np.sqrt(np.pi) * np.exp(-(np.minimum(x, 30) ** 2))
+
+        return self._function(special.erf(self.value), *self._slopes(slope), ALLOWANCE["erf"])
+
+    def _slopes(self, slope: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Of a function steepest at 0: its slope here, and the error times the steepest slope within the error."""
+        size = np.abs(self.value)
+        return slope(size), self.error * slope(np.maximum(size - self.error, 0))
 
 
 @cache

@@ -39,14 +39,6 @@ class Counted(Reading):
         self.flops[0] += result.size
         return result
 
-    add = subtract = multiply = divide = _elementwise
-
-    def maximum(self, other: Self) -> Self:
-        return self._elementwise(other)
-
-    def negative(self) -> Self:
-        return self._elementwise()
-
     def matmul(self, other: Self) -> Self:
         batch = np.broadcast_shapes(self.shape[:-2], other.shape[:-2])
         result = self.of((*batch, self.shape[-2], other.shape[-1]))
@@ -67,7 +59,7 @@ class Counted(Reading):
         return self.of((count, *self.shape[1:]))
 
 
-for _name in UNARY:
+for _name in ("add", "subtract", "multiply", "divide", "maximum", "negative", *UNARY):
     setattr(Counted, _name, Counted._elementwise)
 
 
@@ -75,7 +67,9 @@ class CountingModule(ReadingModule):
     """`where` and `concatenate` make no data either."""
 
     def where(self, condition: np.ndarray, a: Any, b: Any) -> Counted:
-        return self.reading.of(np.broadcast_shapes(np.shape(condition), self.reading.lift(a).shape, self.reading.lift(b).shape))
+        return self.reading.of(
+            np.broadcast_shapes(np.shape(condition), self.reading.lift(a).shape, self.reading.lift(b).shape)
+        )
 
     def concatenate(self, arrays: Any, axis: int = 0) -> Counted:
         shapes = [self.reading.lift(a).shape for a in arrays]
@@ -85,7 +79,7 @@ class CountingModule(ReadingModule):
 
 def cost(op: Op, *arrays: Array, **params: Any) -> Cost:
     """The flops and bytes of one call, from shapes and dtypes (and the contents of integer arrays) alone."""
-    reading = type("Counting", (Counted,), {"flops": [0]})
+    reading: type[Counted] = type("Counting", (Counted,), {"flops": [0]})
     floats = [a.dtype.kind == "f" for a in arrays]
     results = op.formula(
         CountingModule(reading),

@@ -14,7 +14,9 @@ from typing import Any, Self
 import numpy as np
 
 UNARY = ("exp", "log", "sqrt", "tanh", "erf")
-ARITHMETIC = ("add", "subtract", "multiply", "divide", "negative", "matmul", "sum", "max", "maximum", "segment_sum", *UNARY)
+ARITHMETIC = (
+    "add", "subtract", "multiply", "divide", "negative", "matmul", "sum", "max", "maximum", "segment_sum", *UNARY,
+)  # fmt: skip
 
 
 class Reading:
