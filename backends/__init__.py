@@ -64,7 +64,9 @@ def _load(name: str) -> Backend:
         remedy = REMEDY.get(name, f"install what the package behind it needs ({error})")
         raise BackendUnavailable(f"backend {name!r} cannot run here: {error}; to mend it: {remedy}") from error
     if not isinstance(found, Backend):
-        raise BackendUnavailable(f"backend {name!r}: its entry point gave {type(found).__name__}, expected a minibert Backend")
+        raise BackendUnavailable(
+            f"backend {name!r}: its entry point gave {type(found).__name__}, expected a minibert Backend"
+        )
     return found
 
 

@@ -23,14 +23,16 @@ class BackendUnavailable(RuntimeError):
 class Watcher(Protocol):
     """Stands in the door: sees one call, makes it by `call()`, and returns its result."""
 
-    def __call__(self, op: Op, arrays: tuple[Array, ...], params: Mapping[str, Any], call: Callable[[], Any]) -> Any: ...
+    def __call__(
+        self, op: Op, arrays: tuple[Array, ...], params: Mapping[str, Any], call: Callable[[], Any]
+    ) -> Any: ...
 
 
 class Backend:
     """Arrays of one library, and the kernels written for it.
 
-    `kernel_files` names the module of each op family that holds its kernels ("cpu": `kernels/softmax/cpu.py`); a function
-    there that bears an op's name is that op's kernel. An op without one runs by its formula on `xp`.
+    `kernel_files` names the module of each op family that holds its kernels ("cpu": `kernels/softmax/cpu.py`); a
+    function there that bears an op's name is that op's kernel. An op without one runs by its formula on `xp`.
     """
 
     def __init__(self, name: str, xp: Any, kernel_files: str | None = None) -> None:

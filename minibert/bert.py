@@ -1,12 +1,11 @@
 """BERT (Devlin et al., "BERT: Pre-training of deep bidirectional transformers", 2019), under Hugging Face's names.
 
-One letter per axis: B sequences, N packed tokens, T positions, C channels, H heads, V vocabulary, M predicted positions.
-Inside, a batch is (N, C): no attention mask and no arithmetic on padding.
+One letter per axis: B sequences, N packed tokens, T positions, C channels, H heads, V vocabulary, M predicted
+positions. Inside, a batch is (N, C): no attention mask and no arithmetic on padding.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,44 +13,22 @@ import numpy as np
 from minibert.config import BertConfig
 from minibert.kernels.activation import relu, tanh
 from minibert.kernels.attention import attention
-from minibert.kernels.cross_entropy import cross_entropy, linear_cross_entropy
+from minibert.kernels.cross_entropy import cross_entropy
 from minibert.kernels.dropout import dropout
 from minibert.kernels.elementwise import where
-from minibert.kernels.embedding import gather_rows, scatter_rows
+from minibert.kernels.embedding import scatter_rows
 from minibert.kernels.linear import linear, linear_gelu
 from minibert.kernels.philox import Stream
 from minibert.kernels.softmax import softmax
 from minibert.kernels.view import concatenate
 from minibert.nn import Embedding, LayerNorm, Linear, Module, Parameter, Place, embed
-from minibert.packing import IGNORE, Packed, pack
+from minibert.outputs import Batch, BertOutput, MaskedLMOutput, PreTrainingOutput
+from minibert.packing import pack
 from minibert.pretrained import PreTrained
-from minibert.tensor import Tensor, apply, grad_enabled, set_grad_enabled
+from minibert.tensor import Tensor, apply
 
 GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 EMBEDDING_STREAM, ATTENTION_OUTPUT_STREAM, ATTENTION_STREAM, OUTPUT_STREAM = 16, 17, 18, 19
-
-
-class Batch:
-    """A packed batch on its backend, with the dropout of this forward pass."""
-
-    def __init__(self, packed: Packed, place: Place, streams: Stream | None) -> None:
-        self.packed, self.place, self.streams = packed, place, streams
-        self.cu_seqlens = self.integers(packed.cu_seqlens)
-
-    def integers(self, ids: np.ndarray) -> Tensor:
-        return Tensor(self.place.backend.asarray(ids), self.place.backend)
-
-    def dropout(self, rate: float, stream: int, layer: int) -> dict[str, Any]:
-        """`rate` and `stream` of one dropout; rate 0 outside training."""
-        if self.streams is None:
-            return {"rate": 0.0, "stream": Stream()}
-        return {"rate": rate, "stream": self.streams._replace(stream=stream, layer=layer)}
-
-    def padded(self, x: Tensor) -> Tensor:  # (N, C) -> (B, T, C), zero where the batch was padded
-        if self.packed.rows is None or self.packed.padded_shape is None:
-            return x
-        batch, length = self.packed.padded_shape
-        return apply(scatter_rows, x, self.integers(self.packed.rows), num_rows=batch * length).reshape(batch, length, -1)
 
 
 def activated(dense: Linear, x: Tensor, hidden_act: str) -> Tensor:  # (N, in) -> (N, out)
@@ -94,12 +71,13 @@ class BertSelfAttention(Module):
         return apply(attention, qkv, batch.cu_seqlens, num_heads=self.config.num_attention_heads, **params)
 
     def probabilities(self, qkv: Tensor, batch: Batch) -> Tensor:
-        """softmax(q k' / sqrt D), (B, H, T, T), before dropout; only computed when asked for, since no kernel keeps it."""
+        """softmax(q k' / sqrt D), (B, H, T, T), before dropout; computed when asked for: no kernel keeps it."""
         packed, heads = batch.packed, self.config.num_attention_heads
         lengths = np.diff(packed.cu_seqlens)
         rows, (count, length) = packed.rows, packed.padded_shape or (len(lengths), int(lengths.max()))
         if rows is None:
-            rows = np.repeat(np.arange(count) * length - packed.cu_seqlens[:-1], lengths) + np.arange(len(packed.input_ids))
+            shift = np.arange(count) * length - packed.cu_seqlens[:-1]
+            rows = np.repeat(shift, lengths) + np.arange(len(packed.input_ids))
         real = np.zeros(count * length, bool)
         real[rows] = True
         head_size = self.config.hidden_size // heads
@@ -120,7 +98,8 @@ class BertSelfOutput(Module):
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, place)
 
     def __call__(self, x: Tensor, residual: Tensor, batch: Batch) -> Tensor:  # (N, in), (N, C) -> (N, C)
-        return self.LayerNorm.add(self.dense(x), residual, **batch.dropout(self.config.hidden_dropout_prob, self.stream, self.layer))
+        dropout = batch.dropout(self.config.hidden_dropout_prob, self.stream, self.layer)
+        return self.LayerNorm.add(self.dense(x), residual, **dropout)
 
 
 class BertAttention(Module):
@@ -192,47 +171,6 @@ class BertHeads(Module):
             self.seq_relationship = Linear(config.hidden_size, 2, place)
 
 
-class BertOutput:
-    """What the encoder made of a batch. Everything but the loss is computed when first asked for.
-
-    Padded input gives padded output, zero where the padding was; packed input gives packed output.
-    """
-
-    def __init__(self, model: BertModel, batch: Batch, layers: list[Tensor], attentions: list[Tensor] | None) -> None:
-        self._model, self._batch, self._layers, self._attentions = model, batch, layers, attentions
-        self._grad = grad_enabled()
-        self.loss: Tensor | None = None
-
-    @cached_property
-    def last_hidden_state(self) -> Tensor:
-        """(B, T, C), or (N, C) for packed input."""
-        with set_grad_enabled(self._grad):
-            return self._batch.padded(self._layers[-1])
-
-    @cached_property
-    def hidden_states(self) -> tuple[Tensor, ...] | None:
-        """The embeddings and every layer's output; None unless `output_hidden_states` was asked for."""
-        if len(self._layers) == 1 and self._model.config.num_hidden_layers:
-            return None
-        with set_grad_enabled(self._grad):
-            return tuple(self._batch.padded(x) for x in self._layers)
-
-    @property
-    def attentions(self) -> tuple[Tensor, ...] | None:
-        """(B, H, T, T) of every layer; None unless `output_attentions` was asked for."""
-        return None if self._attentions is None else tuple(self._attentions)
-
-    @cached_property
-    def pooler_output(self) -> Tensor:
-        """(B, C): tanh(W x + b) of each sequence's first token."""
-        pooler = self._model.pooler
-        if pooler is None:
-            raise AttributeError("this model was made without a pooler: add_pooling_layer=True")
-        with set_grad_enabled(self._grad):
-            first = self._batch.integers(self._batch.packed.first_rows)
-            return pooler(apply(gather_rows, self._layers[-1], first))
-
-
 class BertModel(PreTrained):
     """The encoder, with its pooler."""
 
@@ -250,9 +188,13 @@ class BertModel(PreTrained):
 
     def __call__(
         self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,
-        *, cu_seqlens: Any = None, labels: Any = None, output_hidden_states: bool = False, output_attentions: bool = False,
+        *, cu_seqlens: Any = None, labels: Any = None, output_hidden_states: bool = False,
+        output_attentions: bool = False,
     ) -> BertOutput:  # fmt: skip
-        """Encode (B, T) padded ids with their mask, or (N,) packed ids with `cu_seqlens`. Raises UserError on bad input."""
+        """Encode (B, T) padded ids with their mask, or (N,) packed ids with `cu_seqlens`.
+
+        Raises UserError for shapes that do not match and for ids that are out of range.
+        """
         packed = pack(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels, cu_seqlens)
         batch = Batch(packed, self.place, Stream(self.seed, 0, self.step, 0) if self.training else None)
         self.step += self.training
@@ -264,54 +206,6 @@ class BertModel(PreTrained):
         return BertOutput(self, batch, layers, attentions)
 
 
-class MaskedLMOutput(BertOutput):
-    """With the masked-language-model logits, which are computed when first asked for."""
-
-    heads: BertHeads
-
-    @classmethod
-    def of(cls, encoded: BertOutput, heads: BertHeads) -> Any:
-        out = cls(encoded._model, encoded._batch, encoded._layers, encoded._attentions)
-        out.heads = heads
-        return out
-
-    def decoder(self) -> tuple[Parameter, Parameter]:
-        predictions = self.heads.predictions
-        tied = self._model.embeddings.word_embeddings
-        return getattr(predictions, "decoder", tied).weight, predictions.bias
-
-    @cached_property
-    def logits(self) -> Tensor:
-        """(B, T, V), or (N, V) for packed input."""
-        with set_grad_enabled(self._grad):
-            x = self.heads.predictions.transform(self._layers[-1])
-            return self._batch.padded(apply(linear, x, *self.decoder()))
-
-    def masked_lm_loss(self, labels: np.ndarray) -> Tensor:
-        """Cross entropy on the positions that have a label: the head runs on no others."""
-        index = np.flatnonzero(labels != IGNORE).astype(np.int32)
-        if not len(index):
-            raise ValueError(f"labels: every position is {IGNORE}, so there is nothing to predict")
-        x = apply(gather_rows, self._layers[-1], self._batch.integers(index))
-        x = self.heads.predictions.transform(x)
-        return apply(linear_cross_entropy, x, *self.decoder(), self._batch.integers(labels[index]))
-
-
-class PreTrainingOutput(MaskedLMOutput):
-    """With the logits of the next-sentence head beside those of the masked language model."""
-
-    @property
-    def prediction_logits(self) -> Tensor:
-        return self.logits
-
-    @cached_property
-    def seq_relationship_logits(self) -> Tensor:
-        """(B, 2): index 0 for "the second segment follows the first", 1 for "it does not"."""
-        pooled = self.pooler_output
-        with set_grad_enabled(self._grad):
-            return self.heads.seq_relationship(pooled)
-
-
 class BertForMaskedLM(PreTrained):
     """BERT with the masked-language-model head, its decoder tied to the word embeddings."""
 
@@ -319,10 +213,18 @@ class BertForMaskedLM(PreTrained):
     next_sentence = False
 
     def __init__(
-        self, config: BertConfig, backend: Any = "numba", dtype: str = "float32", seed: int = 0, *, initialise: bool = True
+        self,
+        config: BertConfig,
+        backend: Any = "numba",
+        dtype: str = "float32",
+        seed: int = 0,
+        *,
+        initialise: bool = True,
     ) -> None:
         place = self.begin(config, backend, dtype, seed)
-        self.bert = BertModel(config, place.backend, dtype, seed, add_pooling_layer=self.next_sentence, initialise=False)
+        self.bert = BertModel(
+            config, place.backend, dtype, seed, add_pooling_layer=self.next_sentence, initialise=False
+        )
         self.cls = BertHeads(config, place, next_sentence=self.next_sentence)
         if initialise:
             self.initialise()
@@ -340,7 +242,7 @@ class BertForMaskedLM(PreTrained):
         self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,
         *, labels: Any = None, **options: Any,
     ) -> Any:  # fmt: skip
-        """As `BertModel`; with `labels` (token ids, -100 where nothing is predicted) `out.loss` is their mean cross entropy."""
+        """As `BertModel`; `labels` (ids, -100 where nothing is predicted) give `out.loss`, their mean cross entropy."""
         encoded = self.bert(input_ids, attention_mask, token_type_ids, position_ids, labels=labels, **options)
         out = self.output.of(encoded, self.cls)
         if encoded._batch.packed.labels is not None:

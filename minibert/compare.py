@@ -39,7 +39,7 @@ class OpRecord:
 
     op: Op
     calls: int = 0  # in one step
-    cost: Cost = Cost(0, 0)  # of one step
+    cost: Cost = field(default_factory=lambda: Cost(0, 0))  # of one step
     seconds: list[float] = field(default_factory=list)  # of each step
     judgements: list[Judgement] = field(default_factory=list)
 
@@ -324,7 +324,8 @@ def facts(found: Comparison, config: Mapping[str, Any], machine: Mapping[str, An
         for name, stage in run.stages.items()
     ]
     apart = {
-        run.backend.name: {"loss": found.loss_distance(run), "weights": found.weight_distance(run)} for run in found.runs
+        run.backend.name: {"loss": found.loss_distance(run), "weights": found.weight_distance(run)}
+        for run in found.runs
     }
     return {
         "machine": dict(machine),

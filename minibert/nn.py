@@ -132,6 +132,8 @@ class Embedding(Module):
         self.weight = Parameter((num_embeddings, channels), "normal", place, zero_row=padding_idx)
 
 
-def embed(tables: tuple[Embedding, Embedding, Embedding], ids: tuple[Tensor, Tensor, Tensor], padding_idx: int) -> Tensor:
+def embed(
+    tables: tuple[Embedding, Embedding, Embedding], ids: tuple[Tensor, Tensor, Tensor], padding_idx: int
+) -> Tensor:
     """Word, position and token-type rows, added: three ids (N,) -> (N, C)."""
     return apply(embedding, *(t.weight for t in tables), *ids, padding_idx=padding_idx)

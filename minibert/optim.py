@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,7 +69,7 @@ class AdamW:
         weight_decay: float = 0.01, max_grad_norm: float | None = None,
     ) -> None:  # fmt: skip
         given = list(params)
-        groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+        groups: list[Any] = given if given and isinstance(given[0], Mapping) else [{"params": given}]
         self.groups = [
             ParameterGroup(list(g["params"]), g.get("weight_decay", weight_decay)) for g in groups if list(g["params"])
         ]
@@ -87,21 +88,33 @@ class AdamW:
             for p in group.params:
                 p.grad = None
 
+    def square_norm(self) -> Array:
+        """The sum of squares of all gradients, on the backend; None where there is no gradient."""
+        backend = self.groups[0].params[0].backend
+        total: Array = None
+        for group in self.groups:
+            for span in group.spans():
+                part = backend.run(square_norm, group.grad[span])
+                total = part if total is None else backend.run(add, total, part)
+        return total
+
     def step(self) -> None:
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient.
+
+        Raises FloatingPointError, with nothing updated, where the gradients are clipped and their norm is not finite.
+        """
         backend = self.groups[0].params[0].backend
         spans = [(group, span) for group in self.groups for span in group.spans()]
         if not spans:
             return
-        self.step_count += 1
         scale = backend.asarray(1.0, dtype=self.groups[0].params[0].dtype)
         if self.max_grad_norm is not None:
-            total: Array = None
-            for group, span in spans:
-                part = backend.run(square_norm, group.grad[span])
-                total = part if total is None else backend.run(add, total, part)
+            total = self.square_norm()
             self.grad_norm = float(backend.numpy(total)) ** 0.5
+            if not math.isfinite(self.grad_norm):
+                raise FloatingPointError(f"AdamW: the gradient norm is {self.grad_norm}; nothing was updated")
             scale = backend.run(clip_scale, total, max_norm=self.max_grad_norm)
+        self.step_count += 1
         for group, span in spans:
             state = (group.param[span], group.grad[span], group.exp_avg[span], group.exp_avg_sq[span])
             backend.run(
@@ -132,14 +145,15 @@ class AdamW:
 
 def parameter_groups(model: Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: decay on matrices, none on biases and layer norms (Devlin et al. 2019, appendix A.2)."""
-    decayed, rest = [], []
+    decayed: list[Parameter] = []
+    rest: list[Parameter] = []
     for _, parameter in model.named_parameters():
         (decayed if len(parameter.declared_shape) > 1 else rest).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
 def linear_schedule(step: int, warmup_steps: int, total_steps: int) -> float:
-    """The factor of the learning rate at 0-based `step`: linear from 0 over the warm-up, then linear to 0 at the end."""
+    """The factor of the learning rate at 0-based `step`: linear up over the warm-up, then linear down to 0."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))

@@ -40,9 +40,9 @@ def pack(
 ) -> Packed:
     """Check a batch and lay its real tokens one after the other.
 
-    `input_ids` is (B, T), with an `attention_mask` (B, T) of 0 and 1; or (N,) together with `cu_seqlens` (B + 1,), already
-    packed. Positions are columns of the padded batch, as in Hugging Face's models. Raises UserError for ids, positions or
-    shapes that the model cannot take.
+    `input_ids` is (B, T), with an `attention_mask` (B, T) of 0 and 1; or (N,) together with `cu_seqlens` (B + 1,),
+    already packed. Positions are columns of the padded batch, as in Hugging Face's models. Raises UserError for ids,
+    positions or shapes that the model cannot take.
     """
     ids = _integers("input_ids", input_ids)
     if cu_seqlens is not None:
@@ -51,7 +51,9 @@ def pack(
         raise UserError(f"input_ids: expected shape (B, T), or (N,) with cu_seqlens, got {ids.shape}")
     mask = np.ones(ids.shape, bool) if attention_mask is None else _like("attention_mask", attention_mask, ids) != 0
     if not mask.any(axis=1).all():
-        raise UserError(f"attention_mask: sequence {int(np.flatnonzero(~mask.any(axis=1))[0])} has no token; leave it out")
+        raise UserError(
+            f"attention_mask: sequence {int(np.flatnonzero(~mask.any(axis=1))[0])} has no token; leave it out"
+        )
     rows = np.flatnonzero(mask).astype(np.int32)
 
     def real(name: str, given: Any, default: np.ndarray) -> np.ndarray:
@@ -70,13 +72,21 @@ def pack(
 
 
 def _already_packed(
-    config: BertConfig, ids: np.ndarray, attention_mask: Any, token_type_ids: Any, position_ids: Any, labels: Any, cu_seqlens: Any
+    config: BertConfig, ids: np.ndarray, attention_mask: Any, token_type_ids: Any, position_ids: Any, labels: Any,
+    cu_seqlens: Any,
 ) -> Packed:  # fmt: skip
     ends = _integers("cu_seqlens", cu_seqlens)
-    if ids.ndim != 1 or ends.ndim != 1 or len(ends) < 2 or ends[0] != 0 or ends[-1] != len(ids) or (np.diff(ends) < 1).any():
+    if (
+        ids.ndim != 1
+        or ends.ndim != 1
+        or len(ends) < 2
+        or ends[0] != 0
+        or ends[-1] != len(ids)
+        or (np.diff(ends) < 1).any()
+    ):
         raise UserError(
-            f"cu_seqlens: expected growing offsets from 0 to the number of tokens of a 1-D input_ids, got {ends.tolist()[:8]}"
-            f" for input_ids of shape {ids.shape}"
+            "cu_seqlens: expected growing offsets from 0 to the number of tokens of a 1-D input_ids, "
+            f"got {ends.tolist()[:8]} for input_ids of shape {ids.shape}"
         )
     if attention_mask is not None:
         raise UserError("attention_mask: a packed batch (cu_seqlens) has no padding to mask; leave it out")

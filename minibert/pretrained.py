@@ -38,7 +38,7 @@ class PreTrained(Module):
         return self.place.backend
 
     def initialise(self, only: set[str] | None = None) -> None:
-        """Draw first values for every parameter, or for those named: by seed and name, whatever else the model holds."""
+        """Draw first values for every parameter, or for those named: by seed and name alone."""
         for name, parameter in self.named_parameters():
             if only is None or name in only:
                 parameter.initialise(self.seed, name.removeprefix("bert."), self.config.initializer_range)
@@ -48,7 +48,7 @@ class PreTrained(Module):
         return {name: np.array(self.backend.numpy(p.data)) for name, p in self.named_parameters()}
 
     def load_state_dict(self, arrays: dict[str, np.ndarray], strict: bool = True) -> checkpoint.LoadReport:
-        """Take values by name. Raises UserError for a wrong shape and, if `strict`, for a missing or unexpected name."""
+        """Take values by name; UserError for a wrong shape and, if `strict`, for a missing or unexpected name."""
         parameters: dict[str, Parameter] = dict(self.named_parameters())
         matched, report = checkpoint.match(arrays, {name: p.declared_shape for name, p in parameters.items()})
         if strict and (report.missing or report.unexpected):
@@ -67,7 +67,7 @@ class PreTrained(Module):
         that is not a checkpoint, and for weights of the wrong shape.
         """
         read = checkpoint.read_folder(folder)
-        model = cls(read.config, backend, dtype, seed, initialise=False)
+        model: Any = cls(read.config, backend, dtype, seed, initialise=False)  # type: ignore[call-arg]
         report = model.load_state_dict(read.arrays, strict=False)
         if report.missing:
             warnings.warn(f"{folder}: {report}; the missing ones are newly initialised", stacklevel=2)
@@ -75,5 +75,7 @@ class PreTrained(Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, tokenizer_files: Any = None) -> None:
-        """Write config.json and model.safetensors, as transformers reads them; `tokenizer_files` are copied beside them."""
-        checkpoint.write_folder(folder, self.config, self.state_dict(), tokenizer_files, architecture=type(self).__name__)
+        """Write config.json and model.safetensors as transformers reads them; `tokenizer_files` are copied there."""
+        checkpoint.write_folder(
+            folder, self.config, self.state_dict(), tokenizer_files, architecture=type(self).__name__
+        )

@@ -73,7 +73,9 @@ class Tensor:
             raise RuntimeError("backward: no gradient leads here; was it computed under no_grad(), or twice backward?")
         if gradient is None:
             if self.data.size != 1:
-                raise ValueError(f"backward: expected a scalar or an explicit gradient, got a tensor of shape {self.shape}")
+                raise ValueError(
+                    f"backward: expected a scalar or an explicit gradient, got a tensor of shape {self.shape}"
+                )
             gradient = self.backend.asarray(np.ones(self.shape), dtype=self.dtype)
         run = self.backend.run
         grads: dict[Tensor, Array] = {self: self.backend.asarray(gradient, dtype=self.dtype)}
@@ -141,11 +143,11 @@ def no_grad() -> Any:
 
 
 def _newest_first(root: Tensor) -> list[Tensor]:
-    """Every tensor that led to `root`, each after all that it was used for. No recursion: BERT is deeper than the stack."""
+    """Every tensor that led to `root`, each after all that it was used for."""
     order: list[Tensor] = []
     seen: set[Tensor] = set()
     stack = [(root, False)]
-    while stack:
+    while stack:  # no recursion: a long computation is deeper than Python's stack
         tensor, done = stack.pop()
         if done:
             order.append(tensor)

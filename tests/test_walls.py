@@ -28,7 +28,7 @@ LAYERS = (
     ("config", "assets"),
     ("tensor", "packing", "checkpoint"),
     ("nn",),
-    ("pretrained",),
+    ("pretrained", "outputs"),
     ("bert",),
     ("optim", "data", "judge"),
     ("train", "check", "compare"),

@@ -87,9 +87,7 @@ gelu = Op(
     vjp=lambda run, g, outs, x, **params: (run(gelu_grad, g, x, **params),),
 )
 relu_grad = Op("relu_grad", _relu_grad, samples=_two, bench=_bench(2))
-relu = Op(
-    "relu", _relu, samples=_one, bench=_bench(1), vjp=lambda run, g, outs, x: (run(relu_grad, g, x),)
-)
+relu = Op("relu", _relu, samples=_one, bench=_bench(1), vjp=lambda run, g, outs, x: (run(relu_grad, g, x),))
 tanh_grad = Op("tanh_grad", _tanh_grad, samples=_tanh_grads, bench=_bench(2, "hidden"))
 tanh = Op(
     "tanh", _tanh, samples=_one, bench=_bench(1, "hidden"), vjp=lambda run, g, outs, x: (run(tanh_grad, g, outs[0]),)

@@ -40,14 +40,25 @@ def _clip_scale(xp: Any, square_norm: Array, *, max_norm: float) -> Array:
 
 def _state(rng: np.random.Generator, count: int, size: float = 1e-3) -> tuple[np.ndarray, ...]:
     param, grad, exp_avg = rng.standard_normal((3, count))
-    return param, grad * size, exp_avg * size, rng.standard_normal(count) ** 2 * size**2, np.float64(rng.uniform(0.3, 1))
+    return (
+        param,
+        grad * size,
+        exp_avg * size,
+        rng.standard_normal(count) ** 2 * size**2,
+        np.array(rng.uniform(0.3, 1)),
+    )
 
 
 def _states(rng: np.random.Generator) -> Iterator[Sample]:
-    for count, size, step, decay in [(7, 1e-3, 1, 0.01), (1, 1.0, 1000, 0.0), (5171, 1e-3, 3, 0.1), (33, 1e-9, 2, 0.01)]:
+    for count, size, step, decay in [
+        (7, 1e-3, 1, 0.01),
+        (1, 1.0, 1000, 0.0),
+        (5171, 1e-3, 3, 0.1),
+        (33, 1e-9, 2, 0.01),
+    ]:
         yield Sample(_state(rng, count, size), {"lr": 1e-3, "step": step, "weight_decay": decay})
     param, *zeros = (np.full(5, v) for v in (1.0, 0.0, 0.0, 0.0))  # a parameter that was never used
-    yield Sample((param, *zeros, np.float64(1)), {"lr": 1e-3, "step": 1})
+    yield Sample((param, *zeros, np.array(1.0)), {"lr": 1e-3, "step": 1})
 
 
 def _vectors(rng: np.random.Generator) -> Iterator[Sample]:
@@ -57,7 +68,7 @@ def _vectors(rng: np.random.Generator) -> Iterator[Sample]:
 
 def _norms(rng: np.random.Generator) -> Iterator[Sample]:
     for norm in (0.0, 0.25, 1.0, 9.0, 1e6):
-        yield Sample((np.float64(norm),), {"max_norm": 1.0})
+        yield Sample((np.array(norm),), {"max_norm": 1.0})
 
 
 def _bench(rng: np.random.Generator, size: BertSize) -> Sample:
@@ -76,5 +87,5 @@ clip_scale = Op(
     "clip_scale",
     _clip_scale,
     samples=_norms,
-    bench=lambda rng, size: Sample((np.float64(4.0),), {"max_norm": 1.0}),
+    bench=lambda rng, size: Sample((np.array(4.0),), {"max_norm": 1.0}),
 )

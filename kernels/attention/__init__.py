@@ -2,8 +2,8 @@
 
 Vaswani et al., "Attention is all you need" (2017), equation 1, for sequences of any lengths laid one after the other:
 qkv (N, 3C) holds q, k and v of every token, sequence b is rows cu_seqlens[b] .. cu_seqlens[b + 1], D = C / heads. The
-score of query n and key j (counted in its sequence) in head h draws element ((n heads) + h) width + j of `stream`, width
-the longest length rounded up to a multiple of 4. Shapes: y (N, C), log sum exp (N, heads).
+score of query n and key j (counted in its sequence) in head h draws element ((n heads) + h) width + j of `stream`,
+width the longest length rounded up to a multiple of 4. Shapes: y (N, C), log sum exp (N, heads).
 
 attention_grad: p = exp(q k' / sqrt D - lse), dv = dropout(p)' g, ds = p (dropout(g v') - sum g y) / sqrt D,
 dq = ds k, dk = ds' q (Dao et al., "FlashAttention" (2022), appendix B.4).
@@ -12,6 +12,7 @@ dq = ds k, dk = ds' q (Dao et al., "FlashAttention" (2022), appendix B.4).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ class Span(NamedTuple):
 
 def spans(cu_seqlens: Array) -> list[Span]:
     ends = cu_seqlens.tolist()
-    return [Span(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True) if b > a]
+    return [Span(a, b) for a, b in pairwise(ends) if b > a]
 
 
 def mask_width(cu_seqlens: Array) -> int:
@@ -63,7 +64,7 @@ def _dropped(xp: Any, p: Array, span: Span, width: int, rate: float, stream: Str
 
 def _parts(qkv: Array, span: Span, heads: int) -> tuple[Array, Array, Array]:
     c = qkv.shape[1] // 3
-    return tuple(_split(qkv[:, i * c : (i + 1) * c], span, heads) for i in range(3))  # type: ignore[return-value]
+    return tuple(_split(qkv[:, i * c : (i + 1) * c], span, heads) for i in range(3))
 
 
 def _attention(
@@ -98,11 +99,15 @@ def _attention_grad(
     return xp.concatenate(rows)
 
 
-def _attention_vjp(run: Run, g: Array, outs: tuple[Array, ...], qkv: Array, cu_seqlens: Array, **params: Any) -> tuple[Any, ...]:
+def _attention_vjp(
+    run: Run, g: Array, outs: tuple[Array, ...], qkv: Array, cu_seqlens: Array, **params: Any
+) -> tuple[Any, ...]:
     return run(attention_grad, g, qkv, *outs, cu_seqlens, **params), None
 
 
-def _packed(rng: np.random.Generator, lengths: list[int], heads: int, head_size: int, scale: float) -> tuple[np.ndarray, ...]:
+def _packed(
+    rng: np.random.Generator, lengths: list[int], heads: int, head_size: int, scale: float
+) -> tuple[np.ndarray, ...]:
     cu_seqlens = np.cumsum([0, *lengths]).astype(np.int32)
     return rng.standard_normal((int(cu_seqlens[-1]), 3 * heads * head_size)) * scale, cu_seqlens
 
@@ -116,7 +121,9 @@ def _samples(rng: np.random.Generator) -> Iterator[Sample]:
         ([130, 65], 1, 64, 0.0, 1.0),
         ([12, 7], 2, 16, 0.5, 5.0),  # sharp: most probabilities vanish
     ]:
-        yield Sample(_packed(rng, lengths, heads, head_size, size), {"num_heads": heads, "rate": rate, "stream": stream})
+        yield Sample(
+            _packed(rng, lengths, heads, head_size, size), {"num_heads": heads, "rate": rate, "stream": stream}
+        )
 
 
 def _with_gradient(rng: np.random.Generator, sample: Sample) -> Sample:

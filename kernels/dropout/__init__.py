@@ -25,7 +25,7 @@ def _samples(rng: np.random.Generator) -> Iterator[Sample]:
         yield Sample((rng.standard_normal(shape),), {"rate": rate, "stream": Stream(2**32 - 1, 16, 7, 3)})
 
 
-dropout = Op(
+dropout: Op = Op(
     "dropout",
     dropout_formula,
     samples=_samples,

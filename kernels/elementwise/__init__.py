@@ -28,7 +28,14 @@ def _where(xp: Any, condition: Array, a: Array, b: Array) -> Array:
 
 
 def _pairs(rng: np.random.Generator) -> Iterator[Sample]:
-    for a, b in [((3, 7), (3, 7)), ((1,), (1,)), ((5, 1031), (5, 1031)), ((4, 3, 5), (3, 1)), ((2, 6), ()), ((1, 4), (3, 1))]:
+    for a, b in [
+        ((3, 7), (3, 7)),
+        ((1,), (1,)),
+        ((5, 1031), (5, 1031)),
+        ((4, 3, 5), (3, 1)),
+        ((2, 6), ()),
+        ((1, 4), (3, 1)),
+    ]:
         yield Sample((rng.standard_normal(a), rng.standard_normal(b)))
     yield Sample((rng.standard_normal((3, 9)) + 1e4, rng.standard_normal((3, 9)) - 1e4))  # cancels
 
@@ -44,7 +51,12 @@ def _one(rng: np.random.Generator) -> Iterator[Sample]:
 
 
 def _choices(rng: np.random.Generator) -> Iterator[Sample]:
-    for condition, a, b in [((3, 7), (3, 7), (3, 7)), ((1,), (1,), (1,)), ((2, 1, 1, 5), (2, 3, 4, 5), ()), ((5, 1031), (5, 1031), ())]:
+    for condition, a, b in [
+        ((3, 7), (3, 7), (3, 7)),
+        ((1,), (1,), (1,)),
+        ((2, 1, 1, 5), (2, 3, 4, 5), ()),
+        ((5, 1031), (5, 1031), ()),
+    ]:
         yield Sample((rng.random(condition) < 0.6, rng.standard_normal(a), rng.standard_normal(b)))
 
 
@@ -55,14 +67,14 @@ add = Op(
     bench=_two_rows,
     vjp=lambda run, g, outs, a, b: (sum_to(run, g, a), sum_to(run, g, b)),
 )
-mul = Op(
+mul: Op = Op(
     "mul",
     _mul,
     samples=_pairs,
     bench=_two_rows,
     vjp=lambda run, g, outs, a, b: (sum_to(run, run(mul, g, b), a), sum_to(run, run(mul, g, a), b)),
 )
-scale = Op(
+scale: Op = Op(
     "scale",
     _scale,
     samples=_one,

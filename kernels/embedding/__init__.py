@@ -46,7 +46,9 @@ def _embedding_vjp(
     )  # fmt: skip
 
 
-def _tables(rng: np.random.Generator, words: int, columns: int, rows: int, positions: int = 40) -> tuple[np.ndarray, ...]:
+def _tables(
+    rng: np.random.Generator, words: int, columns: int, rows: int, positions: int = 40
+) -> tuple[np.ndarray, ...]:
     tables = (rng.standard_normal((n, columns)) for n in (words, positions, 2))
     ids = (rng.integers(0, n, rows).astype(np.int32) for n in (words, positions, 2))
     return (*tables, *ids)
@@ -59,7 +61,9 @@ def _samples(rng: np.random.Generator) -> Iterator[Sample]:
 
 def _gathers(rng: np.random.Generator) -> Iterator[Sample]:
     for table, columns, rows, skip in [(11, 7, 5, None), (1, 1, 1, None), (50, 65, 1031, 3), (5, 3, 40, None)]:
-        yield Sample((rng.standard_normal((table, columns)), rng.integers(0, table, rows).astype(np.int32)), {"skip": skip})
+        yield Sample(
+            (rng.standard_normal((table, columns)), rng.integers(0, table, rows).astype(np.int32)), {"skip": skip}
+        )
 
 
 def _scatters(rng: np.random.Generator) -> Iterator[Sample]:
@@ -104,12 +108,15 @@ scatter_rows = Op(
     bench=_bench_scatter,
     vjp=lambda run, g, outs, x, index, *, num_rows, skip=None: (run(gather_rows, g, index, skip=skip), None),
 )
-gather_rows = Op(
+gather_rows: Op = Op(
     "gather_rows",
     _gather_rows,
     samples=_gathers,
     bench=_bench_gather,
-    vjp=lambda run, g, outs, x, index, *, skip=None: (run(scatter_rows, g, index, num_rows=x.shape[0], skip=skip), None),
+    vjp=lambda run, g, outs, x, index, *, skip=None: (
+        run(scatter_rows, g, index, num_rows=x.shape[0], skip=skip),
+        None,
+    ),
     bytes=_rows_bytes(2),
 )
 embedding = Op(

@@ -52,7 +52,9 @@ def _add_layer_norm_grad(
     return dropout_formula(xp, dz, rate=rate, stream=stream), dz, dw, db
 
 
-def _layer_norm_vjp(run: Run, g: Array, outs: tuple[Array, ...], x: Array, w: Array, b: Array, **_: Any) -> tuple[Any, ...]:
+def _layer_norm_vjp(
+    run: Run, g: Array, outs: tuple[Array, ...], x: Array, w: Array, b: Array, **_: Any
+) -> tuple[Any, ...]:
     return run(layer_norm_grad, g, x, w, *outs[1:])
 
 

@@ -34,7 +34,13 @@ def linear_vjp(run: Run, g: Array, outs: Any, x: Array, weight: Array, bias: Arr
 
 
 def _products(rng: np.random.Generator) -> Iterator[Sample]:
-    for a, b in [((3, 4), (4, 5)), ((1, 1), (1, 1)), ((2, 3, 17, 9), (2, 3, 9, 5)), ((33, 70), (70, 1031)), ((2, 3, 4), (4, 5))]:
+    for a, b in [
+        ((3, 4), (4, 5)),
+        ((1, 1), (1, 1)),
+        ((2, 3, 17, 9), (2, 3, 9, 5)),
+        ((33, 70), (70, 1031)),
+        ((2, 3, 4), (4, 5)),
+    ]:
         yield Sample((rng.standard_normal(a), rng.standard_normal(b)))
     row = rng.standard_normal(40)
     yield Sample((np.concatenate([row, row])[None], np.concatenate([row, -row])[:, None] + 1e-3))  # cancels
@@ -57,7 +63,9 @@ def _bench(rng: np.random.Generator, size: BertSize) -> Sample:
 
 
 def _bench_matmul(rng: np.random.Generator, size: BertSize) -> Sample:
-    return Sample((rng.standard_normal((size.tokens, size.hidden)), rng.standard_normal((size.hidden, size.intermediate))))
+    return Sample(
+        (rng.standard_normal((size.tokens, size.hidden)), rng.standard_normal((size.hidden, size.intermediate)))
+    )
 
 
 matmul = Op("matmul", _matmul, samples=_products, bench=_bench_matmul, vjp=_matmul_vjp)

@@ -35,7 +35,14 @@ def _sum_vjp(run: Run, g: Array, outs: tuple[Array, ...], x: Array, *, axis: Any
 
 
 def _sums(rng: np.random.Generator) -> Iterator[Sample]:
-    for shape, axis in [((3, 7), 0), ((2, 3, 5), (0, 2)), ((1,), None), ((37, 1031), 0), ((3, 2053), -1), ((4, 5), None)]:
+    for shape, axis in [
+        ((3, 7), 0),
+        ((2, 3, 5), (0, 2)),
+        ((1,), None),
+        ((37, 1031), 0),
+        ((3, 2053), -1),
+        ((4, 5), None),
+    ]:
         yield Sample((rng.standard_normal(shape),), {"axis": axis})
     yield Sample((rng.standard_normal((300, 3)) + 1e4,), {"axis": 0})  # one sign: errors add up
 

@@ -27,7 +27,9 @@ def _rows(rng: np.random.Generator) -> Iterator[Sample]:
     for shape in [(3, 7), (1, 1), (2, 4, 33), (37, 1031)]:  # the last spans many CUDA blocks, and is no power of two
         yield Sample((rng.standard_normal(shape) * 3,))
     yield Sample((rng.standard_normal((5, 9)) + 1e4,))  # overflows if the maximum is not taken first
-    yield Sample((np.where(rng.random((4, 50)) < 0.5, -1e4, 0.0) + rng.standard_normal((4, 50)),))  # masked, and flushed
+    yield Sample(
+        (np.where(rng.random((4, 50)) < 0.5, -1e4, 0.0) + rng.standard_normal((4, 50)),)
+    )  # masked, and flushed
 
 
 def _grad_rows(rng: np.random.Generator) -> Iterator[Sample]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,8 @@ def _concatenate(xp: Any, *arrays: Array, axis: int) -> Array:
 
 
 def _concatenate_vjp(run: Run, g: Array, outs: tuple[Array, ...], *arrays: Array, axis: int) -> tuple[Array, ...]:
-    ends = np.cumsum([a.shape[axis] for a in arrays]).tolist()
-    starts = [0, *ends[:-1]]
-    return tuple(run(slice_axis, g, axis=axis, start=a, stop=b) for a, b in zip(starts, ends, strict=True))
+    ends: list[int] = list(accumulate(a.shape[axis] for a in arrays))
+    return tuple(run(slice_axis, g, axis=axis, start=a, stop=b) for a, b in pairwise([0, *ends]))
 
 
 def _with(*cases: tuple[tuple[int, ...], dict[str, Any]]) -> Callable[[np.random.Generator], Iterator[Sample]]:
@@ -56,14 +56,14 @@ def _parts(rng: np.random.Generator) -> Iterator[Sample]:
         yield Sample(tuple(rng.standard_normal(s) for s in shapes), {"axis": axis})
 
 
-reshape = Op(
+reshape: Op = Op(
     "reshape",
     _reshape,
     samples=_with(((3, 8), {"shape": (2, 12)}), ((1,), {"shape": ()}), ((5, 1031), {"shape": (1031, 5)})),
     bench=_bench(shape=(-1,)),
     vjp=lambda run, g, outs, x, *, shape: (run(reshape, g, shape=x.shape),),
 )
-transpose = Op(
+transpose: Op = Op(
     "transpose",
     _transpose,
     samples=_with(((3, 8), {"axes": (1, 0)}), ((1, 2, 3), {"axes": (2, 0, 1)}), ((7, 1031), {"axes": (1, 0)})),
@@ -79,7 +79,7 @@ slice_axis = Op(
         run(pad_axis, g, axis=axis, before=start, after=x.shape[axis] - stop),
     ),
 )
-pad_axis = Op(
+pad_axis: Op = Op(
     "pad_axis",
     _pad_axis,
     samples=_with(((3, 8), {"axis": 0, "before": 1, "after": 2}), ((3, 1031), {"axis": 1, "before": 0, "after": 1})),
@@ -92,6 +92,8 @@ concatenate = Op(
     "concatenate",
     _concatenate,
     samples=_parts,
-    bench=lambda rng, size: Sample(tuple(rng.standard_normal((size.hidden, size.hidden)) for _ in range(3)), {"axis": 0}),
+    bench=lambda rng, size: Sample(
+        tuple(rng.standard_normal((size.hidden, size.hidden)) for _ in range(3)), {"axis": 0}
+    ),
     vjp=_concatenate_vjp,
 )

@@ -22,7 +22,9 @@ from minibert.kernels import OPS
 @app.command("check")
 def check_command(
     names: list[str] = typer.Argument(None, metavar="[OP ...]", help="Ops to check; all of them if none is named."),
-    backend: str = typer.Option(None, "--backend", "--backends", help="Backends to check, as in numpy,numba; default: all."),
+    backend: str = typer.Option(
+        None, "--backend", "--backends", help="Backends to check, as in numpy,numba; default: all."
+    ),
     dtype: str = typer.Option(None, help="float32 or float64; default: float32, and on numpy both."),
     kernel: list[str] = typer.Option([], help=HELP),
     seed: int = typer.Option(0, min=0, help="Seed of the inputs."),
@@ -37,7 +39,9 @@ def check_command(
     compared = chosen_backends(backend, threads)
     ops = [find_op(name) for name in names] if names else list(kernels) or list(OPS.values())
     if kernels and not set(kernels) <= set(ops):
-        raise UserError(f"--kernel replaces {', '.join(o.name for o in kernels)}, but only {', '.join(names)} is checked")
+        raise UserError(
+            f"--kernel replaces {', '.join(o.name for o in kernels)}, but only {', '.join(names)} is checked"
+        )
     results: list[CheckResult] = []
     with ExitStack() as stack:
         status = stack.enter_context(notes.status("checking"))
@@ -68,7 +72,8 @@ def _table(results: list[CheckResult]) -> Table:
         gradient = next((r for r in group if r.check == "gradient"), None)
         table.add_row(
             op, backend, dtype, group[0].by, str(len(group)), str(sum(r.inputs for r in group)),
-            _worst(forward, "ulp_max", ".2f"), _worst(forward, "err_over_us", ".2f"), _worst(forward, "bound_share", ".1%"),
+            _worst(forward, "ulp_max", ".2f"), _worst(forward, "err_over_us", ".2f"),
+            _worst(forward, "bound_share", ".1%"),
             "" if gradient is None else "exact" if gradient.ok else "[red]wrong[/red]",
             "[green]ok[/green]" if all(r.ok for r in group) else "[red]FAIL[/red]",
         )  # fmt: skip

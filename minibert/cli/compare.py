@@ -43,7 +43,9 @@ from minibert.errors import UserError
 def compare_command(
     config: str = typer.Option("tiny", help="tiny, mini, small, medium, base, or a checkpoint's FOLDER."),
     text: list[Path] = typer.Option(None, help="Text files; default: the one that ships with minibert."),
-    backends: str = typer.Option(None, help="Backends to compare, as in numpy,numba; the first is the reference. Default: all."),
+    backends: str = typer.Option(
+        None, help="Backends to compare, as in numpy,numba; the first is the reference. Default: all."
+    ),
     steps: int = typer.Option(6, min=2, help="Training steps; the first compiles and judges, the others are timed."),
     tokens: int = typer.Option(1024, min=8, help="Tokens in the batch."),
     max_seq_length: int = typer.Option(128, min=8, help="Longest sequence."),
@@ -139,7 +141,8 @@ def _described(name: str, config: BertConfig, dtype: str, steps: int, found: Com
         "tokens": len(batch.input_ids),
         "predicted": predicted,
         "summary": (
-            f"L{config.num_hidden_layers} C{config.hidden_size} H{config.num_attention_heads} V{config.vocab_size}, {dtype}; "
+            f"L{config.num_hidden_layers} C{config.hidden_size} H{config.num_attention_heads} "
+            f"V{config.vocab_size}, {dtype}; "
             f"{found.samples} sequences, {len(batch.input_ids)} tokens, {predicted} predicted; {steps} steps"
         ),
     }
@@ -147,7 +150,12 @@ def _described(name: str, config: BertConfig, dtype: str, steps: int, found: Com
 
 def _machine() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"system": platform.platform(), "processor": _processor(), "cores": cores, "python": platform.python_version()}
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": cores,
+        "python": platform.python_version(),
+    }
 
 
 def _processor() -> str:

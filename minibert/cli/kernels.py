@@ -15,7 +15,7 @@ HELP = "Try a kernel of your own: FILE.py:FUNCTION=OP, a function of the op's ar
 
 
 def load_kernels(specs: Iterable[str]) -> dict[Op, Kernel]:
-    """The functions that `--kernel` options name, by op. Raises UserError for a file, function or op that is not there."""
+    """The functions that `--kernel` options name, by op. Raises UserError for a name that is not there."""
     kernels: dict[Op, Kernel] = {}
     for spec in specs:
         place, _, name = spec.rpartition("=")
@@ -24,7 +24,9 @@ def load_kernels(specs: Iterable[str]) -> dict[Op, Kernel]:
             raise UserError(f"--kernel: expected FILE.py:FUNCTION=OP, got {spec!r}")
         if name not in OPS:
             near = get_close_matches(name, OPS, n=1)
-            raise UserError(f"--kernel: no op is called {name!r}: {f'did you mean {near[0]}?' if near else 'see minibert ops'}")
+            raise UserError(
+                f"--kernel: no op is called {name!r}: {f'did you mean {near[0]}?' if near else 'see minibert ops'}"
+            )
         kernels[OPS[name]] = _function(Path(file), function)
     return kernels
 

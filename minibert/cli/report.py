@@ -21,7 +21,7 @@ class Rows(NamedTuple):
 
 def _speed(found: Comparison) -> Rows:
     """Op by op: calls, and for each backend what ran it, its time, its share of the step and its rates."""
-    reference, *others = found.runs
+    reference = found.runs[0]
     header = ["op", "calls"]
     for run in found.runs:
         ratio = [] if run is reference else [f"x {reference.backend.name}"]
@@ -115,15 +115,19 @@ def tables(found: Comparison) -> Iterator[Table]:
 def verdict(found: Comparison) -> str:
     """One line: whether every op stayed within its bound, how far the losses stand apart, and how fast each was."""
     reference, *others = found.runs
-    speeds = [f"{run.backend.name} {_ratio(reference.step_seconds, run.step_seconds):.2f}x {reference.backend.name}" for run in others]
+    speeds = [
+        f"{run.backend.name} {_ratio(reference.step_seconds, run.step_seconds):.2f}x {reference.backend.name}"
+        for run in others
+    ]
     losses = max(found.loss_distance(run) for run in found.runs)
     apart = f"; losses within {losses:.1g} of each other" if others else ""
     speed = f"; speed of a step: {', '.join(speeds)}" if others else ""
     if found.ok:
         judged = sum(len(r.judgements) for run in found.runs for r in run.ops.values())
         names = ", ".join(run.backend.name for run in found.runs)
-        return f"[green]PASS[/green] {len(reference.ops)} ops on {names}: {judged} judged calls within their bound{apart}{speed}"
-    run, record, judgement = found.failures[0]
+        passed = f"{len(reference.ops)} ops on {names}: {judged} judged calls within their bound"
+        return f"[green]PASS[/green] {passed}{apart}{speed}"
+    judgement = found.failures[0][2]
     bad = sorted({f"{r.op.name} on {b.backend.name}" for b, r, _ in found.failures})
     return f"[red]FAIL[/red] {', '.join(bad)}: {judgement.problem or judgement.worst}{speed}"
 

@@ -57,7 +57,7 @@ def list_ops(
 
 def _formula(op: Op) -> str:
     """The clause of the family's docstring that bears the op's name: `softmax: y = ...`; else where to read it."""
-    text = " ".join((inspect.getmodule(op.formula).__doc__ or "").split())  # type: ignore[union-attr]
+    text = " ".join((inspect.getmodule(op.formula).__doc__ or "").split())
     start = f" {text}".find(f" {op.name}: ")
     if start < 0:
         return "see its family: " + op.family.rpartition(".")[2]
