@@ -8,7 +8,7 @@ thread gets its share of each sequence, so that they end together whatever the m
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,16 @@ from minibert.kernels.philox import Stream, threshold
 NANOSECONDS_A_SCORE = 2.0
 
 
+class Dropout(NamedTuple):
+    width: int  # words that a query and head own
+    drop: np.uint32  # a score whose word is below this is dropped
+    kept: Any  # the factor of the others, in the dtype of the arrays
+
+
 @jit
-def attention_heads(qkv, sequences, dropout, stream, y, lse, start, stop):  # type: ignore[no-untyped-def]
+def attention_heads(
+    qkv: Array, sequences: Array, dropout: Dropout, stream: tuple[int, ...], y: Array, lse: Array, start: int, stop: int
+) -> None:
     width, drop, kept = dropout
     heads, size = y.shape[1:]
     scale = constant(size**-0.5, kept)
@@ -51,7 +59,10 @@ def attention_heads(qkv, sequences, dropout, stream, y, lse, start, stop):  # ty
 
 
 @jit
-def attention_grad_heads(g, qkv, y, lse, sequences, dropout, stream, dqkv, start, stop):  # type: ignore[no-untyped-def]
+def attention_grad_heads(
+    g: Array, qkv: Array, y: Array, lse: Array, sequences: Array, dropout: Dropout, stream: tuple[int, ...],
+    dqkv: Array, start: int, stop: int,
+) -> None:  # fmt: skip
     width, drop, kept = dropout
     heads, size = y.shape[1:]
     scale = constant(size**-0.5, kept)
@@ -70,7 +81,8 @@ def attention_grad_heads(g, qkv, y, lse, sequences, dropout, stream, dqkv, start
         for i in range(t):
             if drop > 0:
                 philox_row(words, ((first + i) * heads + head) * width, t, *stream)
-            score_grad_row(p[i], ds[i], words, drop, kept, scale, lse[first + i, head], dot_row(gy[i], y[first + i, head]))
+            delta = dot_row(gy[i], y[first + i, head])
+            score_grad_row(p[i], ds[i], words, drop, kept, scale, lse[first + i, head], delta)
         np.dot(ds, k, dx)
         store(dx, dqkv[first : first + t], 0, head)
         np.dot(ds.T, q, dx)
@@ -94,7 +106,7 @@ def exp_row(row: Array, scale: float) -> tuple[float, float]:
 
 
 @jit
-def drop_row(row: Array, words: Array, drop: int) -> None:
+def drop_row(row: Array, words: Array, drop: np.uint32) -> None:
     zero = constant(0.0, row[0])
     for j in range(row.size):
         row[j] = row[j] if words[j] >= drop else zero
@@ -102,7 +114,7 @@ def drop_row(row: Array, words: Array, drop: int) -> None:
 
 @jit
 def score_grad_row(
-    p: Array, ds: Array, words: Array, drop: int, kept: float, scale: float, lse: float, delta: float
+    p: Array, ds: Array, words: Array, drop: np.uint32, kept: float, scale: float, lse: float, delta: float
 ) -> None:
     """Scores (t,) become dropout(p), and the gradient of dropout(p) becomes that of the scores; no word is below 0."""
     zero = constant(0.0, kept)
@@ -156,14 +168,13 @@ def _sequences(cu_seqlens: Array, rows: int) -> Array:
 def _by_head(qkv: Array, heads: int) -> Array:
     """(N, 3C) -> (N, 3, heads, D)."""
     rows, columns = qkv.shape
-    if columns % (3 * heads):
+    if heads < 1 or columns == 0 or columns % (3 * heads):
         raise ValueError(f"qkv {qkv.shape} does not split into q, k and v of {heads} heads")
     return np.ascontiguousarray(qkv).reshape(rows, 3, heads, columns // (3 * heads))
 
 
-def _dropout(cu_seqlens: Array, rate: float, dtype: np.dtype[Any]) -> tuple[int, np.uint32, Any]:
-    """Words that each row of scores owns, the word below which a score is dropped, the factor of those that stay."""
-    return mask_width(cu_seqlens), np.uint32(threshold(rate)), dtype.type(1 / (1 - rate))
+def _dropout(cu_seqlens: Array, rate: float, dtype: np.dtype[Any]) -> Dropout:
+    return Dropout(mask_width(cu_seqlens), np.uint32(threshold(rate)), dtype.type(1 / (1 - rate)))
 
 
 def _grain(sequences: Array) -> int:
@@ -176,7 +187,7 @@ def attention(
     sequences, parts = _sequences(cu_seqlens, len(qkv)), _by_head(qkv, num_heads)
     rows, _, heads, size = parts.shape
     y, lse = np.empty((rows, heads, size), qkv.dtype), np.empty((rows, heads), qkv.dtype)
-    dropout, words = _dropout(cu_seqlens, rate, qkv.dtype), tuple(int(part) for part in stream)
+    dropout, words = _dropout(cu_seqlens, rate, qkv.dtype), tuple(map(int, Stream(*stream)))
     if rows:
         items = heads * len(sequences)
         run_rows(attention_heads, items, parts, sequences, dropout, words, y, lse, grain=_grain(sequences))
@@ -192,7 +203,7 @@ def attention_grad(
     g, y = (contiguous(x, (rows, heads * size), name) for x, name in ((g, "g"), (y, "y")))
     lse = contiguous(lse, (rows, heads), "log sum exp")
     dqkv = np.empty(parts.shape, qkv.dtype)
-    dropout, words = _dropout(cu_seqlens, rate, qkv.dtype), tuple(int(part) for part in stream)
+    dropout, words = _dropout(cu_seqlens, rate, qkv.dtype), tuple(map(int, Stream(*stream)))
     if rows:
         arrays = g.reshape(rows, 1, heads, size), parts, y.reshape(rows, heads, size), lse, sequences
         run_rows(attention_grad_heads, heads * len(sequences), *arrays, dropout, words, dqkv, grain=_grain(sequences))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
+from minibert.kernels.cpu_arrays import contiguous, row_numbers
 from minibert.kernels.cpu_math import constant, exp, vmax
 from minibert.kernels.cpu_threads import jit, rows_worth_a_thread, run_rows
 from minibert.kernels.linear.cpu import product_with_transpose
@@ -41,8 +43,8 @@ def bias_cross_entropy_rows(logits: Array, bias: Array, labels: Array, losses: A
 def loss_and_gradient(row: Array, top: float, label: int, count: int) -> float:
     """The loss of one row of `count`, in float64, and its gradient in place of the logits.
 
-    Compiled by `jit`: the sums of an `inline` or `helper` keep their order, and so do not vectorise. In place: had it an
-    array to read and one to write, the vector code would be left where a caller gives the same for both.
+    Compiled by `jit`: the sums of an `inline` or `helper` keep their order, and so do not vectorise. In place: had it
+    one array to read and one to write, callers that give the same for both would get scalar code.
     """
     loss = np.float64(top) - np.float64(row[label])
     total = constant(0.0, top)
@@ -59,23 +61,19 @@ def loss_and_gradient(row: Array, top: float, label: int, count: int) -> float:
     return loss + math.log(np.float64(total))
 
 
-def _checked_labels(labels: Array, rows: int, classes: int) -> Array:
+def _labels(labels: Array, rows: int, classes: int) -> Array:
     """(rows,) int64. Raises ValueError unless there is one in [0, classes) for each row: the loops index by them."""
-    if labels.shape != (rows,):
-        raise ValueError(f"cross entropy of {rows} rows needs {rows} labels, got shape {labels.shape}")
-    if rows and (labels.min() < 0 or labels.max() >= classes):
-        raise ValueError(f"labels must lie in [0, {classes}), got {labels.min()} to {labels.max()}")
-    return np.ascontiguousarray(labels, np.int64)
+    return row_numbers(contiguous(labels, (rows,), "labels"), classes, "labels")
 
 
-def _mean(losses: Array, dtype: np.dtype) -> Array:
+def _mean(losses: Array, dtype: np.dtype[Any]) -> Array:
     """Added in float64 in the order of the rows, rounded once."""
     return np.asarray(losses.mean(), dtype)
 
 
 def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
     rows, classes = logits.shape
-    labels = _checked_labels(labels, rows, classes)
+    labels = _labels(labels, rows, classes)
     losses, dlogits = np.empty(rows), np.empty(logits.shape, logits.dtype)
     grain = rows_worth_a_thread(classes)
     run_rows(cross_entropy_rows, rows, np.ascontiguousarray(logits), labels, losses, dlogits, grain=grain)
@@ -84,10 +82,9 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
 
 def linear_cross_entropy(x: Array, weight: Array, bias: Array, labels: Array) -> tuple[Array, Array]:
     rows, classes = len(x), len(weight)
-    if bias.shape != (classes,):
-        raise ValueError(f"weight {weight.shape} needs a bias ({classes},), got {bias.shape}")
-    labels = _checked_labels(labels, rows, classes)
+    bias = contiguous(bias, (classes,), "bias")
+    labels = _labels(labels, rows, classes)
     losses, logits = np.empty(rows), product_with_transpose(x, weight)
     grain = rows_worth_a_thread(classes)
-    run_rows(bias_cross_entropy_rows, rows, logits, np.ascontiguousarray(bias), labels, losses, grain=grain)
+    run_rows(bias_cross_entropy_rows, rows, logits, bias, labels, losses, grain=grain)
     return _mean(losses, logits.dtype), logits

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from math import pi, sqrt
-
 import numpy as np
 
-from minibert.kernels.activation import CUBIC
-from minibert.kernels.cpu_math import constant, erf, tanh
+from minibert.kernels.activation.cpu import gelu_erf_loop, gelu_tanh_loop
+from minibert.kernels.cpu_arrays import contiguous
 from minibert.kernels.cpu_threads import jit, rows_worth_a_thread, run_rows
 from minibert.kernels.op import Array
 
@@ -23,26 +21,19 @@ def bias_rows(y: Array, bias: Array, start: int, stop: int) -> None:
 @jit
 def bias_gelu_rows(before: Array, bias: Array, y: Array, start: int, stop: int) -> None:
     for i in range(start, stop):
-        row, out = before[i], y[i]
-        for j in range(row.size):
-            x = row[j] + bias[j]
-            row[j] = x
-            out[j] = x * constant(0.5, x) * (constant(1.0, x) + erf(x * constant(sqrt(0.5), x)))
+        bias_rows(before, bias, i, i + 1)
+        gelu_erf_loop(before[i], y[i], 0, bias.size)
 
 
 @jit
 def bias_gelu_tanh_rows(before: Array, bias: Array, y: Array, start: int, stop: int) -> None:
     for i in range(start, stop):
-        row, out = before[i], y[i]
-        for j in range(row.size):
-            x = row[j] + bias[j]
-            row[j] = x
-            inner = constant(sqrt(2 / pi), x) * (x + constant(CUBIC, x) * (x * x * x))
-            out[j] = x * constant(0.5, x) * (constant(1.0, x) + tanh(inner))
+        bias_rows(before, bias, i, i + 1)
+        gelu_tanh_loop(before[i], y[i], 0, bias.size)
 
 
 def blas_ready(x: Array) -> Array:
-    """`x`, copied where neither of its last two axes is contiguous: BLAS cannot read it, and NumPy's own loop is slow."""
+    """`x`, copied where BLAS cannot read it (neither of its last two axes is contiguous): NumPy's own loop is slow."""
     if x.ndim < 2:
         return x
     (rows, columns), (down, across) = x.shape[-2:], x.strides[-2:]
@@ -64,14 +55,8 @@ def matmul(a: Array, b: Array) -> Array:
 matmul.by = "library"  # type: ignore[attr-defined]
 
 
-def _checked_bias(weight: Array, bias: Array) -> Array:
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(f"weight {weight.shape} needs a bias ({weight.shape[0]},), got {bias.shape}")
-    return np.ascontiguousarray(bias)
-
-
 def linear(x: Array, weight: Array, bias: Array) -> Array:
-    bias = _checked_bias(weight, bias)
+    bias = contiguous(bias, weight.shape[:1], "bias")
     y = product_with_transpose(x, weight)
     rows = y.reshape(-1, bias.size)
     run_rows(bias_rows, len(rows), rows, bias, grain=rows_worth_a_thread(bias.size, cost=0.25))
@@ -79,7 +64,7 @@ def linear(x: Array, weight: Array, bias: Array) -> Array:
 
 
 def linear_gelu(x: Array, weight: Array, bias: Array, *, approximate: str = "none") -> tuple[Array, Array]:
-    bias = _checked_bias(weight, bias)
+    bias = contiguous(bias, weight.shape[:1], "bias")
     before = product_with_transpose(x, weight)
     y = np.empty_like(before)
     rows = before.reshape(-1, bias.size)

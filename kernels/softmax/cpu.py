@@ -56,5 +56,6 @@ def softmax_grad(g: Array, y: Array) -> Array:
         raise ValueError(f"softmax_grad needs g and y of one shape, got {g.shape} and {y.shape}")
     dx = np.empty(y.shape, y.dtype)
     rows = _rows(y)
-    run_rows(softmax_grad_rows, len(rows), _rows(g), rows, _rows(dx), grain=rows_worth_a_thread(rows.shape[1], cost=0.5))
+    grain = rows_worth_a_thread(rows.shape[1], cost=0.5)
+    run_rows(softmax_grad_rows, len(rows), _rows(g), rows, _rows(dx), grain=grain)
     return dx
