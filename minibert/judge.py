@@ -86,8 +86,8 @@ def judge_against(expected: Sequence[Bound], got: Any, dtype: str) -> Judgement:
             worst = Worst(k, tuple(map(int, at)), float(b.value[at]), float(result[at]), float(allowed[at]))
         share = max(share, float(shares[at]))
         ulp = max(ulp, float((off / _ulp(b.value, dtype)).max()))
-        precision = PRECISIONS[dtype]
-        over_us = max(over_us, float((off / np.maximum(precision.roundoff * b.terms, precision.tiny)).max()))
+        unit = np.maximum(PRECISIONS[dtype].roundoff * b.terms, PRECISIONS[dtype].tiny)
+        over_us = max(over_us, float(_share(off, unit).max()))
         unbounded += int(np.isinf(allowed).sum())
     return Judgement(ulp, over_us, share, share <= 1, worst, "", unbounded)
 
