@@ -1,4 +1,4 @@
-"""gelu, relu, tanh and their gradients: one loop over the elements each."""
+"""gelu, relu, their gradients and that of tanh: one loop over the elements each. (tanh: NumPy's own loop is faster.)"""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from minibert.kernels.activation import CUBIC, SQRT_2_OVER_PI
 from minibert.kernels.cpu_arrays import flat
 from minibert.kernels.cpu_math import erf, exp, vmax
-from minibert.kernels.cpu_math import tanh as tanh_of
+from minibert.kernels.cpu_math import tanh as tanh_of  # a function here called `tanh` would be the kernel of that op
 from minibert.kernels.cpu_threads import jit, rows_worth_a_thread, run_rows
 from minibert.kernels.op import Array
 
-LIGHT, HEAVY = rows_worth_a_thread(1, cost=0.25), rows_worth_a_thread(1, cost=1.5)  # elements, without and with erf
+LIGHT, HEAVY = rows_worth_a_thread(1, cost=0.1), rows_worth_a_thread(1, cost=0.5)  # elements, without and with erf
 
 
 @jit
@@ -89,27 +89,14 @@ def relu_grad_loop(g, x, dx, start, stop):  # type: ignore[no-untyped-def]
     g, x, dx = g[start:stop], x[start:stop], dx[start:stop]
     zero = g.dtype.type(0)
     for i in range(x.size):
-        dx[i] = g[i] if x[i] > zero else zero
+        gradient = g[i]  # read first, so that the choice is a blend
+        dx[i] = gradient if x[i] > zero else zero
 
 
 def relu_grad(g: Array, x: Array) -> Array:
     dx = np.empty(x.shape, g.dtype)
     run_rows(relu_grad_loop, x.size, *flat(g, x), dx.reshape(-1), grain=LIGHT)
     return dx
-
-
-@jit
-def tanh_loop(x, y, start, stop):  # type: ignore[no-untyped-def]
-    x, y = x[start:stop], y[start:stop]
-    for i in range(x.size):
-        y[i] = tanh_of(x[i])
-
-
-def tanh(x: Array) -> Array:
-    y = np.empty(x.shape, x.dtype)
-    (vector,) = flat(x)
-    run_rows(tanh_loop, x.size, vector, y.reshape(-1), grain=HEAVY)
-    return y
 
 
 @jit

@@ -11,7 +11,7 @@ from minibert.kernels.cpu_threads import blocks, jit, rows_worth_a_thread, run_r
 from minibert.kernels.op import Array
 
 BLOCK = 1 << 14  # elements of one partial sum
-LIGHT = rows_worth_a_thread(1, cost=0.5)  # elements
+LIGHT = rows_worth_a_thread(1, cost=0.4)  # elements
 
 
 @jit
@@ -57,5 +57,5 @@ def square_norm_blocks(x, partial, start, stop):  # type: ignore[no-untyped-def]
 def square_norm(x: Array) -> Array:
     (vector,) = flat(x)
     partial = np.empty(blocks(x.size, BLOCK), np.float64)
-    run_rows(square_norm_blocks, len(partial), vector, partial, grain=rows_worth_a_thread(BLOCK, cost=0.25))
+    run_rows(square_norm_blocks, len(partial), vector, partial, grain=rows_worth_a_thread(BLOCK, cost=0.03))
     return np.asarray(partial.sum(), x.dtype)

@@ -18,8 +18,8 @@ from minibert.kernels.op import Array
 from minibert.kernels.philox import Stream, threshold
 
 BLOCK = 32  # rows whose gradients are added in the precision of the arrays
-COST = 0.5  # nanoseconds an element, for `rows_worth_a_thread`
-COST_WITH_DROPOUT = 1.5
+COST, GRAD_COST = 0.15, 0.35  # nanoseconds an element, for `rows_worth_a_thread`
+DROPOUT_COST = 0.45  # more
 
 
 @jit
@@ -92,7 +92,7 @@ def add_layer_norm(
     )
     run_rows(
         add_layer_norm_rows, rows, *inputs, x.dtype.type(eps), *_dropout(rate, x.dtype), *Stream(*stream),
-        y, z, mean, rstd, grain=rows_worth_a_thread(columns, COST_WITH_DROPOUT if rate else COST),
+        y, z, mean, rstd, grain=rows_worth_a_thread(columns, COST + DROPOUT_COST if rate else COST),
     )  # fmt: skip
     return y, z, mean, rstd
 
@@ -122,9 +122,11 @@ def normalise_grad(g, x, weight, mean, rstd, dx, dweight, dbias):  # type: ignor
 @jit
 def layer_norm_grad_blocks(g, x, weight, mean, rstd, dx, dweight, dbias, start, stop):  # type: ignore[no-untyped-def]
     for block in range(start, stop):
-        dweight[block], dbias[block] = 0, 0
+        dweight_block, dbias_block = dweight[block], dbias[block]
+        for j in range(x.shape[1]):
+            dweight_block[j], dbias_block[j] = 0, 0
         for i in range(block * BLOCK, min((block + 1) * BLOCK, x.shape[0])):
-            normalise_grad(g[i], x[i], weight, mean[i], rstd[i], dx[i], dweight[block], dbias[block])
+            normalise_grad(g[i], x[i], weight, mean[i], rstd[i], dx[i], dweight_block, dbias_block)
 
 
 @jit
@@ -135,10 +137,12 @@ def add_layer_norm_grad_blocks(  # type: ignore[no-untyped-def]
     words = np.empty(n, np.uint32)
     zero = z.dtype.type(0)
     for block in range(start, stop):
-        dweight[block], dbias[block] = 0, 0
+        dweight_block, dbias_block = dweight[block], dbias[block]
+        for j in range(n):
+            dweight_block[j], dbias_block[j] = 0, 0
         for i in range(block * BLOCK, min((block + 1) * BLOCK, z.shape[0])):
             dx_row, dz_row = dx[i], dz[i]
-            normalise_grad(g[i], z[i], weight, mean[i], rstd[i], dz_row, dweight[block], dbias[block])
+            normalise_grad(g[i], z[i], weight, mean[i], rstd[i], dz_row, dweight_block, dbias_block)
             philox_row(words, i * n, n, seed, stream, step, layer)
             for j in range(n):
                 dx_row[j] = dz_row[j] * scale if words[j] >= limit else zero
@@ -166,7 +170,7 @@ def layer_norm_grad(g: Array, x: Array, weight: Array, mean: Array, rstd: Array)
     count = blocks(rows, BLOCK)
     dx = np.empty(x.shape, x.dtype)
     dweight, dbias = np.empty((count, columns), x.dtype), np.empty((count, columns), x.dtype)
-    grain = rows_worth_a_thread(BLOCK * columns, COST)
+    grain = rows_worth_a_thread(BLOCK * columns, GRAD_COST)
     run_rows(layer_norm_grad_blocks, count, *inputs, dx, dweight, dbias, grain=grain)
     return dx, _sum_blocks(dweight), _sum_blocks(dbias)
 
@@ -185,6 +189,6 @@ def add_layer_norm_grad(
     dweight, dbias = np.empty((count, columns), z.dtype), np.empty((count, columns), z.dtype)
     run_rows(
         add_layer_norm_grad_blocks, count, *inputs, *dropped, *Stream(*stream), dx, dz, dweight, dbias,
-        grain=rows_worth_a_thread(BLOCK * columns, COST_WITH_DROPOUT),
+        grain=rows_worth_a_thread(BLOCK * columns, GRAD_COST + DROPOUT_COST),
     )  # fmt: skip
     return dx, dz, _sum_blocks(dweight), _sum_blocks(dbias)
