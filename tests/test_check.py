@@ -255,7 +255,7 @@ def test_check_yields_a_result_per_demand() -> None:
     assert all(r.ok and not r.message and r.backend == "numpy" and r.by == "formula" for r in results)
     follows = next(r for r in results if r.op == "softmax" and r.check == "follows_formula")
     assert follows.inputs == len(list(softmax.samples(np.random.default_rng(0))))
-    assert follows.ulp_max is not None and 0 < follows.ulp_max
+    assert follows.ulp_max is not None and follows.ulp_max > 0
     assert follows.err_over_us is not None and 0 < follows.err_over_us < 10
     assert follows.bound_share is not None and 0 < follows.bound_share < 1
     assert dataclasses.asdict(follows)["op"] == "softmax"
