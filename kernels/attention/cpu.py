@@ -159,7 +159,8 @@ def _sequences(cu_seqlens: Array, rows: int) -> Array:
     ends = np.asarray(cu_seqlens).astype(np.int64).reshape(-1)
     lengths = np.diff(ends)
     if ends.size == 0 or ends[0] != 0 or ends[-1] != rows or (lengths < 0).any():
-        raise ValueError(f"cu_seqlens must rise from 0 to the {rows} rows of qkv, got {ends.tolist()}")
+        got = np.array2string(ends, threshold=10)
+        raise ValueError(f"cu_seqlens must rise from 0 to the {rows} rows of qkv, got {got}")
     order = np.argsort(-lengths, kind="stable")
     both = np.stack([ends[:-1], lengths], axis=1)[order]
     return np.ascontiguousarray(both[both[:, 1] > 0])
