@@ -65,7 +65,8 @@ class TrainingConfig:
     gradient_accumulation_steps: int = 1  # passes summed into one update, for batches beyond memory
     max_seq_length: int = 128  # where sequences are cut: attention costs its square, and sentences are short
     learning_rate: float = 1e-3  # at its highest; small models take more than the 1e-4 of BERT base
-    warmup_steps: int = 100  # the first second moments are poor estimates: full steps by them go astray
+    warmup_ratio: float = 0.1  # share of the steps: the first second moments are poor estimates, full steps go astray
+    warmup_steps: int = 0  # where above 0, instead of warmup_ratio
     weight_decay: float = 0.01  # on matrices, as BERT
     adam_beta1: float = 0.9
     adam_beta2: float = 0.98  # RoBERTa's: a memory of 50 steps; the usual 0.999 outlasts the warm-up of a short run
@@ -99,7 +100,13 @@ class TrainingConfig:
         self._require(0 <= self.weight_decay < math.inf, "weight_decay", "0 or more")
         self._require(self.learning_rate < math.inf, "learning_rate", "finite")
         self._require(self.warmup_steps >= 0, "warmup_steps", "0 or more")
+        self._require(0 <= self.warmup_ratio <= 1, "warmup_ratio", "from 0 to 1")
         self._require(0 <= self.seed < 2**32, "seed", f"from 0 to {2**32 - 1}")
+
+    @property
+    def warmup(self) -> int:
+        """Steps in which the learning rate rises."""
+        return self.warmup_steps or round(self.warmup_ratio * self.max_steps)
 
     def _require(self, holds: bool, name: str, expected: str) -> None:
         if not holds:
@@ -255,12 +262,11 @@ class Trainer:
     def train_step(self) -> Record:
         """One update. Raises NonFiniteError, with nothing updated, where loss or gradients are not finite."""
         began = time.perf_counter()
-        learning_rate = self.config.learning_rate * linear_schedule(
-            self.step, self.config.warmup_steps, self.config.max_steps
-        )
+        config = self.config
+        learning_rate = config.learning_rate * linear_schedule(self.step, config.warmup, config.max_steps)
         self.optimizer.lr = learning_rate
-        loss, tokens = self.forward_backward()
         try:
+            loss, tokens = self.forward_backward()
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss}")
             self.optimizer.step()
@@ -281,6 +287,7 @@ class Trainer:
             "seconds": seconds,
         }
 
+    @np.errstate(all="ignore")  # the guard sees what NumPy would warn of, and says where it began
     def forward_backward(self) -> tuple[float, int]:
         """Gradients of the step's batches, averaged; their mean loss and their tokens."""
         passes = self.config.gradient_accumulation_steps

@@ -1,0 +1,303 @@
+"""`minibert pretrain`: a masked language model from plain text files."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+
+from minibert import backends
+from minibert.backends import Backend, BackendUnavailable
+from minibert.bert import BertForMaskedLM, BertForPreTraining
+from minibert.checkpoint import WEIGHTS, read_config
+from minibert.cli import app, kernels
+from minibert.cli.compiling import show_compiling
+from minibert.cli.options import console
+from minibert.config import NAMED, BertConfig
+from minibert.data import (
+    SHIPPED_TEXT,
+    Document,
+    check_vocabulary,
+    load_tokenizer,
+    read_documents,
+    special_ids,
+    train_tokenizer,
+)
+from minibert.errors import UserError
+from minibert.train import STATE, Record, State, Trainer, TrainingConfig, prepare, read_state
+
+FASTEST_FIRST = ("cupy", "numba", "numpy")
+DEFAULT = TrainingConfig()
+# What may change when a run is resumed: nothing here enters the arithmetic of a step, but max_steps by the schedule.
+CHANGEABLE = {"max_steps", "logging_steps", "eval_steps", "save_steps"}
+
+
+def setting(name: str, help: str, flag: str | None = None) -> Any:
+    """An option that sets a field of TrainingConfig; None where it is not given."""
+    return typer.Option(None, flag or f"--{name.replace('_', '-')}", show_default=f"{getattr(DEFAULT, name):g}", help=help)
+
+
+@app.command()
+def pretrain(
+    texts: list[Path] = typer.Argument(
+        None, metavar="[TEXT ...]", help="Plain text files, UTF-8, two blank lines between documents; if none, a shipped text."
+    ),
+    output: Path = typer.Option(..., help="Folder for the model, its tokenizer, training_log.jsonl and checkpoints."),
+    resume: bool = typer.Option(False, "--resume", help="Go on with the run in --output, exactly as if it had not stopped."),
+    config: str = typer.Option(None, show_default="mini", help=f"{', '.join(NAMED)}, or a folder with config.json."),
+    layers: int = typer.Option(None, help="Layers, instead of those of --config."),
+    hidden: int = typer.Option(None, help="Channels, instead of those of --config: a multiple of 64."),
+    tokenizer: Path = typer.Option(None, show_default="trained on the text", help="A folder or file of a tokenizer."),
+    vocab_size: int = typer.Option(None, show_default="8000", help="Tokens of the vocabulary trained on the text."),
+    max_steps: int = setting("max_steps", "Updates of the weights.", "--steps"),
+    tokens_per_batch: int = setting("tokens_per_batch", "Tokens of one batch, packed."),
+    gradient_accumulation_steps: int = setting("gradient_accumulation_steps", "Batches of one update."),
+    max_seq_length: int = setting("max_seq_length", "Tokens of a sequence at most."),
+    learning_rate: float = setting("learning_rate", "At its highest."),
+    warmup_steps: int = typer.Option(None, show_default="10 % of --steps", help="Steps in which the learning rate rises; then it falls to 0."),
+    weight_decay: float = setting("weight_decay", "On matrices."),
+    mlm_probability: float = setting("mlm_probability", "Share of the tokens to predict."),
+    next_sentence: bool = typer.Option(None, "--next-sentence", help="Train on sentence pairs and their order too."),
+    held_out: float = setting("held_out", "Share of the text to evaluate on."),
+    logging_steps: int = setting("logging_steps", "Steps between lines of the log.", "--log-every"),
+    eval_steps: int = setting("eval_steps", "Steps between evaluations.", "--eval-every"),
+    save_steps: int = setting("save_steps", "Steps between checkpoints.", "--save-every"),
+    seed: int = setting("seed", "Of weights, order, masks and dropout."),
+    backend: str = typer.Option(None, show_default="the fastest here", help="See `minibert backends`."),
+    dtype: str = typer.Option(None, show_default="float32", help="float32 or float64."),
+    threads: int = typer.Option(None, show_default="all cores", help="Threads of kernels and BLAS."),
+    kernel: list[str] = typer.Option([], "--kernel", metavar="FILE.py:FUNCTION=OP", help=kernels.HELP),
+) -> int:
+    """Train a masked language model on text files. Ctrl-C saves, and --resume goes on."""
+    given = dict(locals())
+    settings = {name: given[name] for name in asdict(DEFAULT) if given.get(name) is not None}
+    swapped = kernels.load_kernels(kernel)
+    state = read_state(output) if resume else None
+    if state is None:
+        refuse_to_overwrite(output)
+    training = TrainingConfig(**settings) if state is None else merged(state.config, settings)
+
+    options: dict[str, Any] = {name: given[name] for name in ("config", "layers", "hidden", "vocab_size", "dtype", "backend")}
+    options["tokenizer"] = None if tokenizer is None else str(tokenizer.absolute())
+    options["texts"] = [str(path.absolute()) for path in texts or ()]
+    if state is not None:
+        options = resumed(state.options, options)
+    options["dtype"] = options["dtype"] or "float32"
+    place = fastest_or(options["backend"], threads)
+    options["backend"] = place.name
+    if not options["texts"]:
+        say(f"no TEXT given: training on the one that ships with minibert, {SHIPPED_TEXT.name}")
+    documents = read_documents(options["texts"] or [SHIPPED_TEXT])
+
+    trainer = make_trainer(state, documents, training, place, options, output)
+    if trainer.step >= training.max_steps:
+        say(f"all {training.max_steps} steps were done before: --steps makes the run longer")
+    with place.using(swapped) if swapped else nullcontext(), stopped_by_signals(trainer):
+        follow(trainer)
+    if trainer.step < training.max_steps:
+        say(f"stopped after step {trainer.step} of {training.max_steps}, and saved. To go on: {resume_command(output, kernel)}")
+        return 130
+    say(f"the model is in {output}: minibert.BertForMaskedLM.from_pretrained({str(output)!r})")
+    return 0
+
+
+def say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ setting up
+
+
+def refuse_to_overwrite(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file: name a folder")
+    if output.is_dir() and any(output.iterdir()):
+        mend = "add --resume to go on with the run in it, or name another folder" if (output / STATE).exists() else "name another"
+        raise UserError(f"--output {output} is not empty: {mend}")
+
+
+def merged(stored: TrainingConfig, settings: dict[str, Any]) -> TrainingConfig:
+    """A resumed run's config. Raises UserError for a setting that is not the one the run began with."""
+    for name, value in settings.items():
+        if name not in CHANGEABLE and value != getattr(stored, name):
+            raise UserError(
+                f"--resume: the run began with {name} {getattr(stored, name)}, got {value}: leave it out, or begin another run"
+            )
+    return replace(stored, **settings)
+
+
+def resumed(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A resumed run's other options: another backend may be given, and the same text at another place."""
+    for name, value in given.items():
+        if name not in ("backend", "texts") and value is not None and value != (stored[name] or value):
+            raise UserError(
+                f"--resume: the run began with {name} {stored[name]}, got {value}: leave it out, or begin another run"
+            )
+    return {name: value or stored[name] for name, value in given.items()}
+
+
+def fastest_or(name: str | None, threads: int | None) -> Backend:
+    """The backend called `name`, else the fastest that runs here."""
+    if threads is not None:
+        backends.set_num_threads(threads)
+    if name is not None:
+        return backends.get(name)
+    for candidate in FASTEST_FIRST:
+        if candidate in backends.names():
+            try:
+                return backends.get(candidate)
+            except BackendUnavailable as error:
+                say(str(error))
+    raise UserError("no backend runs here: see minibert backends")
+
+
+def make_trainer(
+    state: State | None, documents: list[Document], training: TrainingConfig, place: Backend, options: dict[str, Any], output: Path
+) -> Trainer:
+    """Model, tokens and optimiser: new ones, or those of the run that is resumed."""
+    kind = BertForPreTraining if training.next_sentence else BertForMaskedLM
+    if state is None:
+        model, tokenizer = new_model(kind, documents, training, place, options)
+    else:
+        tokenizer = load_tokenizer(output)
+        model = kind(read_config(output), place, options["dtype"], training.seed)
+    trainer = Trainer(model, prepare(documents, tokenizer, training), training, output, options)
+    if state is not None:
+        trainer.resume(state)
+    say(f"backend {place.name}: {place.describe()}, {options['dtype']}")
+    say(
+        f"model: {model.config.num_hidden_layers} layers of {model.config.hidden_size} channels, vocabulary "
+        f"{model.config.vocab_size}, {sum(p.data.size for p in model.parameters()):,} parameters"
+    )
+    say(
+        f"text: {len(trainer.data.train.ids):,} tokens in {len(trainer.data.train):,} sequences to train on, "
+        f"{len(trainer.data.held_out.ids):,} held out"
+    )
+    say(f"to beat: guessing held-out tokens by frequency gives the loss {trainer.unigram_loss:.4f}")
+    return trainer
+
+
+def new_model(
+    kind: type[BertForMaskedLM], documents: list[Document], training: TrainingConfig, place: Backend, options: dict[str, Any]
+) -> tuple[BertForMaskedLM, Tokenizer]:
+    """A model of a named size over the tokenizer's vocabulary; or one of a folder's config, with its weights if it has some."""
+    config, dtype = options["config"] or "mini", options["dtype"]
+    folder = None if config in NAMED else Path(config)
+    bert = resized(NAMED[config] if folder is None else read_config(folder), options["layers"], options["hidden"])
+    check_length(training, bert)
+    tokenizer = choose_tokenizer(
+        options["tokenizer"], folder, documents, options["vocab_size"] or (8000 if folder is None else bert.vocab_size)
+    )
+    if folder is None:
+        bert = replace(bert, vocab_size=tokenizer.get_vocab_size(), pad_token_id=special_ids(tokenizer).pad)
+    check_vocabulary(tokenizer, bert.vocab_size)
+    if folder is None or not (folder / WEIGHTS).is_file():
+        return kind(bert, place, dtype, training.seed), tokenizer
+    if options["layers"] is not None or options["hidden"] is not None:
+        raise UserError(f"--layers and --hidden cannot change the weights in {folder}: leave them out")
+    say(f"beginning with the weights in {folder}")
+    return kind.from_pretrained(folder, place, dtype, training.seed), tokenizer
+
+
+def check_length(training: TrainingConfig, bert: BertConfig) -> None:
+    """Before a tokenizer is trained, which may take a while."""
+    if training.max_seq_length > bert.max_position_embeddings:
+        raise UserError(
+            f"--max-seq-length {training.max_seq_length} is more than the {bert.max_position_embeddings} positions of the "
+            "model: lower it"
+        )
+
+
+def resized(config: BertConfig, layers: int | None, hidden: int | None) -> BertConfig:
+    if layers is not None:
+        config = replace(config, num_hidden_layers=layers)
+    if hidden is not None:
+        if hidden < 64 or hidden % 64:
+            raise UserError(f"--hidden: expected a multiple of 64, the size of a head, got {hidden}")
+        config = replace(config, hidden_size=hidden, num_attention_heads=hidden // 64, intermediate_size=4 * hidden)
+    return config
+
+
+def choose_tokenizer(named: str | None, folder: Path | None, documents: list[Document], vocab_size: int) -> Tokenizer:
+    """The one named, else the one beside the config, else one trained on the text."""
+    if named is not None:
+        return load_tokenizer(named)
+    if folder is not None and any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
+        return load_tokenizer(folder)
+    say(f"training a vocabulary of {vocab_size} tokens on the text ...")
+    return train_tokenizer(documents, vocab_size)
+
+
+# ----------------------------------------------------------------------------------------------------------- the run
+
+
+@contextmanager
+def stopped_by_signals(trainer: Trainer) -> Iterator[None]:
+    """Ctrl-C, or SIGTERM, lets the step finish and the run save itself; the second one does what it always does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, frame: Any) -> None:
+        trainer.stop = True
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def follow(trainer: Trainer) -> None:
+    """Run, and show how it goes: a progress bar on a terminal, else a line for each line of the log."""
+    events = trainer.run()
+    with show_compiling():  # the first evaluation and the first step compile all there is to compile
+        for kind, record in events:
+            if kind == "eval":
+                say(evaluation(record))
+            if kind == "step":
+                break
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("", total=trainer.config.max_steps, completed=trainer.step, rate="")
+        for kind, record in events:
+            if kind == "eval":
+                say(evaluation(record))
+            elif kind == "log" and not console.is_terminal:
+                say(line(record, trainer.config.max_steps))
+            elif kind == "step":
+                rate = f"{record['tokens'] / record['seconds']:,.0f} tokens/s"
+                bar.update(task, completed=record["step"], description=f"loss {record['loss']:.3f}", rate=rate)
+
+
+def evaluation(record: Record) -> str:
+    more = record.get("eval_next_sentence_accuracy")
+    return (
+        f"step {record['step']}: held-out loss {record['eval_loss']:.4f} "
+        f"({record['eval_loss'] - record['unigram_loss']:+.4f} against frequencies), "
+        f"accuracy {record['eval_accuracy']:.2%}" + ("" if more is None else f", next sentence {more:.2%}")
+    )
+
+
+def line(record: Record, steps: int) -> str:
+    left = (steps - record["step"]) * record["seconds"] / record["step"]
+    return (
+        f"step {record['step']}/{steps}: loss {record['loss']:.4f}, learning rate {record['learning_rate']:.2e}, "
+        f"gradient norm {record['grad_norm']:.2f}, {record['tokens_per_second']:,.0f} tokens/s, {left:.0f} s left"
+    )
+
+
+def resume_command(output: Path, kernel: list[str]) -> str:
+    return " ".join(["minibert pretrain", "--output", str(output), "--resume", *(f"--kernel {spec}" for spec in kernel)])
