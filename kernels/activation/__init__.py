@@ -1,4 +1,4 @@
-"""gelu: y = x Phi(x), Phi the normal distribution function; relu: y = max(x, 0); tanh.
+"""gelu: y = x Phi(x), Phi the normal distribution function; relu: y = max(x, 0); tanh: y = tanh x.
 
 Hendrycks and Gimpel, "Gaussian error linear units" (2016). `approximate="none"` is the erf form (Hugging Face "gelu"),
 "tanh" its tanh approximation ("gelu_new").

@@ -4,6 +4,7 @@ add_layer_norm: the same of z = dropout(x) + residual, the end of every BERT blo
 Ba, Kiros, Hinton, "Layer normalization" (2016), equation 4. Shapes: x (N, C), w and b (C,), mean and rstd (N,).
 
 layer_norm_grad: n = (x - mean) rstd, h = g w: dx = (h - mean h - n mean(h n)) rstd, dw = sum g n, db = sum g.
+add_layer_norm_grad: the same at z gives dresidual, dw and db, and dx = dropout(dresidual).
 """
 
 from __future__ import annotations

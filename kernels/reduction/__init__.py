@@ -1,4 +1,4 @@
-"""reduce_sum: the sum over axes (`axis=None`: all of them); broadcast: its adjoint, x laid out over new axes."""
+"""reduce_sum: the sum over axes (`axis=None`: all of them); broadcast: x laid out over new axes, its adjoint."""
 
 from __future__ import annotations
 

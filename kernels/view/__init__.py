@@ -1,4 +1,8 @@
-"""Views: reshape, transpose, slice_axis and its adjoint pad_axis, concatenate. No arithmetic, no kernel."""
+"""reshape: x in another shape; transpose: x with its axes in another order; slice_axis: rows start .. stop of one axis.
+
+pad_axis: x between zeros along one axis, the adjoint of slice_axis; concatenate: arrays one after the other along an
+axis. No arithmetic, so no kernel: a backend's array module does them.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +56,7 @@ def _bench(**params: Any) -> Callable[[np.random.Generator, BertSize], Sample]:
 
 
 def _parts(rng: np.random.Generator) -> Iterator[Sample]:
-    for shapes, axis in [([(2, 3), (5, 3)], 0), ([(3, 1), (3, 4), (3, 2)], 1), ([(1,)], 0), ([(1031, 3), (7, 3)], 0)]:
+    for axis, *shapes in [(0, (2, 3), (5, 3)), (1, (3, 1), (3, 4), (3, 2)), (0, (1,)), (0, (1031, 3), (7, 3))]:
         yield Sample(tuple(rng.standard_normal(s) for s in shapes), {"axis": axis})
 
 

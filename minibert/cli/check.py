@@ -14,7 +14,7 @@ from minibert.check import CheckResult, check, find_op
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
 from minibert.cli.kernels import HELP, load_kernels
-from minibert.cli.options import chosen_backends, console, notes
+from minibert.cli.options import chosen_backends, console, notes, plain_table
 from minibert.errors import UserError
 from minibert.kernels import OPS
 
@@ -66,13 +66,14 @@ def _table(results: list[CheckResult]) -> Table:
     rows: dict[tuple[str, str, str], list[CheckResult]] = defaultdict(list)
     for result in results:
         rows[result.op, result.backend, result.dtype].append(result)
-    table = Table("op", "backend", "dtype", "by", "checks", "inputs", "max ulp", "err/uS", "of bound", "gradient", "")
+    measures = ("max ulp", "err/uS", "of bound")
+    table = plain_table("op", "backend", "dtype", "by", "checks", "inputs", *measures, "gradient", "")
     for (op, backend, dtype), group in rows.items():
         forward = [r for r in group if r.check != "gradient"]
         gradient = next((r for r in group if r.check == "gradient"), None)
         table.add_row(
             op, backend, dtype, group[0].by, str(len(group)), str(sum(r.inputs for r in group)),
-            _worst(forward, "ulp_max", ".2f"), _worst(forward, "err_over_us", ".2f"),
+            _worst(forward, "ulp_max", ".3g"), _worst(forward, "err_over_us", ".3g"),
             _worst(forward, "bound_share", ".1%"),
             "" if gradient is None else "exact" if gradient.ok else "[red]wrong[/red]",
             "[green]ok[/green]" if all(r.ok for r in group) else "[red]FAIL[/red]",

@@ -92,7 +92,7 @@ def compare_command(
         found = compare(make_model, make_batch, compared, steps, kernels=kernels, progress=status.update)
     described = _described(config, model_config, dtype, steps, found)
     console.print(f"{described['name']}: {described['summary']}", highlight=False)
-    for table in tables(found):
+    for table in tables(found, console):
         console.print(table)
     console.print(verdict(found), highlight=False)
     machine = _machine()

@@ -1,15 +1,32 @@
-"""What several commands share: how a list of backends and a number of threads are given, and where output goes."""
+"""What several commands share: how backends and threads are given, where output goes and what a table looks like."""
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from minibert import backends
 from minibert.backends import Backend
 from minibert.errors import UserError
 
+PIPED_WIDTH = 160  # columns where no terminal says how many there are: a table in a file is not to be cut
+
 console = Console()
 notes = Console(stderr=True)  # progress and notes: standard output holds the result alone
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console = Console(width=PIPED_WIDTH)
+
+
+def plain_table(*header: str, **options: Any) -> Table:
+    """A table that is narrow enough for a terminal; its first column is never cut."""
+    table = Table(*header, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", **options)
+    if table.columns:
+        table.columns[0].no_wrap = True
+    return table
 
 
 def chosen_backends(names: str | None, threads: int | None) -> list[Backend]:

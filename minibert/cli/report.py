@@ -6,9 +6,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
-from minibert.compare import STAGES, Comparison, OpRecord, rate
+from minibert.cli.options import plain_table
+from minibert.compare import STAGES, Comparison, OpRecord, Run, rate
 
 
 class Rows(NamedTuple):
@@ -19,17 +22,17 @@ class Rows(NamedTuple):
     rows: list[list[str]]
 
 
-def _speed(found: Comparison) -> Rows:
+def _speed(found: Comparison, runs: list[Run]) -> Rows:
     """Op by op: calls, and for each backend what ran it, its time, its share of the step and its rates."""
     reference = found.runs[0]
     header = ["op", "calls"]
-    for run in found.runs:
+    for run in runs:
         ratio = [] if run is reference else [f"x {reference.backend.name}"]
         header += [f"{run.backend.name} by", "ms", *ratio, "share", "GFLOP/s", "GB/s"]
     rows = []
     for op in sorted(reference.ops, key=lambda op: -reference.ops[op].median_seconds):
         row = [op.name, str(reference.ops[op].calls)]
-        for run in found.runs:
+        for run in runs:
             record = run.ops[op]
             seconds = record.median_seconds
             ratio = [] if run is reference else [f"{_ratio(reference.ops[op].median_seconds, seconds):.2f}"]
@@ -39,7 +42,7 @@ def _speed(found: Comparison) -> Rows:
             ]  # fmt: skip
         rows.append(row)
     total = ["step", str(sum(r.calls for r in reference.ops.values()))]
-    for run in found.runs:
+    for run in runs:
         ratio = [] if run is reference else [f"{_ratio(reference.step_seconds, run.step_seconds):.2f}"]
         work = [r.cost for r in run.ops.values()]
         total += [
@@ -50,15 +53,15 @@ def _speed(found: Comparison) -> Rows:
     return Rows("Speed: one training step, medians", header, [*rows, total])
 
 
-def _errors(found: Comparison) -> Rows:
+def _errors(found: Comparison, runs: list[Run]) -> Rows:
     """Op by op: each backend on the reference's inputs, against the formula in float64."""
     header = ["op", "judged"]
-    for run in found.runs:
+    for run in runs:
         header += [f"{run.backend.name} max ulp", "err/uS", "of bound", ""]
     rows = []
     for op, record in found.runs[0].ops.items():
         row = [op.name, f"{len(record.judgements)}"]
-        for run in found.runs:
+        for run in runs:
             row += _error_cells(run.ops[op])
         rows.append(row)
     return Rows("Error: local (same inputs), against the formula in float64", header, rows)
@@ -71,15 +74,15 @@ def _error_cells(record: OpRecord) -> list[str]:
     return [f"{ulp:.3g}", f"{over_us:.3g}", f"{share:.2%}", "[green]ok[/green]" if record.ok else "[red]FAIL[/red]"]
 
 
-def _stages(found: Comparison) -> Rows:
+def _stages(found: Comparison, runs: list[Run]) -> Rows:
     header = ["stage"]
-    for run in found.runs:
+    for run in runs:
         header += [f"{run.backend.name} ms/sample", "us/token", "peak MB"]
     tokens = len(found.batch.input_ids)
     rows = []
     for name in STAGES:
         row = [name]
-        for run in found.runs:
+        for run in runs:
             stage = run.stages[name]
             per_sample, per_token = stage.seconds * 1e3 / found.samples, stage.seconds * 1e6 / tokens
             row += [f"{per_sample:.3f}", f"{per_token:.2f}", f"{stage.peak_bytes / 1e6:.1f}"]
@@ -87,29 +90,34 @@ def _stages(found: Comparison) -> Rows:
     return Rows("Stages", header, rows)
 
 
-def _losses(found: Comparison) -> Rows:
-    names = [run.backend.name for run in found.runs]
-    rows = [[str(i + 1), *(repr(run.losses[i]) for run in found.runs)] for i in range(len(found.runs[0].losses))]
-    rows.append(["loss apart (relative)", *(f"{found.loss_distance(run):.2g}" for run in found.runs)])
-    rows.append(["weights apart (relative)", *(f"{found.weight_distance(run):.2g}" for run in found.runs)])
+def _losses(found: Comparison, runs: list[Run]) -> Rows:
+    names = [run.backend.name for run in runs]
+    rows = [[str(i + 1), *(repr(run.losses[i]) for run in runs)] for i in range(len(found.runs[0].losses))]
+    rows.append(["loss apart (relative)", *(f"{found.loss_distance(run):.2g}" for run in runs)])
+    rows.append(["weights apart (relative)", *(f"{found.weight_distance(run):.2g}" for run in runs)])
     return Rows("Loss after each step", ["step", *names], rows)
 
 
-def _all(found: Comparison) -> Iterator[Rows]:
-    yield _speed(found)
-    yield _errors(found)
-    yield _stages(found)
-    yield _losses(found)
+SECTIONS = (_speed, _errors, _stages, _losses)
 
 
-def tables(found: Comparison) -> Iterator[Table]:
-    for rows in _all(found):
-        table = Table(title=rows.title, title_justify="left", header_style="bold")
-        for i, name in enumerate(rows.header):
-            table.add_column(name, justify="left" if i == 0 or name.endswith(" by") else "right")
-        for row in rows.rows:
-            table.add_row(*row)
-        yield table
+def tables(found: Comparison, console: Console) -> Iterator[Table]:
+    """Backends side by side where the terminal is wide enough, else a table for each."""
+    for section in SECTIONS:
+        together = _table(section(found, found.runs))
+        if Measurement.get(console, console.options.update(width=1000), together).maximum <= console.width:
+            yield together
+        else:
+            yield from (_table(section(found, [run])) for run in found.runs)
+
+
+def _table(rows: Rows) -> Table:
+    table = plain_table(title=rows.title, header_style="bold")
+    for i, name in enumerate(rows.header):
+        table.add_column(name, justify="left" if i == 0 or name.endswith(" by") else "right", no_wrap=i == 0)
+    for row in rows.rows:
+        table.add_row(*row)
+    return table
 
 
 def verdict(found: Comparison) -> str:
@@ -137,7 +145,7 @@ def markdown(found: Comparison, config: Mapping[str, Any], machine: Mapping[str,
     lines = ["# minibert compare", "", f"{config['name']}: {config['summary']}", ""]
     lines += [f"- {key}: {value}" for key, value in machine.items()]
     lines += [f"- {run.backend.name}: {run.backend.describe()}" for run in found.runs]
-    for rows in _all(found):
+    for rows in (section(found, found.runs) for section in SECTIONS):
         lines += ["", f"## {rows.title}", "", _line(rows.header), _line(["---"] * len(rows.header))]
         lines += [_line(row) for row in rows.rows]
     return "\n".join([*lines, "", _plain(verdict(found)), ""])

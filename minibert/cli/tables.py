@@ -7,11 +7,10 @@ import inspect
 import numpy as np
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from minibert import backends as registry
 from minibert.cli import app
-from minibert.cli.options import chosen_backends, console
+from minibert.cli.options import chosen_backends, console, plain_table
 from minibert.kernels import OPS, Op
 from minibert.kernels.op import BertSize
 from minibert.kernels.readings import cost
@@ -20,7 +19,7 @@ from minibert.kernels.readings import cost
 @app.command("backends")
 def list_backends() -> None:
     """List the backends: which run here, with their libraries and threads, and what the others lack."""
-    table = Table("backend", "runs", "what it is, or what would mend it")
+    table = plain_table("backend", "runs", "what it is, or what would mend it")
     for name, backend, reason in registry.available():
         table.add_row(name, "yes" if backend else "no", escape(backend.describe() if backend else reason))
     console.print(table)
@@ -35,7 +34,7 @@ def list_ops(
     from minibert.check import find_op
 
     compared = chosen_backends(backends, None)
-    table = Table("op", *(b.name for b in compared), "gradient", "MFLOP", "MB", "formula")
+    table = plain_table("op", *(b.name for b in compared), "gradient", "MFLOP", "MB", "formula")
     table.columns[-1].overflow = "fold"
     for op in [find_op(name) for name in names] if names else OPS.values():
         arrays, params = op.bench(np.random.default_rng(0), BertSize())
@@ -56,11 +55,11 @@ def list_ops(
 
 
 def _formula(op: Op) -> str:
-    """The clause of the family's docstring that bears the op's name: `softmax: y = ...`; else where to read it."""
+    """The clause of the family's docstring that bears the op's name: `softmax: y = ...`."""
     text = " ".join((inspect.getmodule(op.formula).__doc__ or "").split())
     start = f" {text}".find(f" {op.name}: ")
     if start < 0:
-        return "see its family: " + op.family.rpartition(".")[2]
+        return ""
     clause = text[start + len(op.name) + 2 :]
-    ends = [i for i in (clause.find("; "), clause.find(". "), clause.find(", along"), len(clause)) if i > 0]
+    ends = [i for i in (clause.find("; "), clause.find(". "), clause.find(" ("), len(clause)) if i > 0]
     return clause[: min(ends)].rstrip(".")
