@@ -108,7 +108,7 @@ def _config(name: str, vocabulary: int) -> BertConfig:
         return replace(NAMED[name], vocab_size=vocabulary)
     if not Path(name).is_dir():
         raise UserError(f"--config: expected {', '.join(NAMED)} or a checkpoint's folder, got {name!r}")
-    return checkpoint.read_folder(name).config
+    return checkpoint.read_config(name)
 
 
 def _has_tokenizer(folder: Path) -> bool:
