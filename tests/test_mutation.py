@@ -66,7 +66,8 @@ def dropped(x: np.ndarray, memory: Memory) -> None:
 
 
 CHANGES: tuple[Change, ...] = (
-    too_large, one_element_too_large, zeros, of_the_last_call, cached_by_shape, never_written, last_element_never_written,
+    too_large, one_element_too_large, zeros, of_the_last_call, cached_by_shape, never_written,
+    last_element_never_written,
 )  # fmt: skip
 
 
