@@ -54,10 +54,11 @@ def reduce_sum(x: Array, *, axis: int | tuple[int, ...] | None = None) -> Array:
     summed = range(x.ndim) if axis is None else [a % x.ndim for a in ((axis,) if isinstance(axis, int) else axis)]
     kept = [a for a in range(x.ndim) if a not in summed]
     shape = tuple(x.shape[a] for a in kept)
+    length = prod(x.shape[a] for a in summed)
     if kept and list(summed) == list(range(len(summed))):  # the leading axes
-        total = _column_sums(np.ascontiguousarray(x).reshape(-1, prod(shape)))
+        total = _column_sums(np.ascontiguousarray(x).reshape(length, prod(shape)))
     else:
-        total = _row_sums(np.ascontiguousarray(x.transpose(*kept, *summed)).reshape(prod(shape), -1))
+        total = _row_sums(np.ascontiguousarray(x.transpose(*kept, *summed)).reshape(prod(shape), length))
     return total.astype(x.dtype).reshape(shape)
 
 
