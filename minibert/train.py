@@ -119,7 +119,9 @@ class Data(NamedTuple):
     tokenizer: Tokenizer
     train: Sequences
     held_out: Sequences
-    unigram: np.ndarray  # (V,) float64: the logarithm of each token's share of the training text, one added to each count
+    unigram: (
+        np.ndarray
+    )  # (V,) float64: the logarithm of each token's share of the training text, one added to each count
 
     @property
     def fingerprint(self) -> int:
@@ -185,7 +187,9 @@ def read_state(folder: str | Path) -> State:
     """The state in `folder`. Raises UserError where there is none, or none that can be read."""
     path = Path(folder) / STATE
     if not path.is_file():
-        raise UserError(f"nothing to resume in {folder}: expected {STATE} there, as `minibert pretrain --output` writes it")
+        raise UserError(
+            f"nothing to resume in {folder}: expected {STATE} there, as `minibert pretrain --output` writes it"
+        )
     arrays, metadata = read_arrays(path)
     try:
         about = json.loads(metadata["trainer_state"])
@@ -208,7 +212,7 @@ class Trainer:
         check_vocabulary(data.tokenizer, model.config.vocab_size)
         if config.max_seq_length > model.config.max_position_embeddings:
             raise UserError(
-                f"expected max_seq_length of at most {model.config.max_position_embeddings}, the positions of the model, "
+                f"expected max_seq_length of at most {model.config.max_position_embeddings}, the model's positions, "
                 f"got {config.max_seq_length}: lower it"
             )
         self.model, self.data, self.config, self.output = model, data, config, Path(output)
@@ -219,7 +223,9 @@ class Trainer:
         )  # fmt: skip
         rule = masking_rule(special_ids(data.tokenizer), data.tokenizer.get_vocab_size(), config.mlm_probability)
         self.batches = Batches(data.train, config.tokens_per_batch, config.seed, rule)
-        held_out = Batches(data.held_out, config.tokens_per_batch, config.seed ^ 0x5EED, rule)  # other masks, always the same
+        held_out = Batches(
+            data.held_out, config.tokens_per_batch, config.seed ^ 0x5EED, rule
+        )  # other masks, always the same
         count = min(held_out.steps_in_epoch(0), -(-config.eval_tokens // config.tokens_per_batch))
         self.held_out = [held_out.batch(i) for i in range(count)]
         self.stop = False  # set it, from a signal handler say, and the run ends after the step
@@ -233,14 +239,14 @@ class Trainer:
 
     @property
     def unigram_loss(self) -> float:
-        """Cross entropy of guessing the held-out masked tokens by their frequency in the training text: to be beaten."""
+        """Cross entropy of guessing held-out masked tokens by their frequency in the training text: to be beaten."""
         labels = np.concatenate([batch.labels[batch.labels != IGNORED] for batch in self.held_out])
         return float(-self.data.unigram[labels].mean())
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
     def run(self) -> Iterator[tuple[Kind, Record]]:
-        """Train to the end, or until `stop`; the state is saved first and last. Yields each step, log line, evaluation."""
+        """Train to the end, or until `stop`; the state is saved first and last. Yields all that comes."""
         config = self.config
         if self.step == 0:
             self.begin()
@@ -377,7 +383,7 @@ class Trainer:
         return record
 
     def begin(self) -> None:
-        """Write all there is before the first step: what cannot be written shows now, and any interrupt can be resumed."""
+        """Write all there is before the first step: what cannot be written shows now, and there is a state to resume."""
         try:
             self.output.mkdir(parents=True, exist_ok=True)
             save_tokenizer(self.data.tokenizer, self.output)

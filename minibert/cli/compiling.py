@@ -14,8 +14,8 @@ def show_compiling(show: Callable[[str], Any] | None = None) -> Iterator[None]:
     """Within the block, say which kernel is being compiled, and at the end how many were and how long it took.
 
     `show` takes each text, as `update` of a rich status does; without it the text changes in place on a terminal. Where
-    there is no terminal, a line is printed at the first kernel. Nothing is shown where all kernels come from disk, or where Numba is
-    not installed.
+    there is no terminal, a line is printed at the first kernel. Nothing is shown where all kernels come from disk, or
+    where Numba is not installed.
     """
     try:
         from minibert.kernels.cpu_threads import Compilation, compile_seconds, on_compile

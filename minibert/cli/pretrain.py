@@ -41,16 +41,22 @@ CHANGEABLE = {"max_steps", "logging_steps", "eval_steps", "save_steps"}
 
 def setting(name: str, help: str, flag: str | None = None) -> Any:
     """An option that sets a field of TrainingConfig; None where it is not given."""
-    return typer.Option(None, flag or f"--{name.replace('_', '-')}", show_default=f"{getattr(DEFAULT, name):g}", help=help)
+    return typer.Option(
+        None, flag or f"--{name.replace('_', '-')}", show_default=f"{getattr(DEFAULT, name):g}", help=help
+    )
 
 
 @app.command()
 def pretrain(
     texts: list[Path] = typer.Argument(
-        None, metavar="[TEXT ...]", help="Plain text files, UTF-8, two blank lines between documents; if none, a shipped text."
+        None,
+        metavar="[TEXT ...]",
+        help="Plain text files, UTF-8, two blank lines between documents; if none, a shipped text.",
     ),
     output: Path = typer.Option(..., help="Folder for the model, its tokenizer, training_log.jsonl and checkpoints."),
-    resume: bool = typer.Option(False, "--resume", help="Go on with the run in --output, exactly as if it had not stopped."),
+    resume: bool = typer.Option(
+        False, "--resume", help="Go on with the run in --output, exactly as if it had not stopped."
+    ),
     config: str = typer.Option(None, show_default="mini", help=f"{', '.join(NAMED)}, or a folder with config.json."),
     layers: int = typer.Option(None, help="Layers, instead of those of --config."),
     hidden: int = typer.Option(None, help="Channels, instead of those of --config: a multiple of 64."),
@@ -61,7 +67,9 @@ def pretrain(
     gradient_accumulation_steps: int = setting("gradient_accumulation_steps", "Batches of one update."),
     max_seq_length: int = setting("max_seq_length", "Tokens of a sequence at most."),
     learning_rate: float = setting("learning_rate", "At its highest."),
-    warmup_steps: int = typer.Option(None, show_default="10 % of --steps", help="Steps in which the learning rate rises; then it falls to 0."),
+    warmup_steps: int = typer.Option(
+        None, show_default="10 % of --steps", help="Steps in which the learning rate rises; then it falls to 0."
+    ),
     weight_decay: float = setting("weight_decay", "On matrices."),
     mlm_probability: float = setting("mlm_probability", "Share of the tokens to predict."),
     next_sentence: bool = typer.Option(None, "--next-sentence", help="Train on sentence pairs and their order too."),
@@ -84,7 +92,9 @@ def pretrain(
         refuse_to_overwrite(output)
     training = TrainingConfig(**settings) if state is None else merged(state.config, settings)
 
-    options: dict[str, Any] = {name: given[name] for name in ("config", "layers", "hidden", "vocab_size", "dtype", "backend")}
+    options: dict[str, Any] = {
+        name: given[name] for name in ("config", "layers", "hidden", "vocab_size", "dtype", "backend")
+    }
     options["tokenizer"] = None if tokenizer is None else str(tokenizer.absolute())
     options["texts"] = [str(path.absolute()) for path in texts or ()]
     if state is not None:
@@ -102,7 +112,8 @@ def pretrain(
     with place.using(swapped) if swapped else nullcontext(), stopped_by_signals(trainer):
         follow(trainer)
     if trainer.step < training.max_steps:
-        say(f"stopped after step {trainer.step} of {training.max_steps}, and saved. To go on: {resume_command(output, kernel)}")
+        again = resume_command(output, kernel)
+        say(f"stopped after step {trainer.step} of {training.max_steps}, and saved. To go on: {again}")
         return 130
     say(f"the model is in {output}: minibert.BertForMaskedLM.from_pretrained({str(output)!r})")
     return 0
@@ -112,14 +123,18 @@ def say(text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ setting up
+# ----------------------------------------------------------------------------------------------------------- setting up
 
 
 def refuse_to_overwrite(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: name a folder")
     if output.is_dir() and any(output.iterdir()):
-        mend = "add --resume to go on with the run in it, or name another folder" if (output / STATE).exists() else "name another"
+        mend = (
+            "add --resume to go on with the run in it, or name another folder"
+            if (output / STATE).exists()
+            else "name another"
+        )
         raise UserError(f"--output {output} is not empty: {mend}")
 
 
@@ -128,7 +143,7 @@ def merged(stored: TrainingConfig, settings: dict[str, Any]) -> TrainingConfig:
     for name, value in settings.items():
         if name not in CHANGEABLE and value != getattr(stored, name):
             raise UserError(
-                f"--resume: the run began with {name} {getattr(stored, name)}, got {value}: leave it out, or begin another run"
+                f"--resume: the run began with {name} {getattr(stored, name)}, got {value}: leave it out, or begin anew"
             )
     return replace(stored, **settings)
 
@@ -138,7 +153,7 @@ def resumed(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         if name not in ("backend", "texts") and value is not None and value != (stored[name] or value):
             raise UserError(
-                f"--resume: the run began with {name} {stored[name]}, got {value}: leave it out, or begin another run"
+                f"--resume: the run began with {name} {stored[name]}, got {value}: leave it out, or begin anew"
             )
     return {name: value or stored[name] for name, value in given.items()}
 
@@ -159,7 +174,12 @@ def fastest_or(name: str | None, threads: int | None) -> Backend:
 
 
 def make_trainer(
-    state: State | None, documents: list[Document], training: TrainingConfig, place: Backend, options: dict[str, Any], output: Path
+    state: State | None,
+    documents: list[Document],
+    training: TrainingConfig,
+    place: Backend,
+    options: dict[str, Any],
+    output: Path,
 ) -> Trainer:
     """Model, tokens and optimiser: new ones, or those of the run that is resumed."""
     kind = BertForPreTraining if training.next_sentence else BertForMaskedLM
@@ -185,9 +205,13 @@ def make_trainer(
 
 
 def new_model(
-    kind: type[BertForMaskedLM], documents: list[Document], training: TrainingConfig, place: Backend, options: dict[str, Any]
+    kind: type[BertForMaskedLM],
+    documents: list[Document],
+    training: TrainingConfig,
+    place: Backend,
+    options: dict[str, Any],
 ) -> tuple[BertForMaskedLM, Tokenizer]:
-    """A model of a named size over the tokenizer's vocabulary; or one of a folder's config, with its weights if it has some."""
+    """A model of a named size over the tokenizer's vocabulary; or one of a folder's config, with its weights if any."""
     config, dtype = options["config"] or "mini", options["dtype"]
     folder = None if config in NAMED else Path(config)
     bert = resized(NAMED[config] if folder is None else read_config(folder), options["layers"], options["hidden"])
@@ -210,8 +234,8 @@ def check_length(training: TrainingConfig, bert: BertConfig) -> None:
     """Before a tokenizer is trained, which may take a while."""
     if training.max_seq_length > bert.max_position_embeddings:
         raise UserError(
-            f"--max-seq-length {training.max_seq_length} is more than the {bert.max_position_embeddings} positions of the "
-            "model: lower it"
+            f"--max-seq-length {training.max_seq_length} is more than the {bert.max_position_embeddings} positions of "
+            "the model: lower it"
         )
 
 
@@ -300,4 +324,6 @@ def line(record: Record, steps: int) -> str:
 
 
 def resume_command(output: Path, kernel: list[str]) -> str:
-    return " ".join(["minibert pretrain", "--output", str(output), "--resume", *(f"--kernel {spec}" for spec in kernel)])
+    return " ".join(
+        ["minibert pretrain", "--output", str(output), "--resume", *(f"--kernel {spec}" for spec in kernel)]
+    )
