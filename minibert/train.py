@@ -15,8 +15,8 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -40,10 +40,12 @@ from minibert.data import (
 )
 from minibert.data.masking import IGNORED
 from minibert.errors import UserError
+from minibert.guard import FirstNonFinite, NonFiniteError
 from minibert.kernels.cross_entropy import cross_entropy
-from minibert.kernels.op import Array, Op, outputs
+from minibert.kernels.op import Array
 from minibert.optim import AdamW, linear_schedule, parameter_groups
 from minibert.tensor import no_grad
+from minibert.training_config import TrainingConfig
 
 LOG = "training_log.jsonl"
 STATE = "trainer_state.safetensors"
@@ -51,66 +53,6 @@ SINCE = ("steps", "loss", "tokens", "seconds")  # sums since the last line of th
 
 Record = dict[str, Any]
 Kind = Literal["step", "log", "eval"]
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How a model is trained, under the names of Hugging Face's TrainingArguments where it has one.
-
-    Raises UserError where a value is of the wrong type or out of range.
-    """
-
-    max_steps: int = 1000  # updates; the learning rate reaches 0 after the last
-    tokens_per_batch: int = 2048  # packed tokens of one forward pass: a budget, filled with sequences of mixed length
-    gradient_accumulation_steps: int = 1  # passes summed into one update, for batches beyond memory
-    max_seq_length: int = 128  # where sequences are cut: attention costs its square, and sentences are short
-    learning_rate: float = 1e-3  # at its highest; small models take more than the 1e-4 of BERT base
-    warmup_ratio: float = 0.1  # share of the steps: the first second moments are poor estimates, full steps go astray
-    warmup_steps: int = 0  # where above 0, instead of warmup_ratio
-    weight_decay: float = 0.01  # on matrices, as BERT
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.98  # RoBERTa's: a memory of 50 steps; the usual 0.999 outlasts the warm-up of a short run
-    adam_epsilon: float = 1e-6  # BERT's; rows of rare words have tiny second moments
-    max_grad_norm: float = 1.0  # as BERT
-    mlm_probability: float = 0.15  # as BERT
-    next_sentence: bool = False  # RoBERTa found that this second task does not help
-    held_out: float = 0.05  # share of the text, in whole documents, that is never trained on
-    eval_tokens: int = 50_000  # of the held-out text, the same at each evaluation: about 7000 predictions
-    logging_steps: int = 10
-    eval_steps: int = 250
-    save_steps: int = 500
-    seed: int = 0  # of weights, split, order, masks and dropout
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if type(f.default) is float and type(value) is int:
-                object.__setattr__(self, f.name, float(value))
-            elif type(value) is not type(f.default):
-                raise UserError(f"expected {f.name} to be {type(f.default).__name__}, got {value!r}")
-        for name in ("max_steps", "tokens_per_batch", "gradient_accumulation_steps", "max_seq_length", "eval_tokens",
-                     "logging_steps", "eval_steps", "save_steps"):  # fmt: skip
-            self._require(getattr(self, name) >= 1, name, "1 or more")
-        for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
-            self._require(getattr(self, name) > 0, name, "above 0")
-        for name in ("adam_beta1", "adam_beta2"):
-            self._require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
-        for name in ("mlm_probability", "held_out"):
-            self._require(0 < getattr(self, name) < 1, name, "between 0 and 1")
-        self._require(0 <= self.weight_decay < math.inf, "weight_decay", "0 or more")
-        self._require(self.learning_rate < math.inf, "learning_rate", "finite")
-        self._require(self.warmup_steps >= 0, "warmup_steps", "0 or more")
-        self._require(0 <= self.warmup_ratio <= 1, "warmup_ratio", "from 0 to 1")
-        self._require(0 <= self.seed < 2**32, "seed", f"from 0 to {2**32 - 1}")
-
-    @property
-    def warmup(self) -> int:
-        """Steps in which the learning rate rises."""
-        return self.warmup_steps or round(self.warmup_ratio * self.max_steps)
-
-    def _require(self, holds: bool, name: str, expected: str) -> None:
-        if not holds:
-            raise UserError(f"expected {name} to be {expected}, got {getattr(self, name)}")
 
 
 class Data(NamedTuple):
@@ -139,39 +81,6 @@ def prepare(documents: Sequence[Document], tokenizer: Tokenizer, config: Trainin
     counts = np.bincount(train.ids, minlength=tokenizer.get_vocab_size()) + 1.0
     counts[list(special)] = 1.0
     return Data(tokenizer, train, held_out, np.log(counts / counts.sum()))
-
-
-class NonFiniteError(UserError):
-    """Training stopped, with nothing updated, because a number is no longer finite. The message names the op."""
-
-
-class FirstNonFinite:
-    """A watcher that stops at the first op whose output holds NaN or infinity."""
-
-    def __init__(self, to_numpy: Callable[[Array], np.ndarray]) -> None:
-        self.to_numpy, self.calls = to_numpy, 0
-
-    def __call__(self, op: Op, arrays: tuple[Array, ...], params: Mapping[str, Any], call: Callable[[], Any]) -> Any:
-        self.calls += 1
-        bad_inputs = [i for i, array in enumerate(arrays) if self.place(array) is not None]
-        result = call()
-        for i, output in enumerate(outputs(result)):
-            place = self.place(output)
-            if place is not None:
-                value = self.to_numpy(output)[place]
-                inputs = f"its input {bad_inputs[0]} was not finite before" if bad_inputs else "its inputs were finite"
-                raise NonFiniteError(
-                    f"first in op {op.name} (call {self.calls} of the step): element {list(place)} of output {i}, of "
-                    f"shape {self.to_numpy(output).shape}, is {value}; {inputs}"
-                )
-        return result
-
-    def place(self, array: Array) -> tuple[int, ...] | None:
-        """The index of the first element that is not finite."""
-        values = self.to_numpy(array)
-        if values.dtype.kind != "f" or np.isfinite(values).all():
-            return None
-        return tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
 
 
 class State(NamedTuple):
@@ -383,10 +292,11 @@ class Trainer:
         return record
 
     def begin(self) -> None:
-        """Write all there is before the first step: what cannot be written shows now, and there is a state to resume."""
+        """Write all there is before the first step: what cannot be written shows now, and there is a state."""
         try:
             self.output.mkdir(parents=True, exist_ok=True)
             save_tokenizer(self.data.tokenizer, self.output)
+            (self.output / LOG).write_text("", encoding="utf-8")
         except Exception as error:  # the tokenizers library raises bare Exception
             raise UserError(f"cannot write into {self.output}: {error}; choose another --output") from None
         self.save()

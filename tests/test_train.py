@@ -22,8 +22,10 @@ from minibert.config import BertConfig
 from minibert.data import SHIPPED_TEXT, SHIPPED_VOCABULARY, load_tokenizer, read_documents
 from minibert.data.masking import IGNORED
 from minibert.errors import UserError
+from minibert.guard import NonFiniteError
 from minibert.kernels.linear import linear_gelu
-from minibert.train import LOG, STATE, Data, NonFiniteError, Trainer, TrainingConfig, prepare, read_state
+from minibert.train import LOG, STATE, Data, Trainer, prepare, read_state
+from minibert.training_config import TrainingConfig
 
 TINY = BertConfig(
     vocab_size=8000, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,

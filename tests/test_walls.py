@@ -30,7 +30,7 @@ LAYERS = (
     ("nn",),
     ("pretrained", "outputs"),
     ("bert",),
-    ("optim", "data", "judge"),
+    ("optim", "data", "judge", "guard", "training_config"),
     ("train", "check", "compare"),
     ("__init__",),
     ("cli",),

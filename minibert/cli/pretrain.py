@@ -31,7 +31,8 @@ from minibert.data import (
     train_tokenizer,
 )
 from minibert.errors import UserError
-from minibert.train import STATE, Record, State, Trainer, TrainingConfig, prepare, read_state
+from minibert.train import STATE, Record, State, Trainer, prepare, read_state
+from minibert.training_config import TrainingConfig
 
 FASTEST_FIRST = ("cupy", "numba", "numpy")
 DEFAULT = TrainingConfig()

@@ -1,0 +1,44 @@
+"""The guard against NaN and infinity: it stands in the backend's door and stops at the op that made the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from minibert.errors import UserError
+from minibert.kernels.op import Array, Op, outputs
+
+
+class NonFiniteError(UserError):
+    """Training stopped, with nothing updated, because a number is no longer finite. The message names the op."""
+
+
+class FirstNonFinite:
+    """A watcher that stops at the first op whose output holds NaN or infinity."""
+
+    def __init__(self, to_numpy: Callable[[Array], np.ndarray]) -> None:
+        self.to_numpy, self.calls = to_numpy, 0
+
+    def __call__(self, op: Op, arrays: tuple[Array, ...], params: Mapping[str, Any], call: Callable[[], Any]) -> Any:
+        self.calls += 1
+        bad_inputs = [i for i, array in enumerate(arrays) if self.place(array) is not None]
+        result = call()
+        for i, output in enumerate(outputs(result)):
+            place = self.place(output)
+            if place is not None:
+                value = self.to_numpy(output)[place]
+                inputs = f"its input {bad_inputs[0]} was not finite before" if bad_inputs else "its inputs were finite"
+                raise NonFiniteError(
+                    f"first in op {op.name} (call {self.calls} of the step): element {list(place)} of output {i}, of "
+                    f"shape {self.to_numpy(output).shape}, is {value}; {inputs}"
+                )
+        return result
+
+    def place(self, array: Array) -> tuple[int, ...] | None:
+        """The index of the first element that is not finite."""
+        values = self.to_numpy(array)
+        if values.dtype.kind != "f" or np.isfinite(values).all():
+            return None
+        return tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])

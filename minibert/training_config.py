@@ -1,0 +1,68 @@
+"""What a training run is made of, one comment of reason per field."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from minibert.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained, under the names of Hugging Face's TrainingArguments where it has one.
+
+    Raises UserError where a value is of the wrong type or out of range.
+    """
+
+    max_steps: int = 1000  # updates; the learning rate reaches 0 after the last
+    tokens_per_batch: int = 2048  # packed tokens of one forward pass: a budget, filled with sequences of mixed length
+    gradient_accumulation_steps: int = 1  # passes summed into one update, for batches beyond memory
+    max_seq_length: int = 128  # where sequences are cut: attention costs its square, and sentences are short
+    learning_rate: float = 1e-3  # at its highest; small models take more than the 1e-4 of BERT base
+    warmup_ratio: float = 0.1  # share of the steps: the first second moments are poor estimates, full steps go astray
+    warmup_steps: int = 0  # where above 0, instead of warmup_ratio
+    weight_decay: float = 0.01  # on matrices, as BERT
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.98  # RoBERTa's: a memory of 50 steps; the usual 0.999 outlasts the warm-up of a short run
+    adam_epsilon: float = 1e-6  # BERT's; rows of rare words have tiny second moments
+    max_grad_norm: float = 1.0  # as BERT
+    mlm_probability: float = 0.15  # as BERT
+    next_sentence: bool = False  # RoBERTa found that this second task does not help
+    held_out: float = 0.05  # share of the text, in whole documents, that is never trained on
+    eval_tokens: int = 50_000  # of the held-out text, the same at each evaluation: about 7000 predictions
+    logging_steps: int = 10
+    eval_steps: int = 250
+    save_steps: int = 500
+    seed: int = 0  # of weights, split, order, masks and dropout
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if type(f.default) is float and type(value) is int:
+                object.__setattr__(self, f.name, float(value))
+            elif type(value) is not type(f.default):
+                raise UserError(f"expected {f.name} to be {type(f.default).__name__}, got {value!r}")
+        for name in ("max_steps", "tokens_per_batch", "gradient_accumulation_steps", "max_seq_length", "eval_tokens",
+                     "logging_steps", "eval_steps", "save_steps"):  # fmt: skip
+            self._require(getattr(self, name) >= 1, name, "1 or more")
+        for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
+            self._require(getattr(self, name) > 0, name, "above 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            self._require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+        for name in ("mlm_probability", "held_out"):
+            self._require(0 < getattr(self, name) < 1, name, "between 0 and 1")
+        self._require(0 <= self.weight_decay < math.inf, "weight_decay", "0 or more")
+        self._require(self.learning_rate < math.inf, "learning_rate", "finite")
+        self._require(self.warmup_steps >= 0, "warmup_steps", "0 or more")
+        self._require(0 <= self.warmup_ratio <= 1, "warmup_ratio", "from 0 to 1")
+        self._require(0 <= self.seed < 2**32, "seed", f"from 0 to {2**32 - 1}")
+
+    @property
+    def warmup(self) -> int:
+        """Steps in which the learning rate rises."""
+        return self.warmup_steps or round(self.warmup_ratio * self.max_steps)
+
+    def _require(self, holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            raise UserError(f"expected {name} to be {expected}, got {getattr(self, name)}")
