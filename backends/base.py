@@ -78,7 +78,10 @@ class Backend:
     def _find(self, op: Op) -> Kernel | None:
         if self.kernel_files is None or find_spec(f"{op.family}.{self.kernel_files}") is None:
             return None
-        return getattr(import_module(f"{op.family}.{self.kernel_files}"), op.name, None)
+        module = import_module(f"{op.family}.{self.kernel_files}")
+        kernel = getattr(module, op.name, None)
+        # a helper that the module imported may bear an op's name: cpu_math.tanh is not the kernel of tanh
+        return kernel if getattr(kernel, "__module__", None) == module.__name__ else None
 
     def by(self, op: Op) -> str:
         """What runs `op` here: "kernel" (written by hand), "library" (BLAS, cuBLAS) or "formula"."""

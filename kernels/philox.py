@@ -45,7 +45,9 @@ def random_words(stream: Stream | tuple[int, ...], count: int, xp: Any = np, sta
     seed, number, step, layer = Stream(*stream)
     first, last = start // 4, -(-(start + count) // 4)
     block = xp.arange(first, last, dtype=xp.uint64)
-    words = philox4x32(xp, (block, xp.full_like(block, layer), xp.full_like(block, step), xp.zeros_like(block)), (seed, number))
+    words = philox4x32(
+        xp, (block, xp.full_like(block, layer), xp.full_like(block, step), xp.zeros_like(block)), (seed, number)
+    )
     return xp.stack(words, axis=1).reshape(-1)[start - 4 * first :][:count].astype(xp.uint32)
 
 

@@ -1,4 +1,4 @@
-"""gelu, relu, their gradients and that of tanh: one loop over the elements each. (tanh: NumPy's own loop is faster.)"""
+"""gelu, relu, tanh and their gradients: one loop over the elements each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from minibert.kernels.activation import CUBIC, SQRT_2_OVER_PI
 from minibert.kernels.cpu_arrays import flat
 from minibert.kernels.cpu_math import erf, exp, vmax
-from minibert.kernels.cpu_math import tanh as tanh_of  # a function here called `tanh` would be the kernel of that op
+from minibert.kernels.cpu_math import tanh as tanh_of
 from minibert.kernels.cpu_threads import jit, rows_worth_a_thread, run_rows
 from minibert.kernels.op import Array
 
@@ -17,7 +17,7 @@ LIGHT, HEAVY = rows_worth_a_thread(1, cost=0.1), rows_worth_a_thread(1, cost=0.5
 
 
 @jit
-def gelu_erf_loop(x, y, start, stop):  # type: ignore[no-untyped-def]
+def gelu_erf_loop(x: Array, y: Array, start: int, stop: int) -> None:
     x, y = x[start:stop], y[start:stop]
     half, one, root = x.dtype.type(0.5), x.dtype.type(1), x.dtype.type(sqrt(0.5))
     for i in range(x.size):
@@ -25,7 +25,7 @@ def gelu_erf_loop(x, y, start, stop):  # type: ignore[no-untyped-def]
 
 
 @jit
-def gelu_tanh_loop(x, y, start, stop):  # type: ignore[no-untyped-def]
+def gelu_tanh_loop(x: Array, y: Array, start: int, stop: int) -> None:
     x, y = x[start:stop], y[start:stop]
     half, one = x.dtype.type(0.5), x.dtype.type(1)
     slope, cubic = x.dtype.type(SQRT_2_OVER_PI), x.dtype.type(CUBIC)
@@ -42,7 +42,7 @@ def gelu(x: Array, *, approximate: str = "none") -> Array:
 
 
 @jit
-def gelu_erf_grad_loop(g, x, dx, start, stop):  # type: ignore[no-untyped-def]
+def gelu_erf_grad_loop(g: Array, x: Array, dx: Array, start: int, stop: int) -> None:
     g, x, dx = g[start:stop], x[start:stop], dx[start:stop]
     half, one, root = x.dtype.type(0.5), x.dtype.type(1), x.dtype.type(sqrt(0.5))
     density = x.dtype.type(sqrt(0.5 / pi))
@@ -52,7 +52,7 @@ def gelu_erf_grad_loop(g, x, dx, start, stop):  # type: ignore[no-untyped-def]
 
 
 @jit
-def gelu_tanh_grad_loop(g, x, dx, start, stop):  # type: ignore[no-untyped-def]
+def gelu_tanh_grad_loop(g: Array, x: Array, dx: Array, start: int, stop: int) -> None:
     g, x, dx = g[start:stop], x[start:stop], dx[start:stop]
     half, one = x.dtype.type(0.5), x.dtype.type(1)
     slope, cubic, cubic3 = x.dtype.type(SQRT_2_OVER_PI), x.dtype.type(CUBIC), x.dtype.type(3 * CUBIC)
@@ -70,7 +70,7 @@ def gelu_grad(g: Array, x: Array, *, approximate: str = "none") -> Array:
 
 
 @jit
-def relu_loop(x, y, start, stop):  # type: ignore[no-untyped-def]
+def relu_loop(x: Array, y: Array, start: int, stop: int) -> None:
     x, y = x[start:stop], y[start:stop]
     zero = x.dtype.type(0)
     for i in range(x.size):
@@ -85,7 +85,7 @@ def relu(x: Array) -> Array:
 
 
 @jit
-def relu_grad_loop(g, x, dx, start, stop):  # type: ignore[no-untyped-def]
+def relu_grad_loop(g: Array, x: Array, dx: Array, start: int, stop: int) -> None:
     g, x, dx = g[start:stop], x[start:stop], dx[start:stop]
     zero = g.dtype.type(0)
     for i in range(x.size):
@@ -100,7 +100,20 @@ def relu_grad(g: Array, x: Array) -> Array:
 
 
 @jit
-def tanh_grad_loop(g, y, dx, start, stop):  # type: ignore[no-untyped-def]
+def tanh_loop(x: Array, y: Array, start: int, stop: int) -> None:
+    x, y = x[start:stop], y[start:stop]
+    for i in range(x.size):
+        y[i] = tanh_of(x[i])
+
+
+def tanh(x: Array) -> Array:
+    y = np.empty(x.shape, x.dtype)
+    run_rows(tanh_loop, x.size, *flat(x), y.reshape(-1), grain=HEAVY)
+    return y
+
+
+@jit
+def tanh_grad_loop(g: Array, y: Array, dx: Array, start: int, stop: int) -> None:
     g, y, dx = g[start:stop], y[start:stop], dx[start:stop]
     one = y.dtype.type(1)
     for i in range(y.size):

@@ -1,8 +1,9 @@
-"""adamw: one pass over the flat arrays, in place; square_norm: blocks summed in float64."""
+"""adamw: one pass over the flat arrays, in place; square_norm: blocks summed in float64; clip_scale: one number."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +16,10 @@ LIGHT = rows_worth_a_thread(1, cost=0.4)  # elements
 
 
 @jit
-def adamw_loop(  # type: ignore[no-untyped-def]
-    param, grad, exp_avg, exp_avg_sq, scale, beta1, rest1, beta2, rest2, root, eps, rate, decay, start, stop
-):
+def adamw_loop(
+    param: Array, grad: Array, exp_avg: Array, exp_avg_sq: Array, scale: Any, beta1: Any, rest1: Any, beta2: Any,
+    rest2: Any, root: Any, eps: Any, rate: Any, decay: Any, start: int, stop: int,
+) -> None:  # fmt: skip
     p, g, m, v = param[start:stop], grad[start:stop], exp_avg[start:stop], exp_avg_sq[start:stop]
     for i in range(p.size):
         gradient = g[i] * scale
@@ -39,13 +41,13 @@ def adamw(
     )  # fmt: skip
     run_rows(adamw_loop, param.size, *vectors, *map(param.dtype.type, numbers), grain=LIGHT)
     for array, vector in zip(arrays, vectors, strict=True):
-        if array is not grad and not np.shares_memory(array, vector, max_work=1):  # strided: a copy was updated
+        if array is not grad and not np.may_share_memory(array, vector):  # strided: a copy was updated
             array[...] = vector.reshape(array.shape)
     return param, exp_avg, exp_avg_sq
 
 
 @jit
-def square_norm_blocks(x, partial, start, stop):  # type: ignore[no-untyped-def]
+def square_norm_blocks(x: Array, partial: Array, start: int, stop: int) -> None:
     for block in range(start, stop):
         part = x[block * BLOCK : (block + 1) * BLOCK]
         total = 0.0
@@ -59,3 +61,17 @@ def square_norm(x: Array) -> Array:
     partial = np.empty(blocks(x.size, BLOCK), np.float64)
     run_rows(square_norm_blocks, len(partial), vector, partial, grain=rows_worth_a_thread(BLOCK, cost=0.03))
     return np.asarray(partial.sum(), x.dtype)
+
+
+@jit
+def clip_scale_element(square_norm: Array, max_norm: float, y: Array, start: int, stop: int) -> None:
+    for i in range(start, stop):
+        norm = math.sqrt(square_norm[i]) + 1e-6
+        ratio = max_norm / norm
+        y[i] = 1.0 if ratio > 1.0 else ratio  # NaN stays NaN
+
+
+def clip_scale(square_norm: Array, *, max_norm: float) -> Array:
+    y = np.empty(square_norm.shape, square_norm.dtype)
+    run_rows(clip_scale_element, y.size, *flat(square_norm), float(max_norm), y.reshape(-1))
+    return y

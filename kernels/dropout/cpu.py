@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from minibert.kernels.cpu_arrays import flat
@@ -15,13 +17,13 @@ COST = 0.5  # nanoseconds an element, for `rows_worth_a_thread`
 
 
 @jit
-def dropout_blocks(x, limit, scale, seed, stream, step, layer, y, start, stop):  # type: ignore[no-untyped-def]
+def dropout_blocks(x: Array, limit: Any, scale: Any, stream: tuple[int, ...], y: Array, start: int, stop: int) -> None:
     words = np.empty(BLOCK, np.uint32)
     zero = x.dtype.type(0)
     for block in range(start, stop):
         first = block * BLOCK
         x_block, y_block = x[first : first + BLOCK], y[first : first + BLOCK]
-        philox_row(words, first, x_block.size, seed, stream, step, layer)
+        philox_row(words, first, x_block.size, *stream)
         for j in range(x_block.size):
             y_block[j] = x_block[j] * scale if words[j] >= limit else zero
 
@@ -34,7 +36,7 @@ def dropout(x: Array, *, rate: float, stream: Stream) -> Array:
     (vector,) = flat(x)
     scale = x.dtype.type(1 / (1 - rate))
     run_rows(
-        dropout_blocks, blocks(x.size, BLOCK), vector, limit, scale, *Stream(*stream), y.reshape(-1),
+        dropout_blocks, blocks(x.size, BLOCK), vector, limit, scale, tuple(map(int, Stream(*stream))), y.reshape(-1),
         grain=rows_worth_a_thread(BLOCK, COST),
     )  # fmt: skip
     return y

@@ -1,6 +1,8 @@
-"""where on arrays of one shape; other layouts NumPy broadcasts. (add, mul, scale: NumPy's own loops are as fast.)"""
+"""add, mul, scale, where: one loop over the elements each; a number is read once, other operands are laid out first."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -12,16 +14,72 @@ GRAIN = rows_worth_a_thread(1, cost=0.12)  # elements
 
 
 @jit
-def where_loop(condition, a, b, y, start, stop):  # type: ignore[no-untyped-def]
+def add_loop(a: Array, b: Array, y: Array, start: int, stop: int) -> None:
+    a, b, y = a[start:stop], b[start:stop], y[start:stop]
+    for i in range(y.size):
+        y[i] = a[i] + b[i]
+
+
+@jit
+def add_number_loop(a: Array, number: Any, y: Array, start: int, stop: int) -> None:
+    a, y = a[start:stop], y[start:stop]
+    for i in range(y.size):
+        y[i] = a[i] + number
+
+
+@jit
+def mul_loop(a: Array, b: Array, y: Array, start: int, stop: int) -> None:
+    a, b, y = a[start:stop], b[start:stop], y[start:stop]
+    for i in range(y.size):
+        y[i] = a[i] * b[i]
+
+
+@jit
+def mul_number_loop(a: Array, number: Any, y: Array, start: int, stop: int) -> None:
+    a, y = a[start:stop], y[start:stop]
+    for i in range(y.size):
+        y[i] = a[i] * number
+
+
+@jit
+def where_loop(condition: Array, a: Array, b: Array, y: Array, start: int, stop: int) -> None:
     condition, a, b, y = condition[start:stop], a[start:stop], b[start:stop], y[start:stop]
     for i in range(y.size):
         yes, no = a[i], b[i]  # both read first: else LLVM gathers, three times slower
         y[i] = yes if condition[i] else no
 
 
-def where(condition: Array, a: Array, b: Array) -> Array:
-    if not condition.shape == a.shape == b.shape:
-        return np.where(condition, a, b)
+def _both(loop: Any, number_loop: Any, a: Array, b: Array) -> Array:
+    """A commutative op on arrays that broadcast."""
+    shape = np.broadcast_shapes(a.shape, b.shape)
+    y = np.empty(shape, a.dtype)
+    if a.size == 1 < b.size:
+        a, b = b, a
+    if b.size == 1 and a.size == y.size:
+        run_rows(number_loop, y.size, *flat(a), b.reshape(-1)[0], y.reshape(-1), grain=GRAIN)
+    else:
+        both = flat(np.broadcast_to(a, shape), np.broadcast_to(b, shape))
+        run_rows(loop, y.size, *both, y.reshape(-1), grain=GRAIN)
+    return y
+
+
+def add(a: Array, b: Array) -> Array:
+    return _both(add_loop, add_number_loop, a, b)
+
+
+def mul(a: Array, b: Array) -> Array:
+    return _both(mul_loop, mul_number_loop, a, b)
+
+
+def scale(a: Array, *, factor: float) -> Array:
     y = np.empty(a.shape, a.dtype)
-    run_rows(where_loop, y.size, *flat(condition, a, b), y.reshape(-1), grain=GRAIN)
+    run_rows(mul_number_loop, y.size, *flat(a), a.dtype.type(factor), y.reshape(-1), grain=GRAIN)
+    return y
+
+
+def where(condition: Array, a: Array, b: Array) -> Array:
+    shape = np.broadcast_shapes(condition.shape, a.shape, b.shape)
+    y = np.empty(shape, a.dtype)
+    three = flat(*(np.broadcast_to(x, shape) for x in (condition, a, b)))
+    run_rows(where_loop, y.size, *three, y.reshape(-1), grain=GRAIN)
     return y

@@ -1,4 +1,4 @@
-"""embedding reads rows of tables; scatter_rows adds rows into one. (gather_rows: NumPy copies rows as fast.)
+"""embedding and gather_rows read rows of tables; scatter_rows adds rows into one.
 
 scatter_rows sorts the rows by where they go, so that each output row is the sum of one run, made by one thread: no
 atomics, the same order each time.
@@ -18,7 +18,17 @@ COST = 0.12  # nanoseconds an element, for `rows_worth_a_thread`
 
 
 @jit
-def embedding_rows(word, position, token_type, ids, positions, types, y, start, stop):  # type: ignore[no-untyped-def]
+def embedding_rows(
+    word: Array,
+    position: Array,
+    token_type: Array,
+    ids: Array,
+    positions: Array,
+    types: Array,
+    y: Array,
+    start: int,
+    stop: int,
+) -> None:
     for n in range(start, stop):
         word_row, position_row, type_row = word[ids[n]], position[positions[n]], token_type[types[n]]
         y_row = y[n]
@@ -51,7 +61,29 @@ def embedding(
 
 
 @jit
-def scatter_rows_loop(x, order, targets, starts, ends, y, start, stop):  # type: ignore[no-untyped-def]
+def gather_rows_loop(x: Array, index: Array, skip: int, y: Array, start: int, stop: int) -> None:
+    for n in range(start, stop):
+        row, y_row = x[index[n]], y[n]
+        if index[n] == skip:
+            y_row[:] = 0
+        else:
+            for j in range(y_row.size):
+                y_row[j] = row[j]
+
+
+def gather_rows(x: Array, index: Array, *, skip: int | None = None) -> Array:
+    numbers = row_numbers(index, len(x), "index")
+    table = np.ascontiguousarray(x).reshape(len(x), prod(x.shape[1:]))
+    y = np.empty((len(numbers), table.shape[1]), x.dtype)
+    grain = rows_worth_a_thread(table.shape[1], COST)
+    run_rows(gather_rows_loop, len(numbers), table, numbers, -1 if skip is None else skip, y, grain=grain)
+    return y.reshape(*np.shape(index), *x.shape[1:])
+
+
+@jit
+def scatter_rows_loop(
+    x: Array, order: Array, targets: Array, starts: Array, ends: Array, y: Array, start: int, stop: int
+) -> None:
     """y[targets[i]] = sum of x[order[k]] over starts[i] <= k < ends[i]; long sums wide, rounded once."""
     columns = x.shape[1]
     total = np.empty(columns, np.float64)

@@ -23,7 +23,7 @@ DROPOUT_COST = 0.45  # more
 
 
 @jit
-def normalise(x, weight, bias, eps, y):  # type: ignore[no-untyped-def]
+def normalise(x: Array, weight: Array, bias: Array, eps: Any, y: Array) -> tuple[Any, Any]:
     """One row: y = (x - mean) rstd w + b. The mean first, then the variance about it: offsets do no harm."""
     n = x.dtype.type(x.size)
     total = x.dtype.type(0)
@@ -40,7 +40,9 @@ def normalise(x, weight, bias, eps, y):  # type: ignore[no-untyped-def]
 
 
 @jit
-def layer_norm_rows(x, weight, bias, eps, y, mean, rstd, start, stop):  # type: ignore[no-untyped-def]
+def layer_norm_rows(
+    x: Array, weight: Array, bias: Array, eps: Any, y: Array, mean: Array, rstd: Array, start: int, stop: int
+) -> None:
     for i in range(start, stop):
         mean[i], rstd[i] = normalise(x[i], weight, bias, eps, y[i])
 
@@ -59,16 +61,17 @@ def layer_norm(x: Array, weight: Array, bias: Array, *, eps: float = 1e-12) -> t
 
 
 @jit
-def add_layer_norm_rows(  # type: ignore[no-untyped-def]
-    x, residual, weight, bias, eps, limit, scale, seed, stream, step, layer, y, z, mean, rstd, start, stop
-):
+def add_layer_norm_rows(
+    x: Array, residual: Array, weight: Array, bias: Array, eps: Any, limit: Any, scale: Any, stream: tuple[int, ...],
+    y: Array, z: Array, mean: Array, rstd: Array, start: int, stop: int,
+) -> None:  # fmt: skip
     n = x.shape[1]
     words = np.empty(n, np.uint32)
     zero = x.dtype.type(0)
     for i in range(start, stop):
         x_row, residual_row, z_row = x[i], residual[i], z[i]
         if limit > 0:
-            philox_row(words, i * n, n, seed, stream, step, layer)
+            philox_row(words, i * n, n, *stream)
             for j in range(n):
                 z_row[j] = (x_row[j] * scale if words[j] >= limit else zero) + residual_row[j]
         else:
@@ -91,8 +94,8 @@ def add_layer_norm(
         contiguous(bias, (columns,), "bias"),
     )
     run_rows(
-        add_layer_norm_rows, rows, *inputs, x.dtype.type(eps), *_dropout(rate, x.dtype), *Stream(*stream),
-        y, z, mean, rstd, grain=rows_worth_a_thread(columns, COST + DROPOUT_COST if rate else COST),
+        add_layer_norm_rows, rows, *inputs, x.dtype.type(eps), *_dropout(rate, x.dtype),
+        tuple(map(int, Stream(*stream))), y, z, mean, rstd, grain=rows_worth_a_thread(columns, COST + DROPOUT_COST if rate else COST),
     )  # fmt: skip
     return y, z, mean, rstd
 
@@ -103,7 +106,9 @@ def _dropout(rate: float, dtype: Any) -> tuple[Any, Any]:
 
 
 @jit
-def normalise_grad(g, x, weight, mean, rstd, dx, dweight, dbias):  # type: ignore[no-untyped-def]
+def normalise_grad(
+    g: Array, x: Array, weight: Array, mean: Any, rstd: Any, dx: Array, dweight: Array, dbias: Array
+) -> None:
     """One row: dx = (h - mean h - n mean(h n)) rstd with h = g w, n = (x - mean) rstd; dw += g n, db += g."""
     sum_h, sum_hn = x.dtype.type(0), x.dtype.type(0)
     for j in range(x.size):
@@ -120,7 +125,10 @@ def normalise_grad(g, x, weight, mean, rstd, dx, dweight, dbias):  # type: ignor
 
 
 @jit
-def layer_norm_grad_blocks(g, x, weight, mean, rstd, dx, dweight, dbias, start, stop):  # type: ignore[no-untyped-def]
+def layer_norm_grad_blocks(
+    g: Array, x: Array, weight: Array, mean: Array, rstd: Array, dx: Array, dweight: Array, dbias: Array,
+    start: int, stop: int,
+) -> None:  # fmt: skip
     for block in range(start, stop):
         dweight_block, dbias_block = dweight[block], dbias[block]
         for j in range(x.shape[1]):
@@ -130,9 +138,10 @@ def layer_norm_grad_blocks(g, x, weight, mean, rstd, dx, dweight, dbias, start, 
 
 
 @jit
-def add_layer_norm_grad_blocks(  # type: ignore[no-untyped-def]
-    g, z, weight, mean, rstd, limit, scale, seed, stream, step, layer, dx, dz, dweight, dbias, start, stop
-):
+def add_layer_norm_grad_blocks(
+    g: Array, z: Array, weight: Array, mean: Any, rstd: Any, limit: Any, scale: Any, stream: tuple[int, ...],
+    dx: Array, dz: Array, dweight: Array, dbias: Array, start: int, stop: int,
+) -> None:  # fmt: skip
     n = z.shape[1]
     words = np.empty(n, np.uint32)
     zero = z.dtype.type(0)
@@ -143,7 +152,7 @@ def add_layer_norm_grad_blocks(  # type: ignore[no-untyped-def]
         for i in range(block * BLOCK, min((block + 1) * BLOCK, z.shape[0])):
             dx_row, dz_row = dx[i], dz[i]
             normalise_grad(g[i], z[i], weight, mean[i], rstd[i], dz_row, dweight_block, dbias_block)
-            philox_row(words, i * n, n, seed, stream, step, layer)
+            philox_row(words, i * n, n, *stream)
             for j in range(n):
                 dx_row[j] = dz_row[j] * scale if words[j] >= limit else zero
 
@@ -188,7 +197,7 @@ def add_layer_norm_grad(
     dx, dz = np.empty(z.shape, z.dtype), np.empty(z.shape, z.dtype)
     dweight, dbias = np.empty((count, columns), z.dtype), np.empty((count, columns), z.dtype)
     run_rows(
-        add_layer_norm_grad_blocks, count, *inputs, *dropped, *Stream(*stream), dx, dz, dweight, dbias,
+        add_layer_norm_grad_blocks, count, *inputs, *dropped, tuple(map(int, Stream(*stream))), dx, dz, dweight, dbias,
         grain=rows_worth_a_thread(BLOCK * columns, GRAD_COST + DROPOUT_COST),
     )  # fmt: skip
     return dx, dz, _sum_blocks(dweight), _sum_blocks(dbias)

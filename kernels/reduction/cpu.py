@@ -18,7 +18,7 @@ COST = 0.03  # nanoseconds an element, for `rows_worth_a_thread`: half the time 
 
 
 @jit
-def column_sum_blocks(x, partial, start, stop):  # type: ignore[no-untyped-def]
+def column_sum_blocks(x: Array, partial: Array, start: int, stop: int) -> None:
     columns = x.shape[1]
     total = np.empty(columns, x.dtype)
     for block in range(start, stop):
@@ -40,7 +40,7 @@ def column_sum_blocks(x, partial, start, stop):  # type: ignore[no-untyped-def]
 
 
 @jit
-def row_sum_blocks(x, partial, start, stop):  # type: ignore[no-untyped-def]
+def row_sum_blocks(x: Array, partial: Array, start: int, stop: int) -> None:
     for block in range(start, stop):
         i, k = block // partial.shape[1], block % partial.shape[1]
         part = x[i, k * ELEMENTS : (k + 1) * ELEMENTS]
