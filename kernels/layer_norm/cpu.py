@@ -95,7 +95,8 @@ def add_layer_norm(
     )
     run_rows(
         add_layer_norm_rows, rows, *inputs, x.dtype.type(eps), *_dropout(rate, x.dtype),
-        tuple(map(int, Stream(*stream))), y, z, mean, rstd, grain=rows_worth_a_thread(columns, COST + DROPOUT_COST if rate else COST),
+        tuple(map(int, Stream(*stream))), y, z, mean, rstd,
+        grain=rows_worth_a_thread(columns, COST + DROPOUT_COST if rate else COST),
     )  # fmt: skip
     return y, z, mean, rstd
 
