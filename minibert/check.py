@@ -144,7 +144,7 @@ def strided_inputs(case: Case, tally: Tally) -> None:
     }
     for one in case.inputs():
         for name, lay_out in layouts.items():
-            # asarray before the layout: what holds the strides must be an array of the backend
+            # (a backend on a device may make them contiguous on the way there: then this repeats what was asked before)
             arrays = [case.backend.asarray(lay_out(a)) if a.ndim else case.backend.asarray(a) for a in one.arrays]
             tally.judge(case, one, case.run(arrays, one.params), f", inputs laid out {name}")
             tally.inputs += 1
