@@ -18,11 +18,14 @@ import pytest
 
 from minibert import backends
 from minibert.bert import BertForMaskedLM, BertForPreTraining
+from minibert.cli import main
+from minibert.cli.compiling import show_compiling
 from minibert.config import BertConfig
 from minibert.data import SHIPPED_TEXT, SHIPPED_VOCABULARY, load_tokenizer, read_documents
 from minibert.data.masking import IGNORED
 from minibert.errors import UserError
 from minibert.guard import NonFiniteError
+from minibert.kernels.cpu_threads import jit
 from minibert.kernels.linear import linear_gelu
 from minibert.train import LOG, STATE, Data, Trainer, prepare, read_state
 from minibert.training_config import TrainingConfig
@@ -233,18 +236,91 @@ def test_another_text_cannot_be_resumed(data: Data, tmp_path: Path) -> None:
         trainer(other, tmp_path).resume(read_state(tmp_path))
 
 
-COMMAND = [
-    sys.executable, "-m", "minibert", "pretrain", "--steps", "400", "--layers", "1", "--hidden", "64",
-    "--tokens-per-batch", "256", "--max-seq-length", "32", "--log-every", "1", "--eval-every", "1000",
-    "--save-every", "1000", "--tokenizer", str(SHIPPED_VOCABULARY),
-]  # fmt: skip
-
-
 @pytest.fixture
 def small_text(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "text.txt"
     path.write_text(SHIPPED_TEXT.read_text(encoding="utf-8")[:40_000], encoding="utf-8")
     yield path
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["minibert", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+
+
+FEW_STEPS = ["--steps", 2, "--max-seq-length", 32, "--tokens-per-batch", 256]
+
+
+def test_command_trains_a_vocabulary_and_goes_on_from_weights(
+    small_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, first, second = (tmp_path / name for name in ("words", "first", "second"))
+    command(monkeypatch, "tokenizer", "train", small_text, "--output", words, "--vocab-size", 600)
+    assert "600 tokens" in capsys.readouterr().out
+    command(monkeypatch, "tokenizer", "show", "the Senate", "--tokenizer", words)
+    assert capsys.readouterr().out.startswith("[CLS]:2 the:")
+
+    sizes = ["--layers", 1, "--hidden", 64]
+    command(monkeypatch, "pretrain", small_text, "--output", first, "--tokenizer", words, *sizes, *FEW_STEPS)
+    out = capsys.readouterr().out
+    assert "backend numba" in out and "1 layers of 64 channels, vocabulary 600" in out and "to beat" in out
+    assert "step 2/2: loss" in out and "step 2: held-out loss" in out
+
+    command(monkeypatch, "pretrain", small_text, "--output", second, "--config", first, *FEW_STEPS)
+    assert "beginning with the weights" in capsys.readouterr().out
+    assert log_of(second)[0]["eval_loss"] == pytest.approx(log_of(first)[-1]["eval_loss"], abs=1e-6)
+    command(monkeypatch, "pretrain", "--output", second, "--resume")
+    assert "done before" in capsys.readouterr().out
+
+
+def test_command_takes_a_kernel_and_the_shipped_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text("def broken(x):\n    return x.sum() * float('nan')\n", encoding="utf-8")
+    arguments = [
+        "--output",
+        tmp_path / "out",
+        "--layers",
+        1,
+        "--hidden",
+        64,
+        "--tokenizer",
+        SHIPPED_VOCABULARY,
+        *FEW_STEPS,
+    ]
+    monkeypatch.setattr(sys, "argv", ["minibert", "pretrain", *map(str, arguments)])
+    spec = f"{tmp_path / 'mine.py'}:broken=square_norm"
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--kernel", spec])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert "no TEXT given" in said.out and "first in op square_norm" in said.err and len(said.err.splitlines()) == 1
+
+
+def test_compiling_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """The function has no file, so it is compiled anew in each process."""
+    space: dict[str, Any] = {}
+    exec("def doubled_rows(x, start, stop):\n    for i in range(start, stop):\n        x[i] *= 2\n", space)
+    kernel, shown = jit(space["doubled_rows"]), []
+    x = np.ones(3, np.float32)
+    with show_compiling(shown.append):
+        kernel(x, 0, 2)
+    assert x.tolist() == [2, 2, 1]
+    assert shown == ["compiling kernel 1 for this CPU: doubled_rows float32"]
+    assert "compiled 1 kernels in" in capsys.readouterr().err
+    with show_compiling(shown.append):
+        kernel(x, 0, 2)
+    assert len(shown) == 1 and capsys.readouterr().err == ""
+
+
+COMMAND = [
+    sys.executable, "-m", "minibert", "pretrain", "--steps", "400", "--layers", "1", "--hidden", "64",
+    "--tokens-per-batch", "256", "--max-seq-length", "32", "--log-every", "1", "--eval-every", "1000",
+    "--save-every", "1000", "--tokenizer", str(SHIPPED_VOCABULARY),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
