@@ -255,6 +255,8 @@ def test_resume_of_another_run(refused: Refused, finished: Path, tmp_path: Path)
     assert "the text" in refused("pretrain", other, "--output", finished, "--resume")
     assert "learning_rate" in refused("pretrain", "--output", finished, "--resume", "--learning-rate", 0.5)
     assert "dtype" in refused("pretrain", "--output", finished, "--resume", "--dtype", "float64")
+    assert "config" in refused("pretrain", "--output", finished, "--resume", "--config", "base")
+    assert "layers" in refused("pretrain", "--output", finished, "--resume", "--layers", 3)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def pretrain(
     options["texts"] = [str(path.absolute()) for path in texts or ()]
     if state is not None:
         options = resumed(state.options, options)
-    options["dtype"] = options["dtype"] or "float32"
+    options = {**options, "config": options["config"] or "mini", "dtype": options["dtype"] or "float32"}
     place = fastest_or(options["backend"], threads)
     options["backend"] = place.name
     if not options["texts"]:
@@ -152,7 +152,7 @@ def merged(stored: TrainingConfig, settings: dict[str, Any]) -> TrainingConfig:
 def resumed(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """A resumed run's other options: another backend may be given, and the same text at another place."""
     for name, value in given.items():
-        if name not in ("backend", "texts") and value is not None and value != (stored[name] or value):
+        if name not in ("backend", "texts") and value is not None and value != stored[name]:
             raise UserError(
                 f"--resume: the run began with {name} {stored[name]}, got {value}: leave it out, or begin anew"
             )
@@ -213,7 +213,7 @@ def new_model(
     options: dict[str, Any],
 ) -> tuple[BertForMaskedLM, Tokenizer]:
     """A model of a named size over the tokenizer's vocabulary; or one of a folder's config, with its weights if any."""
-    config, dtype = options["config"] or "mini", options["dtype"]
+    config, dtype = options["config"], options["dtype"]
     folder = None if config in NAMED else Path(config)
     bert = resized(NAMED[config] if folder is None else read_config(folder), options["layers"], options["hidden"])
     check_length(training, bert)

@@ -7,7 +7,6 @@ from pathlib import Path
 import typer
 
 from minibert.cli import app
-from minibert.cli.options import console
 from minibert.data import SHIPPED_VOCABULARY, load_tokenizer, read_documents, save_tokenizer, train_tokenizer
 from minibert.errors import UserError
 
@@ -28,7 +27,7 @@ def train(
         save_tokenizer(tokenizer, output)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise UserError(f"cannot write into {output}: {error}; choose another --output") from None
-    say(f"{tokenizer.get_vocab_size()} tokens in {output}")
+    print(f"{tokenizer.get_vocab_size()} tokens in {output}")
 
 
 @commands.command("show")
@@ -38,8 +37,4 @@ def show(
 ) -> None:
     """Show the tokens of a text, each with its id."""
     encoding = load_tokenizer(tokenizer).encode(text)
-    say(" ".join(f"{token}:{number}" for token, number in zip(encoding.tokens, encoding.ids, strict=True)))
-
-
-def say(text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    print(" ".join(f"{token}:{number}" for token, number in zip(encoding.tokens, encoding.ids, strict=True)))
