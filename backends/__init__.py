@@ -49,9 +49,10 @@ def get(name: str) -> Backend:
     Raises UserError for a name that is not known and BackendUnavailable where it cannot run.
     """
     if name not in _loaded:
-        _loaded[name] = _load(name)
+        found = _load(name)
         if THREADS in os.environ:
-            _loaded[name].set_num_threads(_threads(os.environ[THREADS], f"${THREADS}"))
+            found.set_num_threads(_threads(os.environ[THREADS], f"${THREADS}"))
+        _loaded[name] = found
     return _loaded[name]
 
 
@@ -60,7 +61,7 @@ def _load(name: str) -> Backend:
         raise UserError(f"no backend is called {name!r}: choose one of {', '.join(names())}")
     try:
         found = import_module(BUILT_IN[name]).backend if name in BUILT_IN else _third_party()[name].load()
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # AttributeError: an entry point that names what is not there
         remedy = REMEDY.get(name, f"install what the package behind it needs ({error})")
         raise BackendUnavailable(f"backend {name!r} cannot run here: {error}; to mend it: {remedy}") from error
     if not isinstance(found, Backend):

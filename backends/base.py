@@ -137,6 +137,10 @@ class Backend:
         """Library, version and threads, for a table."""
         return self.name
 
+    def num_threads(self) -> int:
+        """How many threads an op may use here."""
+        return 1
+
     def set_num_threads(self, count: int) -> None:
         """Use `count` threads; a backend without threads of its own has nothing to set."""
 

@@ -21,6 +21,9 @@ class NumbaBackend(Backend):
             f"NumPy {np.__version__} (BLAS threads {blas_threads('numpy') or 'unknown'})"
         )
 
+    def num_threads(self) -> int:
+        return cpu_threads.num_threads()
+
     def set_num_threads(self, count: int) -> None:
         cpu_threads.set_num_threads(count)
         set_blas_threads("numpy", count)

@@ -13,6 +13,9 @@ class NumpyBackend(Backend):
     def describe(self) -> str:
         return f"NumPy {np.__version__}, BLAS threads {blas_threads('numpy') or 'unknown'}"
 
+    def num_threads(self) -> int:
+        return blas_threads("numpy") or 1
+
     def set_num_threads(self, count: int) -> None:
         set_blas_threads("numpy", count)
 

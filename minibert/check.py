@@ -8,7 +8,6 @@ come from the op's samples, the truth from its formula (`minibert.judge`) and fr
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -209,17 +208,13 @@ def thread_count(case: Case, tally: Tally) -> None:
         set_blas_threads("numpy", 1)
         return case.download(case.run(case.upload(one.arrays), one.params))
 
+    before = case.backend.num_threads()
     try:
         for one in case.inputs():
             _demand_same_bits(one, run_on(1, one), run_on(2, one), "two threads gave other bits than one")
             tally.inputs += 1
     finally:
-        case.backend.set_num_threads(_usual_threads())
-
-
-def _usual_threads() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(os.environ.get(_backends.THREADS) or cores)
+        case.backend.set_num_threads(before)
 
 
 def gradient(case: Case, tally: Tally) -> None:

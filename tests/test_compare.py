@@ -39,10 +39,10 @@ def test_the_json_holds_the_facts(facts: dict[str, Any]) -> None:
     assert names[:2] == ["numpy", "numba"]
     assert facts["ok"] is True
     assert {"system", "processor", "cores", "python"} <= set(facts["machine"])
-    keys = "op backend by calls ms gflops gbps ulp_max err_over_us bound_share ok".split()
+    keys = ["op", "backend", "by", "calls", "ms", "gflops", "gbps", "ulp_max", "err_over_us", "bound_share", "ok"]
     assert all(set(keys) <= set(row) for row in facts["ops"])
     assert all(
-        set("stage backend ms_per_sample ms_per_token peak_bytes".split()) <= set(row) for row in facts["stages"]
+        set(["stage", "backend", "ms_per_sample", "ms_per_token", "peak_bytes"]) <= set(row) for row in facts["stages"]
     )
     for name in names:
         assert {row["stage"] for row in facts["stages"] if row["backend"] == name} == set(compare.STAGES)

@@ -24,14 +24,6 @@ from minibert.kernels.op import Op
 
 NUMPY = backends.get("numpy")
 
-# Mutants that no input tells from the formula, and why: "op: mistake" -> reason.
-EPS = "variances of the samples are near 1, and eps is 1e-12"
-THE_SAME: dict[str, str] = {
-    f"{op}: _layer_norm: (d * d).mean(axis=-1) + eps -> (d * d).mean(axis=-1){rest}": EPS
-    for op in ("layer_norm", "add_layer_norm")
-    for rest in ("", " - eps")
-} | {"clip_scale: _clip_scale: 1e-06 -> 1.0009999999999998e-06": "max_norm is far above 1e-6 in the samples"}
-
 
 class Mistake(NamedTuple):
     """One function of a formula, rewritten."""
@@ -156,11 +148,7 @@ def test_a_formula_rebuilt_without_a_mistake_passes(op: Op) -> None:
 def test_a_mistake_in_a_formula_is_caught(op: Op, mistake: Mistake) -> None:
     with NUMPY.using({op: with_mistake(op, mistake)}):
         caught = not run_check("follows_formula", op, NUMPY, "float32").ok
-    key = f"{op.name}: {mistake}"
-    if key in THE_SAME:
-        assert not caught, f"excused, but caught: {key}"
-    else:
-        assert caught, f"no sample of {op.name} notices {mistake}"
+    assert caught, f"no sample of {op.name} notices {mistake}"
 
 
 def test_mistakes_are_made_in_all_that_computes() -> None:
@@ -168,7 +156,3 @@ def test_mistakes_are_made_in_all_that_computes() -> None:
     one_call = {"relu", "tanh", "matmul", "reduce_sum"}
     assert {op.name for op in OPS.values()} - {param.values[0].name for param in ALL} == copies | one_call
     assert len(ALL) > 200
-
-
-def test_no_excuse_is_left_over() -> None:
-    assert set(THE_SAME) <= {param.id for param in ALL}

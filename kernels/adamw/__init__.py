@@ -69,6 +69,7 @@ def _vectors(rng: np.random.Generator) -> Iterator[Sample]:
 def _norms(rng: np.random.Generator) -> Iterator[Sample]:
     for norm in (0.0, 0.25, 1.0, 9.0, 1e6):
         yield Sample((np.array(norm),), {"max_norm": 1.0})
+    yield Sample((np.array(1e-10),), {"max_norm": 2e-6})  # as small as the constant beside the norm
 
 
 def _bench(rng: np.random.Generator, size: BertSize) -> Sample:

@@ -78,6 +78,7 @@ def _streams(rng: np.random.Generator) -> Iterator[tuple[tuple[np.ndarray, ...],
 
 def _samples(rng: np.random.Generator) -> Iterator[Sample]:
     yield from (Sample(arrays) for arrays in _rows(rng))
+    yield Sample((rng.standard_normal((3, 7)), *rng.standard_normal((2, 7))), {"eps": 0.1})  # not lost in the variance
 
 
 def _grad_samples(rng: np.random.Generator) -> Iterator[Sample]:
@@ -88,6 +89,7 @@ def _grad_samples(rng: np.random.Generator) -> Iterator[Sample]:
 def _add_samples(rng: np.random.Generator) -> Iterator[Sample]:
     for (x, w, b), params in _streams(rng):
         yield Sample((x, rng.standard_normal(x.shape), w, b), params)
+    yield Sample((*rng.standard_normal((2, 3, 7)), *rng.standard_normal((2, 7))), {"eps": 0.1})
 
 
 def _add_grad_samples(rng: np.random.Generator) -> Iterator[Sample]:
