@@ -61,9 +61,7 @@ class Data(NamedTuple):
     tokenizer: Tokenizer
     train: Sequences
     held_out: Sequences
-    unigram: (
-        np.ndarray
-    )  # (V,) float64: the logarithm of each token's share of the training text, one added to each count
+    unigram: np.ndarray  # (V,) float64: log of each token's share of the training text, one added to each count
 
     @property
     def fingerprint(self) -> int:
@@ -132,9 +130,8 @@ class Trainer:
         )  # fmt: skip
         rule = masking_rule(special_ids(data.tokenizer), data.tokenizer.get_vocab_size(), config.mlm_probability)
         self.batches = Batches(data.train, config.tokens_per_batch, config.seed, rule)
-        held_out = Batches(
-            data.held_out, config.tokens_per_batch, config.seed ^ 0x5EED, rule
-        )  # other masks, always the same
+        # With another seed, so that the masks have nothing to do with those of training.
+        held_out = Batches(data.held_out, config.tokens_per_batch, config.seed ^ 0x5EED, rule)
         count = min(held_out.steps_in_epoch(0), -(-config.eval_tokens // config.tokens_per_batch))
         self.held_out = [held_out.batch(i) for i in range(count)]
         self.stop = False  # set it, from a signal handler say, and the run ends after the step
