@@ -15,12 +15,13 @@ from typing import NamedTuple
 from minibert.backends.base import Backend, BackendUnavailable
 from minibert.errors import UserError
 
-__all__ = ["Backend", "BackendUnavailable", "Status", "available", "get", "names", "set_num_threads"]
+__all__ = ["MOST_THREADS", "Backend", "BackendUnavailable", "Status", "available", "get", "names", "set_num_threads"]
 
 GROUP = "minibert.backends"
 BUILT_IN = {"numpy": "minibert.backends.numpy_backend", "numba": "minibert.backends.numba_backend"}
 REMEDY = {"numba": "pip install numba scipy"}
 THREADS = "MINIBERT_NUM_THREADS"
+MOST_THREADS = 1024  # more is a slip of the keyboard
 
 
 class Status(NamedTuple):
@@ -83,8 +84,8 @@ def available() -> list[Status]:
 
 
 def _threads(value: object, source: str) -> int:
-    if not str(value).isdigit() or int(str(value)) < 1:
-        raise UserError(f"{source}: expected a number of threads of 1 or more, got {value!r}")
+    if not str(value).isdigit() or not 1 <= int(str(value)) <= MOST_THREADS:
+        raise UserError(f"{source}: expected a number of threads from 1 to {MOST_THREADS}, got {value!r}")
     return int(str(value))
 
 

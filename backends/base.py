@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -132,6 +132,10 @@ class Backend:
             peak = tracemalloc.get_traced_memory()[1] - before
             if not outer:
                 tracemalloc.stop()
+
+    def finely_split(self) -> AbstractContextManager[None]:
+        """A block in which kernels divide even the least work among threads: for checks of what happens in between."""
+        return nullcontext()
 
     def describe(self) -> str:
         """Library, version and threads, for a table."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import AbstractContextManager
 
 import numba
 import numpy as np
@@ -20,6 +21,9 @@ class NumbaBackend(Backend):
             f"Numba {numba.__version__} ({cpu_threads.num_threads()} threads), "
             f"NumPy {np.__version__} (BLAS threads {blas_threads('numpy') or 'unknown'})"
         )
+
+    def finely_split(self) -> AbstractContextManager[None]:
+        return cpu_threads.finely_split()
 
     def num_threads(self) -> int:
         return cpu_threads.num_threads()

@@ -84,6 +84,9 @@ def jit(function: Function) -> Function:
     The kernel takes its arrays, then the range of rows (start, stop) that it is to do. Its innermost loop vectorises
     if it counts from 0: `for j in range(n)`. Where it would run over [start, stop), slice first: Numba lets indices be
     negative, and a test for that in the loop turns loads into gathers (12 times slower, measured on exp).
+
+    A loop that sums stores nothing into another array: where the two lie close together, LLVM's test for overlap takes
+    the scalar loop, which adds in another order, and the same call gives other bits from one time to the next.
     """
     cached = _cache is not None and Path(function.__code__.co_filename).is_file()
     function.__dict__["minibert_kernel"] = True  # so that `on_compile` tells it from other people's functions
@@ -168,6 +171,7 @@ _state = _State()
 _lock = threading.Lock()
 _threads: int | None = None
 _pool: ThreadPoolExecutor | None = None
+_ignore_grain = False
 
 
 def num_threads() -> int:
@@ -223,7 +227,10 @@ def _submit(work: Callable[[], None], count: int) -> list[Future[None]]:
     with _lock:
         if _pool is None:
             _pool = ThreadPoolExecutor(max(1, (_threads or 1) - 1), thread_name_prefix="minibert")
-        return [_pool.submit(work) for _ in range(count)]
+        try:
+            return [_pool.submit(work) for _ in range(count)]
+        except RuntimeError:  # the interpreter is ending and starts no thread: the caller does all the work
+            return []
 
 
 def rows_worth_a_thread(elements: int, cost: float = 0.4) -> int:
@@ -243,6 +250,17 @@ def blocks(rows: int, size: int) -> int:
     return -(-rows // size)
 
 
+@contextmanager
+def finely_split() -> Iterator[None]:
+    """Within the block every row is worth a thread: so that a check on few rows sees what happens between ranges."""
+    global _ignore_grain
+    before, _ignore_grain = _ignore_grain, True
+    try:
+        yield
+    finally:
+        _ignore_grain = before
+
+
 def run_rows(kernel: Callable[..., Any], rows: int, *args: Any, grain: int = 1) -> None:
     """Call `kernel(*args, start, stop)` on ranges that cover [0, rows), on `num_threads()` threads.
 
@@ -251,7 +269,7 @@ def run_rows(kernel: Callable[..., Any], rows: int, *args: Any, grain: int = 1) 
     """
     if rows <= 0:
         return
-    most = rows // max(1, grain)
+    most = rows if _ignore_grain else rows // max(1, grain)
     threads = min(num_threads(), most)
     if threads <= 1 or _state.busy:
         kernel(*args, 0, rows)

@@ -23,7 +23,7 @@ from minibert.kernels.softmax import softmax
 from minibert.kernels.view import concatenate
 from minibert.nn import Embedding, LayerNorm, Linear, Module, Parameter, Place, embed
 from minibert.outputs import Batch, BertOutput, MaskedLMOutput, PreTrainingOutput
-from minibert.packing import pack
+from minibert.packing import pack, sentence_labels
 from minibert.pretrained import PreTrained
 from minibert.tensor import Tensor, apply
 
@@ -242,7 +242,10 @@ class BertForMaskedLM(PreTrained):
         self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,
         *, labels: Any = None, **options: Any,
     ) -> Any:  # fmt: skip
-        """As `BertModel`; `labels` (ids, -100 where nothing is predicted) give `out.loss`, their mean cross entropy."""
+        """As `BertModel`; `labels` (ids, -100 where nothing is predicted) give `out.loss`, their mean cross entropy.
+
+        A label on padding does not count.
+        """
         encoded = self.bert(input_ids, attention_mask, token_type_ids, position_ids, labels=labels, **options)
         out = self.output.of(encoded, self.cls)
         if encoded._batch.packed.labels is not None:
@@ -260,7 +263,7 @@ class BertForPreTraining(BertForMaskedLM):
         """As `BertForMaskedLM`; `next_sentence_label` (B,) of 0 (follows) and 1 (does not) adds its cross entropy."""
         out = super().__call__(*args, **kwargs)
         if next_sentence_label is not None:
-            labels = out._batch.integers(np.asarray(next_sentence_label).reshape(-1))
-            loss = apply(cross_entropy, out.seq_relationship_logits, labels)
+            labels = sentence_labels(next_sentence_label, len(out._batch.packed.first_rows))
+            loss = apply(cross_entropy, out.seq_relationship_logits, out._batch.integers(labels))
             out.loss = loss if out.loss is None else out.loss + loss
         return out

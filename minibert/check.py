@@ -201,17 +201,20 @@ def _no_views_but_the_formulas(case: Case, one: Input, arrays: Sequence[Array], 
 
 
 def thread_count(case: Case, tally: Tally) -> None:
-    """A kernel gives the same bits on one thread and on two (BLAS, which does not, is held to one)."""
+    """A kernel gives the same bits on one, two and three threads (BLAS, which does not, is held to one)."""
 
     def run_on(threads: int, one: Input) -> tuple[np.ndarray, ...]:
         case.backend.set_num_threads(threads)
         set_blas_threads("numpy", 1)
-        return case.download(case.run(case.upload(one.arrays), one.params))
+        with case.backend.finely_split():
+            return case.download(case.run(case.upload(one.arrays), one.params))
 
     before = case.backend.num_threads()
     try:
         for one in case.inputs():
-            _demand_same_bits(one, run_on(1, one), run_on(2, one), "two threads gave other bits than one")
+            alone = run_on(1, one)
+            for threads in (2, 3):
+                _demand_same_bits(one, alone, run_on(threads, one), f"{threads} threads gave other bits than one")
             tally.inputs += 1
     finally:
         case.backend.set_num_threads(before)
@@ -347,14 +350,16 @@ def run_check(name: str, op: Op, backend: Backend, dtype: str, seed: int = 0) ->
 
 
 def planned(backend: Backend, op: Op, dtypes: Sequence[str] | None = None) -> Iterator[tuple[str, str]]:
-    """The (check, dtype) pairs to run: all in each dtype, and the gradient in float64 always.
+    """The (check, dtype) pairs to run: all in each dtype, and formula and gradient in float64 always.
 
     By default float32, and on the reference backend float64 as well.
     """
     asked = dtypes or (("float32", "float64") if backend.name == "numpy" else ("float32",))
     for dtype in dict.fromkeys((*asked, "float64")):
         for name in CHECKS:
-            if (dtype in asked or name == "gradient") and applies(name, Case(op, backend, dtype, 0)):
+            if (dtype in asked or name in ("gradient", "follows_formula")) and applies(
+                name, Case(op, backend, dtype, 0)
+            ):
                 yield name, dtype
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from minibert.backends.base import Backend, Kernel
 from minibert.data.batching import PackedBatch
+from minibert.errors import UserError
 from minibert.judge import Judgement, judge
 from minibert.kernels.op import Array, Op, outputs
 from minibert.kernels.readings import Cost, cost
@@ -51,8 +52,9 @@ class OpRecord:
         return max((getattr(j, measure) for j in self.judgements), default=None)
 
     @property
-    def ok(self) -> bool:
-        return all(j.ok for j in self.judgements)
+    def failures(self) -> list[Judgement]:
+        """Calls that left their bound, or of which an infinite bound says nothing."""
+        return [j for j in self.judgements if not j.ok or j.unbounded]
 
 
 class Stage(NamedTuple):
@@ -92,10 +94,11 @@ class Comparison:
     runs: list[Run]
     batch: PackedBatch
     samples: int
+    timed: bool = True  # False where a wrong op made training break down: there is nothing to time
 
     @property
     def failures(self) -> list[tuple[Run, OpRecord, Judgement]]:
-        return [(run, r, j) for run in self.runs for r in run.ops.values() for j in r.judgements if not j.ok]
+        return [(run, r, j) for run in self.runs for r in run.ops.values() for j in r.failures]
 
     @property
     def ok(self) -> bool:
@@ -125,7 +128,8 @@ def compare(
     """Run `steps` training steps of one batch on every backend in turn; the first backend is the reference.
 
     `kernels` replace those of every backend but the reference (of the only one, where there is one). The first step
-    judges every op and compiles what is not compiled yet; it is not timed.
+    judges every op and compiles what is not compiled yet; it is not timed. After the last, ops are judged once more, on
+    inputs that none of them has seen.
     """
     runs = [Run(backend) for backend in compared]
     batch = make_batch()
@@ -136,21 +140,42 @@ def compare(
         for run in runs:
             progress(f"{run.backend.name}: making the model")
             trainers.append(_Trainer(run, make_model(run.backend), batch, learning_rate))
-        for run, trainer in zip(runs, trainers, strict=True):
-            progress(f"{run.backend.name}: step 1 of {steps}" + (", judging every op" if run is runs[0] else ""))
-            watcher = _counter(run) if run is not runs[0] else _judging(runs)
-            with run.backend.watched_by(watcher):
-                trainer.step()
-            trainer.infer()
-        for number in range(2, steps + 1):
-            for run, trainer in zip(runs, trainers, strict=True):  # in turn, so that a slow minute slows all alike
-                progress(f"{run.backend.name}: step {number} of {steps}")
-                _timed(run, trainer, make_batch)
-        for run, trainer in zip(runs, trainers, strict=True):
-            progress(f"{run.backend.name}: memory")
-            run.weights = trainer.model.state_dict()
-            _measure_memory(run, trainer, make_batch)
+        try:
+            _run_all(runs, trainers, make_batch, steps, progress)
+        except Exception as error:
+            if not any(record.failures for run in runs for record in run.ops.values()):
+                if isinstance(error, FloatingPointError):
+                    raise UserError(f"{error}: are the weights finite?") from error
+                raise
+            # an op that was judged wrong has made training break down: that is the verdict
+            return Comparison(runs, batch, len(batch.cu_seqlens) - 1, timed=False)
     return Comparison(runs, batch, len(batch.cu_seqlens) - 1)
+
+
+def _run_all(
+    runs: list[Run], trainers: list[_Trainer], make_batch: MakeBatch, steps: int, progress: Callable[[str], None]
+) -> None:
+    for run, trainer in zip(runs, trainers, strict=True):
+        progress(f"{run.backend.name}: step 1 of {steps}" + (", judging every op" if run is runs[0] else ""))
+        with ExitStack() as stack:
+            stack.enter_context(run.backend.watched_by(_counter(run)))
+            if run is runs[0]:
+                stack.enter_context(run.backend.watched_by(_judging(runs)))
+            trainer.step()
+        trainer.infer()
+    for number in range(2, steps + 1):
+        for run, trainer in zip(runs, trainers, strict=True):  # in turn, so that a slow minute slows all alike
+            progress(f"{run.backend.name}: step {number} of {steps}")
+            _timed(run, trainer, make_batch)
+    for run, trainer in zip(runs, trainers, strict=True):
+        progress(f"{run.backend.name}: memory")
+        run.weights = trainer.model.state_dict()
+        _measure_memory(run, trainer, make_batch)
+    progress("judging every op once more")
+    with runs[0].backend.watched_by(_judging(runs)):
+        trainers[0].forward()
+        trainers[0].backward()
+        trainers[0].optimise()
 
 
 class _Trainer:
@@ -249,8 +274,7 @@ def _counter(run: Run) -> Any:
 
 
 def _judging(runs: list[Run]) -> Any:
-    """A watcher for the reference: it counts, and gives the inputs of an op to every backend and judges the results."""
-    count = _counter(runs[0])
+    """A watcher for the reference: it gives the inputs of an op to every backend and judges the results."""
     judged: dict[Signature, int] = {}
 
     def look(op: Op, arrays: tuple[Array, ...], params: Mapping[str, Any], call: Callable[[], Any]) -> Any:
@@ -260,7 +284,7 @@ def _judging(runs: list[Run]) -> Any:
             inputs = tuple(np.array(runs[0].backend.numpy(a)) for a in arrays)
             for run in runs:
                 run.record(op).judgements += _judge_on(run.backend, op, inputs, params)
-        return count(op, arrays, params, call)
+        return call()
 
     return look
 
@@ -269,7 +293,11 @@ def _judge_on(backend: Backend, op: Op, inputs: tuple[np.ndarray, ...], params: 
     """Judge one call on one backend, on copies; an op that writes in place is flat, and judged piece by piece."""
     with _unwatched(backend):
         given = tuple(backend.asarray(np.array(a)) for a in inputs)
-        got = tuple(np.array(backend.numpy(r)) for r in outputs(backend.run(op, *given, **params)))
+        try:
+            got = tuple(np.array(backend.numpy(r)) for r in outputs(backend.run(op, *given, **params)))
+        except Exception as error:  # whatever a kernel under trial does is part of the verdict
+            raised = str(error) if isinstance(error, UserError) else f"raised {type(error).__name__}: {error}"
+            return [Judgement(np.inf, np.inf, np.inf, False, None, raised, 0)]
     dtype = str(next(a.dtype for a in inputs if a.dtype.kind == "f"))
     if not op.writes:
         return [judge(op, inputs, params, got, dtype)]
@@ -292,7 +320,10 @@ def _unwatched(backend: Backend) -> Iterator[None]:
 
 
 def facts(found: Comparison, config: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[str, Any]:
-    """The comparison as plain data, as `--json` writes it. Times are milliseconds, medians over the timed steps."""
+    """The comparison as plain data, as `--json` writes it. Times are milliseconds, medians over the timed steps.
+
+    What is not finite, or was not measured, is None.
+    """
     ops = [
         {
             "op": r.op.name,
@@ -300,18 +331,17 @@ def facts(found: Comparison, config: Mapping[str, Any], machine: Mapping[str, An
             "by": run.backend.by(r.op),
             "calls": r.calls,
             "judged": len(r.judgements),
-            "ms": r.median_seconds * 1e3,
-            "share": r.median_seconds / run.step_seconds,
-            "gflops": rate(r.cost.flops, r.median_seconds),
-            "gbps": rate(r.cost.bytes, r.median_seconds),
-            "ulp_max": r.worst("ulp_max"),
-            "err_over_us": r.worst("err_over_us"),
-            "bound_share": r.worst("bound_share"),
-            "ok": r.ok,
+            "ms": r.median_seconds * 1e3 if found.timed else None,
+            "share": r.median_seconds / run.step_seconds if found.timed else None,
+            "gflops": rate(r.cost.flops, r.median_seconds) if found.timed else None,
+            "gbps": rate(r.cost.bytes, r.median_seconds) if found.timed else None,
+            **{name: _finite(r.worst(name)) for name in ("ulp_max", "err_over_us", "bound_share")},
+            "ok": not r.failures,
         }
         for run in found.runs
         for r in run.ops.values()
     ]
+    timed = found.runs if found.timed else []
     stages = [
         {
             "stage": name,
@@ -320,12 +350,11 @@ def facts(found: Comparison, config: Mapping[str, Any], machine: Mapping[str, An
             "ms_per_token": stage.seconds * 1e3 / len(found.batch.input_ids),
             "peak_bytes": stage.peak_bytes,
         }
-        for run in found.runs
+        for run in timed
         for name, stage in run.stages.items()
     ]
     apart = {
-        run.backend.name: {"loss": found.loss_distance(run), "weights": found.weight_distance(run)}
-        for run in found.runs
+        run.backend.name: {"loss": found.loss_distance(run), "weights": found.weight_distance(run)} for run in timed
     }
     return {
         "machine": dict(machine),
@@ -333,10 +362,14 @@ def facts(found: Comparison, config: Mapping[str, Any], machine: Mapping[str, An
         "backends": [{"name": run.backend.name, "what": run.backend.describe()} for run in found.runs],
         "ops": ops,
         "stages": stages,
-        "loss": {run.backend.name: run.losses for run in found.runs},
-        "distance": apart,
+        "loss": {run.backend.name: [_finite(loss) for loss in run.losses] for run in found.runs},
+        "distance": {name: {k: _finite(v) for k, v in both.items()} for name, both in apart.items()},
         "ok": found.ok,
     }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and np.isfinite(value) else None
 
 
 def rate(amount: float, seconds: float) -> float:

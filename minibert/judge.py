@@ -112,7 +112,8 @@ def _distance(b: Bound, result: Array, dtype: str) -> tuple[np.ndarray, np.ndarr
         same |= beyond & (got == np.copysign(np.inf, b.value))
         off = np.where(same, 0.0, np.abs(got - b.value))
     off = np.where(np.isnan(off), np.inf, off)
-    return off, np.where(np.isfinite(b.value), b.error, 0.0)
+    error = np.where(np.isnan(b.error), np.inf, b.error)  # an infinite error times 0: nothing is known
+    return off, np.where(np.isfinite(b.value), error, 0.0)
 
 
 def _share(off: np.ndarray, allowed: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ class ParameterGroup:
     params: list[Parameter]
     weight_decay: float
     offsets: list[int] = field(default_factory=list)
+    buffers: list[Any] = field(default_factory=list)  # each parameter's part of `grad`
     param: Array = None
     grad: Array = None
     exp_avg: Array = None
@@ -40,16 +41,19 @@ class ParameterGroup:
             self.param[start:stop] = p.data.reshape(-1)
             p.data = self.param[start:stop].reshape(p.declared_shape)
             p.grad_buffer = self.grad[start:stop].reshape(p.declared_shape)
+            self.buffers.append(p.grad_buffer)
 
     def spans(self) -> list[slice]:
         """Where there are gradients, as long slices: usually one. A parameter without a gradient is left alone."""
         found: list[slice] = []
-        for p, start, stop in zip(self.params, self.offsets, self.offsets[1:], strict=False):
+        for p, buffer, start, stop in zip(self.params, self.buffers, self.offsets, self.offsets[1:], strict=False):
+            if p.grad_buffer is not buffer:
+                raise UserError("AdamW: another optimiser was made for these parameters since; step that one")
             if p.grad is None:
                 continue
-            if p.grad is not p.grad_buffer:  # set by hand, or before this optimiser was made
-                p.grad_buffer[...] = p.grad  # type: ignore[index]
-                p.grad = p.grad_buffer
+            if p.grad is not buffer:  # set by hand, or before this optimiser was made
+                self.grad[start:stop] = p.grad.reshape(-1)
+                p.grad = buffer
             if found and found[-1].stop == start:
                 found[-1] = slice(found[-1].start, stop)
             else:
@@ -70,6 +74,16 @@ class AdamW:
     ) -> None:  # fmt: skip
         given = list(params)
         groups: list[Any] = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+        for name, value, valid in (
+            ("lr", lr, lr >= 0), ("betas", betas, all(0 <= b < 1 for b in betas)), ("eps", eps, eps >= 0),
+            ("weight_decay", weight_decay, weight_decay >= 0),
+            ("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0),
+        ):  # fmt: skip
+            if not valid:
+                raise UserError(f"AdamW: {name} {value} is out of range: lr, eps, weight_decay >= 0, betas in [0, 1)")
+        unknown = {key for group in groups for key in group} - {"params", "weight_decay"}
+        if unknown:
+            raise UserError(f"AdamW: a group holds params and weight_decay, got {', '.join(sorted(unknown))} as well")
         self.groups = [
             ParameterGroup(list(g["params"]), g.get("weight_decay", weight_decay)) for g in groups if list(g["params"])
         ]

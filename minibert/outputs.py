@@ -73,7 +73,7 @@ class BertOutput:
 
     @cached_property
     def pooler_output(self) -> Tensor:
-        """(B, C): tanh(W x + b) of each sequence's first token."""
+        """(B, C): tanh(W x + b) of each sequence's first real token (of padding on the left, none)."""
         pooler = self._model.pooler
         if pooler is None:
             raise AttributeError("this model was made without a pooler: add_pooling_layer=True")

@@ -116,6 +116,15 @@ def _checked(config: BertConfig, packed: Packed) -> Packed:
     )
 
 
+def sentence_labels(given: Any, count: int) -> np.ndarray:
+    """(B,) labels of the next-sentence head, 0 or 1. Raises UserError for any other."""
+    labels = _integers("next_sentence_label", given)
+    if labels.size != count or labels.ndim > 2:
+        raise UserError(f"next_sentence_label: expected one for each of {count} sequences, got shape {labels.shape}")
+    _within("next_sentence_label", labels, 2, "the head (0: the second follows, 1: it does not)")
+    return labels.reshape(-1)
+
+
 def _integers(name: str, given: Any) -> np.ndarray:
     array = np.asarray(given)
     if array.dtype.kind not in "iub" or array.size == 0:

@@ -17,6 +17,7 @@ from minibert.kernels.reduction import reduce_sum
 from minibert.kernels.view import reshape, slice_axis, transpose
 
 _mode = threading.local()
+FREED: Any = ("freed",)  # stands where a tensor's making was remembered, once backward has been through it
 
 
 class Tensor:
@@ -70,7 +71,7 @@ class Tensor:
         `gradient` weighs the elements of self; it may be left out for a scalar. The graph is freed on the way.
         """
         if not self.requires_grad:
-            raise RuntimeError("backward: no gradient leads here; was it computed under no_grad(), or twice backward?")
+            raise RuntimeError("backward: no gradient leads here; was it computed under no_grad()?")
         if gradient is None:
             if self.data.size != 1:
                 raise ValueError(
@@ -79,7 +80,9 @@ class Tensor:
             gradient = self.backend.asarray(np.ones(self.shape), dtype=self.dtype)
         run = self.backend.run
         grads: dict[Tensor, Array] = {self: self.backend.asarray(gradient, dtype=self.dtype)}
-        for tensor in _newest_first(self):
+        order = _oldest_first(self)
+        while order:  # popped, so that nothing here keeps a tensor that has been passed
+            tensor = order.pop()
             g = grads.pop(tensor, None)
             if g is None:
                 continue
@@ -91,8 +94,7 @@ class Tensor:
                 raise NotImplementedError(f"op {op.name!r} has no vjp: give one where the op is defined")
             arrays = (i.data for i in inputs)
             gradients = op.vjp(run, g, (tensor.data, *residuals), *arrays, **params)
-            tensor.made_by = None  # frees what this step kept
-            tensor.requires_grad = False
+            tensor.made_by = FREED  # and with it what this step kept
             for i, gi in zip(inputs, gradients, strict=True):
                 if gi is not None and i.requires_grad:
                     grads[i] = run(add, grads[i], gi) if i in grads else gi
@@ -142,8 +144,11 @@ def no_grad() -> Any:
     return set_grad_enabled(False)
 
 
-def _newest_first(root: Tensor) -> list[Tensor]:
-    """Every tensor that led to `root`, each after all that it was used for."""
+def _oldest_first(root: Tensor) -> list[Tensor]:
+    """Every tensor that led to `root`, each before all that it was used for.
+
+    Raises RuntimeError where an earlier backward has freed a part: its gradients would be lost without a word.
+    """
     order: list[Tensor] = []
     seen: set[Tensor] = set()
     stack = [(root, False)]
@@ -152,8 +157,13 @@ def _newest_first(root: Tensor) -> list[Tensor]:
         if done:
             order.append(tensor)
         elif tensor not in seen:
+            if tensor.made_by is FREED:
+                raise RuntimeError(
+                    "backward: an earlier backward() went through a part of this and freed it; add the losses and go "
+                    "through once, or compute it again"
+                )
             seen.add(tensor)
             stack.append((tensor, True))
             if tensor.made_by is not None:
                 stack += [(i, False) for i in tensor.made_by[1] if i.requires_grad]
-    return order[::-1]
+    return order

@@ -89,6 +89,16 @@ def test_the_page_shows_the_same_rows(facts: dict[str, Any]) -> None:
 WRONG = """
 import numpy as np
 
+calls = 0
+
+def late(g, x, approximate="none"):
+    global calls
+    calls += 1
+    return right(g, x, approximate) * np.float32(1 if calls < 7 else 3)
+
+def nan(a, b):
+    return a * b * np.float32("nan")
+
 def off(g, x, approximate="none"):
     from minibert.kernels.activation import gelu_grad
     from minibert.kernels.array_module import numpy_module
@@ -114,6 +124,20 @@ def test_a_kernel_that_is_off_fails_and_is_named(
     assert run(monkeypatch, "compare", *SMALL, "--kernel", f"{kernels}:off=gelu_grad") == 1
     assert "FAIL gelu_grad on numba: output 0[" in " ".join(capsys.readouterr().out.split())
     assert backends.get("numba").kernel(OPS["gelu_grad"]).__name__ == "gelu_grad", "the kernel is put back"
+
+
+def test_a_kernel_that_goes_wrong_later_is_caught(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "compare", *SMALL, "--kernel", f"{kernels}:late=gelu_grad") == 1
+
+
+def test_a_kernel_that_breaks_training_is_reported_all_the_same(
+    kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "facts.json"
+    assert run(monkeypatch, "compare", *SMALL, "--kernel", f"{kernels}:nan=mul", "--json", str(path)) == 1
+    assert "FAIL mul on numba: output 0" in " ".join(capsys.readouterr().out.split())
+    found = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert [row["op"] for row in found["ops"] if not row["ok"]] == ["mul"]
 
 
 def test_a_kernel_of_ones_own_that_is_right_passes(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:

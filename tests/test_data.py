@@ -190,7 +190,16 @@ def test_pairs_within_a_single_document() -> None:
         assert (row[second] == row[second - 2] + 1) == (label == 0)
 
 
-@pytest.mark.parametrize("count", [2, 3, 20])
+@pytest.mark.parametrize("count", [2, 3])
+def test_split_cuts_a_document_that_would_hold_out_too_much(count: int) -> None:
+    documents = toy(*[[5] * 20] * count)
+    train, held_out = split(documents, 0.1, seed=3)
+    assert sum(map(len, held_out[0])) == 10 * count and len(held_out) == 1 and len(train) == count
+    both = sorted(int(token) for document in train + held_out for sentence in document for token in sentence)
+    assert both == sorted(int(token) for document in documents for sentence in document for token in sentence)
+
+
+@pytest.mark.parametrize("count", [10, 20])
 def test_split_by_document(count: int) -> None:
     documents = toy(*[[5, 6]] * count)
     train, held_out = split(documents, 0.1, seed=3)

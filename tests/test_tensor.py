@@ -95,9 +95,28 @@ def test_a_second_backward_is_an_error() -> None:
     a = leaf(1)
     loss = (a * a).sum()
     loss.backward()
-    with pytest.raises(RuntimeError, match="no gradient leads here; was it computed under no_grad"):
+    with pytest.raises(RuntimeError, match="an earlier backward\\(\\) went through a part of this and freed it"):
         loss.backward()
     np.testing.assert_array_equal(a.grad, [2])
+
+
+def test_a_part_that_was_freed_is_an_error_and_not_a_lost_gradient() -> None:
+    a = leaf(1)
+    shared = a * a
+    first, second = shared.sum(), (shared * 2.0).sum()
+    first.backward()
+    with pytest.raises(RuntimeError, match="add the losses and go through once"):
+        second.backward()
+
+
+def test_backward_frees_what_it_has_passed() -> None:
+    a = leaf(1)
+    middle = a * a
+    kept = weakref.ref(middle)
+    loss = (middle * 3.0).sum()
+    del middle
+    loss.backward()
+    assert kept() is None
 
 
 def test_nothing_is_remembered_under_no_grad() -> None:

@@ -57,6 +57,7 @@ def _states(rng: np.random.Generator) -> Iterator[Sample]:
         (33, 1e-9, 2, 0.01),
     ]:
         yield Sample(_state(rng, count, size), {"lr": 1e-3, "step": step, "weight_decay": decay})
+    yield Sample(_state(rng, 129), {"lr": 1e-2, "step": 4, "beta1": 0.8, "beta2": 0.95, "eps": 1e-4})
     param, *zeros = (np.full(5, v) for v in (1.0, 0.0, 0.0, 0.0))  # a parameter that was never used
     yield Sample((param, *zeros, np.array(1.0)), {"lr": 1e-3, "step": 1})
 

@@ -120,9 +120,10 @@ def score_grad_row(
     zero = constant(0.0, kept)
     for j in range(p.size):
         probability = exp(p[j] * scale - lse)
-        factor = kept if words[j] >= drop else zero
-        p[j] = probability * factor
-        ds[j] = probability * (ds[j] * factor - delta) * scale
+        share, slope = probability * kept, ds[j] * kept
+        keep = words[j] >= drop  # chosen, not multiplied by 0: what is dropped may be infinite
+        p[j] = share if keep else zero
+        ds[j] = probability * ((slope if keep else zero) - delta) * scale
 
 
 @jit

@@ -72,8 +72,8 @@ def _rows(rng: np.random.Generator) -> Iterator[tuple[np.ndarray, ...]]:
 
 
 def _streams(rng: np.random.Generator) -> Iterator[tuple[tuple[np.ndarray, ...], dict[str, Any]]]:
-    for arrays in _rows(rng):
-        yield arrays, {"rate": float(rng.choice([0.0, 0.1, 0.5])), "stream": Stream(3, 17, 2, int(rng.integers(9)))}
+    for i, arrays in enumerate(_rows(rng)):
+        yield arrays, {"rate": (0.5, 0.1, 0.1, 0.0, 0.5)[i], "stream": Stream(3, 17, 2, i)}
 
 
 def _samples(rng: np.random.Generator) -> Iterator[Sample]:

@@ -117,12 +117,13 @@ def normalise_grad(
         h = g[j] * weight[j]
         sum_h += h
         sum_hn += h * n
-        dweight[j] += g[j] * n
-        dbias[j] += g[j]
     mean_h, mean_hn = sum_h / x.dtype.type(x.size), sum_hn / x.dtype.type(x.size)
     for j in range(x.size):
         n = (x[j] - mean) * rstd
         dx[j] = (g[j] * weight[j] - mean_h - n * mean_hn) * rstd
+    for j in range(x.size):  # not in the loop that sums: see `jit`
+        dweight[j] += g[j] * (x[j] - mean) * rstd
+        dbias[j] += g[j]
 
 
 @jit

@@ -41,6 +41,7 @@ def _sums(rng: np.random.Generator) -> Iterator[Sample]:
         ((1,), None),
         ((37, 1031), 0),
         ((3, 2053), -1),
+        ((2, 40001), -1),
         ((4, 5), None),
     ]:
         yield Sample((rng.standard_normal(shape),), {"axis": axis})

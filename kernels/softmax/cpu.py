@@ -17,11 +17,11 @@ def softmax_rows(x: Array, y: Array, start: int, stop: int) -> None:
         top = row[0]
         for j in range(columns):
             top = vmax(top, row[j])
-        total = constant(0.0, top)
         for j in range(columns):
-            e = exp(row[j] - top)
-            out[j] = e
-            total += e
+            out[j] = exp(row[j] - top)
+        total = constant(0.0, top)
+        for j in range(columns):  # a loop of its own: see `jit`
+            total += out[j]
         share = constant(1.0, total) / total
         for j in range(columns):
             out[j] *= share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import typer
@@ -26,6 +27,7 @@ def main() -> None:
     """Run a command. A user's mistake is one line on stderr and exit code 2; an interrupt is exit code 130."""
     from minibert.cli import check, compare, pretrain, tables, tokenizer  # noqa: F401  each registers its commands
 
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         status = app(standalone_mode=False)
     except UsageMistake as error:

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from minibert.backends import MOST_THREADS
 from minibert.check import CheckResult, check, find_op
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
@@ -28,7 +29,7 @@ def check_command(
     dtype: str = typer.Option(None, help="float32 or float64; default: float32, and on numpy both."),
     kernel: list[str] = typer.Option([], help=HELP),
     seed: int = typer.Option(0, min=0, help="Seed of the inputs."),
-    threads: int = typer.Option(None, min=1, help="Threads of every backend."),
+    threads: int = typer.Option(None, min=1, max=MOST_THREADS, help="Threads of every backend."),
 ) -> int:
     """Check every op on every backend against its formula in float64, and every gradient against the exact derivative.
 
@@ -48,13 +49,14 @@ def check_command(
         stack.enter_context(show_compiling(status.update))
         for place in compared:
             stack.enter_context(place.using(kernels))
-        for result in check(ops, compared, [dtype] if dtype else None, seed):
+        for result in check(ops, compared, None if dtype is None else [dtype], seed):
             results.append(result)
             status.update(f"checking {result.op} on {result.backend} in {result.dtype}: {result.check}")
     console.print(_table(results))
     failed = [r for r in results if not r.ok]
     for result in failed:
-        console.print(f"[red]FAIL[/red] {escape(result.message)}", highlight=False, soft_wrap=True)
+        again = "".join(f" --kernel {spec}" for spec in kernel) + (f" --threads {threads}" if threads else "")
+        console.print(f"[red]FAIL[/red] {escape(result.message + again)}", highlight=False, soft_wrap=True)
     tried, count = sum(r.inputs for r in results), len({(r.op, r.backend) for r in results})
     verdict = f"{len(results) - len(failed)} of {len(results)} checks passed: {count} op-backend pairs, {tried} inputs"
     console.print(f"[{'red' if failed else 'green'}]{'FAIL' if failed else 'PASS'}[/] {verdict}", highlight=False)

@@ -14,11 +14,12 @@ from typing import Any
 import typer
 
 from minibert import checkpoint
+from minibert.backends import MOST_THREADS
 from minibert.bert import BertForMaskedLM
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
-from minibert.cli.kernels import HELP, load_kernels
-from minibert.cli.options import chosen_backends, console, notes
+from minibert.cli.kernels import HELP, load_kernels, refuse_uncalled
+from minibert.cli.options import chosen_backends, console, notes, refuse_unwritable
 from minibert.cli.report import markdown, tables, verdict
 from minibert.compare import Comparison, compare, facts
 from minibert.config import NAMED, BertConfig
@@ -51,7 +52,7 @@ def compare_command(
     max_seq_length: int = typer.Option(128, min=8, help="Longest sequence."),
     kernel: list[str] = typer.Option([], help=HELP),
     dtype: str = typer.Option("float32", help="float32 or float64."),
-    threads: int = typer.Option(None, min=1, help="Threads of every backend."),
+    threads: int = typer.Option(None, min=1, max=MOST_THREADS, help="Threads of every backend."),
     seed: int = typer.Option(0, min=0, help="Seed of weights, masks and dropout."),
     json_file: Path = typer.Option(None, "--json", help="Write the facts to this file as JSON."),
     markdown_file: Path = typer.Option(None, "--markdown", help="Write the tables to this file as Markdown."),
@@ -61,9 +62,7 @@ def compare_command(
     Each op's error is its own: every backend gets the reference's inputs, and is judged against the formula in float64.
     Exit status 1 if any op leaves the error bound that its formula implies.
     """
-    for path in (json_file, markdown_file):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise UserError(f"{path}: there is no folder {path.resolve().parent}; make it first")
+    refuse_unwritable(json_file, markdown_file)
     kernels = load_kernels(kernel)
     compared = chosen_backends(backends, threads)
     folder = None if config in NAMED else Path(config)
@@ -90,14 +89,15 @@ def compare_command(
         status = stack.enter_context(notes.status("reading the text"))
         stack.enter_context(show_compiling(status.update))
         found = compare(make_model, make_batch, compared, steps, kernels=kernels, progress=status.update)
+    refuse_uncalled(kernels)
     described = _described(config, model_config, dtype, steps, found)
     console.print(f"{described['name']}: {described['summary']}", highlight=False)
     for table in tables(found, console):
         console.print(table)
-    console.print(verdict(found), highlight=False)
+    console.print(verdict(found), highlight=False, soft_wrap=True)
     machine = _machine()
     if json_file is not None:
-        json_file.write_text(json.dumps(facts(found, described, machine), indent=1) + "\n")
+        json_file.write_text(json.dumps(facts(found, described, machine), indent=1, allow_nan=False) + "\n")
     if markdown_file is not None:
         markdown_file.write_text(markdown(found, described, machine))
     return 0 if found.ok else 1
@@ -106,7 +106,7 @@ def compare_command(
 def _config(name: str, vocabulary: int) -> BertConfig:
     if name in NAMED:
         return replace(NAMED[name], vocab_size=vocabulary)
-    if not Path(name).is_dir():
+    if not name or not Path(name).is_dir():
         raise UserError(f"--config: expected {', '.join(NAMED)} or a checkpoint's folder, got {name!r}")
     return checkpoint.read_config(name)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import runpy
 from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 from minibert.backends.base import Kernel
 from minibert.errors import UserError
@@ -27,8 +29,34 @@ def load_kernels(specs: Iterable[str]) -> dict[Op, Kernel]:
             raise UserError(
                 f"--kernel: no op is called {name!r}: {f'did you mean {near[0]}?' if near else 'see minibert ops'}"
             )
-        kernels[OPS[name]] = _function(Path(file), function)
+        if OPS[name] in kernels:
+            raise UserError(f"--kernel: {name} is given twice; choose one")
+        kernels[OPS[name]] = _guarded(_function(Path(file), function), spec)
     return kernels
+
+
+def _guarded(kernel: Kernel, spec: str) -> Kernel:
+    """The kernel, whose exceptions are its writer's to mend: one line that says which and what."""
+
+    @wraps(kernel)
+    def call(*arrays: Any, **params: Any) -> Any:
+        call.called = True  # type: ignore[attr-defined]
+        try:
+            return kernel(*arrays, **params)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"--kernel {spec} raised {type(error).__name__}: {reason}") from error
+
+    return call
+
+
+def refuse_uncalled(kernels: dict[Op, Kernel]) -> None:
+    """Raise UserError where a kernel was never run: whatever was printed is not about it."""
+    for op, kernel in kernels.items():
+        if not getattr(kernel, "called", False):
+            raise UserError(
+                f"--kernel: no step calls {op.name}, so it was not tried; `minibert compare` lists those it calls"
+            )
 
 
 def _function(path: Path, function: str) -> Kernel:

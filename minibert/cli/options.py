@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -27,6 +28,20 @@ def plain_table(*header: str, **options: Any) -> Table:
     if table.columns:
         table.columns[0].no_wrap = True
     return table
+
+
+def refuse_unwritable(*paths: Path | None) -> None:
+    """Raise UserError for a file that could not be written: before the work, not after it."""
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: name a file")
+        existing = path if path.exists() else path.resolve().parent
+        if not existing.exists():
+            raise UserError(f"{path}: there is no folder {existing}; make it first")
+        if not os.access(existing, os.W_OK):
+            raise UserError(f"{path} cannot be written; name another file")
 
 
 def chosen_backends(names: str | None, threads: int | None) -> list[Backend]:

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer
 
 from minibert import backends
-from minibert.backends import Backend, BackendUnavailable
+from minibert.backends import MOST_THREADS, Backend, BackendUnavailable
+from minibert.backends.base import Kernel
 from minibert.bert import BertForMaskedLM, BertForPreTraining
 from minibert.checkpoint import WEIGHTS, read_config
 from minibert.cli import app, kernels
@@ -31,6 +32,7 @@ from minibert.data import (
     train_tokenizer,
 )
 from minibert.errors import UserError
+from minibert.kernels import Op
 from minibert.train import STATE, Record, State, Trainer, prepare, read_state
 from minibert.training_config import TrainingConfig
 
@@ -59,10 +61,12 @@ def pretrain(
         False, "--resume", help="Go on with the run in --output, exactly as if it had not stopped."
     ),
     config: str = typer.Option(None, show_default="mini", help=f"{', '.join(NAMED)}, or a folder with config.json."),
-    layers: int = typer.Option(None, help="Layers, instead of those of --config."),
-    hidden: int = typer.Option(None, help="Channels, instead of those of --config: a multiple of 64."),
+    layers: int = typer.Option(None, min=1, max=1000, help="Layers, instead of those of --config."),
+    hidden: int = typer.Option(None, min=64, max=65536, help="Channels, instead of those of --config, in 64s."),
     tokenizer: Path = typer.Option(None, show_default="trained on the text", help="A folder or file of a tokenizer."),
-    vocab_size: int = typer.Option(None, show_default="8000", help="Tokens of the vocabulary trained on the text."),
+    vocab_size: int = typer.Option(
+        None, min=6, max=1_000_000, show_default="8000", help="Tokens of the vocabulary trained on the text."
+    ),
     max_steps: int = setting("max_steps", "Updates of the weights.", "--steps"),
     tokens_per_batch: int = setting("tokens_per_batch", "Tokens of one batch, packed."),
     gradient_accumulation_steps: int = setting("gradient_accumulation_steps", "Batches of one update."),
@@ -81,7 +85,9 @@ def pretrain(
     seed: int = setting("seed", "Of weights, order, masks and dropout."),
     backend: str = typer.Option(None, show_default="the fastest here", help="See `minibert backends`."),
     dtype: str = typer.Option(None, show_default="float32", help="float32 or float64."),
-    threads: int = typer.Option(None, show_default="all cores", help="Threads of kernels and BLAS."),
+    threads: int = typer.Option(
+        None, min=1, max=MOST_THREADS, show_default="all cores", help="Threads of kernels and BLAS."
+    ),
     kernel: list[str] = typer.Option([], "--kernel", metavar="FILE.py:FUNCTION=OP", help=kernels.HELP),
 ) -> int:
     """Train a masked language model on text files. Ctrl-C saves, and --resume goes on."""
@@ -105,13 +111,15 @@ def pretrain(
     options["backend"] = place.name
     if not options["texts"]:
         say(f"no TEXT given: training on the one that ships with minibert, {SHIPPED_TEXT.name}")
+    if options["tokenizer"] and vocab_size is not None:
+        raise UserError("--vocab-size is for a vocabulary trained on the text, and --tokenizer names one: give either")
     documents = read_documents(options["texts"] or [SHIPPED_TEXT])
 
     trainer = make_trainer(state, documents, training, place, options, output)
     if trainer.step >= training.max_steps:
         say(f"all {training.max_steps} steps were done before: --steps makes the run longer")
     with place.using(swapped) if swapped else nullcontext(), stopped_by_signals(trainer):
-        follow(trainer)
+        follow(trainer, swapped)
     if trainer.step < training.max_steps:
         again = resume_command(output, kernel)
         say(f"stopped after step {trainer.step} of {training.max_steps}, and saved. To go on: {again}")
@@ -282,7 +290,7 @@ def stopped_by_signals(trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def follow(trainer: Trainer) -> None:
+def follow(trainer: Trainer, swapped: dict[Op, Kernel]) -> None:
     """Run, and show how it goes: a progress bar on a terminal, else a line for each line of the log."""
     events = trainer.run()
     with show_compiling():  # the first evaluation and the first step compile all there is to compile
@@ -291,6 +299,8 @@ def follow(trainer: Trainer) -> None:
                 say(evaluation(record))
             if kind == "step":
                 break
+    if trainer.step:
+        kernels.refuse_uncalled(swapped)
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(), console=console, disable=not console.is_terminal,

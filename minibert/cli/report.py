@@ -71,7 +71,12 @@ def _error_cells(record: OpRecord) -> list[str]:
     if not record.judgements:
         return ["", "", "", "not judged"]
     ulp, over_us, share = (record.worst(m) or 0.0 for m in ("ulp_max", "err_over_us", "bound_share"))
-    return [f"{ulp:.3g}", f"{over_us:.3g}", f"{share:.2%}", "[green]ok[/green]" if record.ok else "[red]FAIL[/red]"]
+    return [
+        f"{ulp:.3g}",
+        f"{over_us:.3g}",
+        f"{share:.2%}",
+        "[red]FAIL[/red]" if record.failures else "[green]ok[/green]",
+    ]
 
 
 def _stages(found: Comparison, runs: list[Run]) -> Rows:
@@ -103,7 +108,7 @@ SECTIONS = (_speed, _errors, _stages, _losses)
 
 def tables(found: Comparison, console: Console) -> Iterator[Table]:
     """Backends side by side where the terminal is wide enough, else a table for each."""
-    for section in SECTIONS:
+    for section in SECTIONS if found.timed else (_errors,):
         together = _table(section(found, found.runs))
         if Measurement.get(console, console.options.update(width=1000), together).maximum <= console.width:
             yield together
@@ -123,21 +128,23 @@ def _table(rows: Rows) -> Table:
 def verdict(found: Comparison) -> str:
     """One line: whether every op stayed within its bound, how far the losses stand apart, and how fast each was."""
     reference, *others = found.runs
+    if found.failures:
+        judgement = found.failures[0][2]
+        bad = sorted({f"{record.op.name} on {run.backend.name}" for run, record, _ in found.failures})
+        unknown = f"the bound is infinite on {judgement.unbounded} elements, so nothing is known of them"
+        what = judgement.problem or (judgement.worst if not judgement.ok else unknown)
+        return f"[red]FAIL[/red] {', '.join(bad)}: {what}{'' if found.timed else '; training broke down'}"
+    judged = sum(len(r.judgements) for run in found.runs for r in run.ops.values())
+    names = ", ".join(run.backend.name for run in found.runs)
+    passed = f"[green]PASS[/green] {len(reference.ops)} ops on {names}: {judged} judged calls within their bound"
+    if not others:
+        return passed
     speeds = [
         f"{run.backend.name} {_ratio(reference.step_seconds, run.step_seconds):.2f}x {reference.backend.name}"
         for run in others
     ]
-    losses = max(found.loss_distance(run) for run in found.runs)
-    apart = f"; losses within {losses:.1g} of each other" if others else ""
-    speed = f"; speed of a step: {', '.join(speeds)}" if others else ""
-    if found.ok:
-        judged = sum(len(r.judgements) for run in found.runs for r in run.ops.values())
-        names = ", ".join(run.backend.name for run in found.runs)
-        passed = f"{len(reference.ops)} ops on {names}: {judged} judged calls within their bound"
-        return f"[green]PASS[/green] {passed}{apart}{speed}"
-    judgement = found.failures[0][2]
-    bad = sorted({f"{r.op.name} on {b.backend.name}" for b, r, _ in found.failures})
-    return f"[red]FAIL[/red] {', '.join(bad)}: {judgement.problem or judgement.worst}{speed}"
+    apart = max(found.loss_distance(run) for run in others)
+    return f"{passed}; losses within {apart:.1g} of each other; speed of a step: {', '.join(speeds)}"
 
 
 def markdown(found: Comparison, config: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
@@ -145,7 +152,7 @@ def markdown(found: Comparison, config: Mapping[str, Any], machine: Mapping[str,
     lines = ["# minibert compare", "", f"{config['name']}: {config['summary']}", ""]
     lines += [f"- {key}: {value}" for key, value in machine.items()]
     lines += [f"- {run.backend.name}: {run.backend.describe()}" for run in found.runs]
-    for rows in (section(found, found.runs) for section in SECTIONS):
+    for rows in (section(found, found.runs) for section in (SECTIONS if found.timed else (_errors,))):
         lines += ["", f"## {rows.title}", "", _line(rows.header), _line(["---"] * len(rows.header))]
         lines += [_line(row) for row in rows.rows]
     return "\n".join([*lines, "", _plain(verdict(found)), ""])

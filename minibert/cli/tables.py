@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import numpy as np
 import typer
@@ -56,10 +57,10 @@ def list_ops(
 
 def _formula(op: Op) -> str:
     """The clause of the family's docstring that bears the op's name: `softmax: y = ...`."""
-    text = " ".join((inspect.getmodule(op.formula).__doc__ or "").split())
-    start = f" {text}".find(f" {op.name}: ")
-    if start < 0:
-        return ""
-    clause = text[start + len(op.name) + 2 :]
-    ends = [i for i in (clause.find("; "), clause.find(". "), clause.find(" ("), len(clause)) if i > 0]
-    return clause[: min(ends)].rstrip(".")
+    for paragraph in (inspect.getmodule(op.formula).__doc__ or "").split("\n\n"):
+        text = " ".join(paragraph.split())
+        found = re.search(rf"(?:^|\s){op.name}: (.*)", text)
+        if found:
+            others = "|".join(name for name in OPS if name != op.name)
+            return re.split(rf"[;.,]? (?:{others}): |; (?=keeps)|\. (?=[A-Z])|\.$", found.group(1))[0].rstrip(".")
+    return ""

@@ -18,7 +18,7 @@ app.add_typer(commands, name="tokenizer")
 def train(
     texts: list[Path] = typer.Argument(metavar="TEXT...", help="Plain text files, UTF-8."),
     output: Path = typer.Option(..., help="Folder for tokenizer.json, vocab.txt and tokenizer_config.json."),
-    vocab_size: int = typer.Option(8000, help="Tokens at most, the special ones among them."),
+    vocab_size: int = typer.Option(8000, min=6, max=1_000_000, help="Tokens at most, the special ones among them."),
     cased: bool = typer.Option(False, "--cased", help="Keep upper case and accents."),
 ) -> None:
     """Train a WordPiece vocabulary on text files."""

@@ -53,25 +53,27 @@ def split(
 ) -> tuple[list[EncodedDocument], list[EncodedDocument]]:
     """Set whole documents, drawn by `seed`, aside until they hold the share `held_out` of the tokens: train, held out.
 
-    At least one document goes to each side. A single document is cut at a sentence's end, its tail held out.
-    Raises UserError where there is too little to cut.
+    Where the last of them would make it more than half as much again, or there is only one, it is cut at a sentence's
+    end and only its tail held out. Raises UserError where there is too little to cut.
     """
     check_seed(seed)
     if not 0.0 < held_out < 1.0:
         raise UserError(f"expected a held-out share between 0 and 1, got {held_out}")
-    if len(documents) == 1:
-        head, tail = cut_document(documents[0], held_out)
-        return [head], [tail]
     if not documents:
         raise UserError("expected text to train on, but it gives no tokens: does the vocabulary fit the text?")
     sizes = np.array([sum(map(len, document)) for document in documents])
     order = shuffled(len(documents), Stream(seed, SPLIT_STREAM))
-    wanted = 1 + np.searchsorted(np.cumsum(sizes[order]), held_out * sizes.sum())
-    chosen = set(order[: min(wanted, len(documents) - 1)].tolist())
-    return (
-        [document for i, document in enumerate(documents) if i not in chosen],
-        [document for i, document in enumerate(documents) if i in chosen],
-    )
+    ends, target = np.cumsum(sizes[order]), held_out * sizes.sum()
+    last = min(int(np.searchsorted(ends, target)), len(documents) - 1)
+    chosen = set(order[: last + 1].tolist())
+    train = [document for i, document in enumerate(documents) if i not in chosen]
+    kept = [document for i, document in enumerate(documents) if i in chosen]
+    if ends[last] > 1.5 * target or not train:
+        number = int(order[last])
+        head, tail = cut_document(documents[number], float((target - ends[last] + sizes[number]) / sizes[number]))
+        train.append(head)
+        kept = [document for i, document in enumerate(documents) if i in chosen and i != number] + [tail]
+    return train, kept
 
 
 def cut_document(document: EncodedDocument, held_out: float) -> tuple[EncodedDocument, EncodedDocument]:
