@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from minibert import backends
 from minibert.backends import Backend, BackendUnavailable
 from minibert.check import find_op
+from minibert.cli.options import console, plain_table, refuse_unwritable
 from minibert.judge import expect, judge_against
 from minibert.kernels import OPS, Op
 from minibert.kernels.array_module import numpy_module
@@ -42,7 +42,6 @@ PER_OP = 2.0  # seconds for all rounds of an op on all backends, beyond the firs
 FEWEST_ROUNDS = 3
 
 UsageMistake: Any = typer.BadParameter.__mro__[2]  # whichever library this release of typer raises it from
-console = Console()
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def timings(op: Op, places: list[Backend], size: BertSize, dtype: str, rounds: i
 
 
 def table(size: BertSize, dtype: str) -> Table:
-    shown = Table(title=f"{dtype}, {', '.join(f'{k} {v}' for k, v in size._asdict().items())}")
+    shown = plain_table(title=f"{dtype}, {', '.join(f'{k} {v}' for k, v in size._asdict().items())}")
     shown.add_column("op", no_wrap=True)
     shown.add_column("backend", no_wrap=True)
     shown.add_column("by")
@@ -225,6 +224,7 @@ def bench(
         )
     size = BertSize(batch, length, hidden, heads, intermediate, vocabulary, predicted)
     chosen = [find_op(name) for name in ops or OPS]
+    refuse_unwritable(json_file)
     with tempfile.TemporaryDirectory() as folder:
         if cold:
             os.environ["MINIBERT_CACHE_DIR"] = folder  # read when the kernels are first imported, below

@@ -149,7 +149,38 @@ def test_a_kernel_that_sums_per_thread_is_caught() -> None:
     with place.using({matmul: by_thread}):
         assert run_check("follows_formula", matmul, place, "float32").ok
         result = run_check("thread_count", matmul, place, "float32")
-    assert not result.ok and "two threads gave other bits than one" in result.message
+    assert not result.ok and "2 threads gave other bits than one" in result.message
+
+
+@pytest.mark.parametrize("fault", ["skips the last row of later ranges", "counts words from the start of its range"])
+def test_a_fault_between_ranges_is_caught_on_inputs_that_one_thread_would_do(fault: str) -> None:
+    numba = pytest.importorskip("minibert.backends.numba_backend").backend
+    from minibert.kernels.cpu_threads import run_rows
+    from minibert.kernels.dropout import dropout
+    from minibert.kernels.philox import random_words, threshold
+
+    def skipping(x: np.ndarray, y: np.ndarray, start: int, stop: int) -> None:
+        y[start : stop - (start > 0)] = x[start : stop - (start > 0)] * 3
+
+    def scaled(x: np.ndarray, *, factor: float) -> np.ndarray:
+        y = np.zeros(x.size, x.dtype)
+        run_rows(skipping, x.size, x.reshape(-1) * np.float32(factor / 3), y, grain=10**6)
+        return y.reshape(x.shape)
+
+    def dropped(x: np.ndarray, *, rate: float, stream: Any) -> np.ndarray:
+        y = x.reshape(-1).copy()
+
+        def one(start: int, stop: int) -> None:
+            keep = random_words(stream, stop - start) >= threshold(rate)
+            y[start:stop] = np.where(keep, y[start:stop] * np.float32(1 / (1 - rate)), 0)
+
+        run_rows(one, x.size, grain=10**6)
+        return y.reshape(x.shape)
+
+    op, kernel = (scale, scaled) if fault.startswith("skips") else (dropout, dropped)
+    with numba.using({op: kernel}):
+        assert run_check("deterministic", op, numba, "float32").ok
+        assert not run_check("thread_count", op, numba, "float32").ok
 
 
 def test_a_view_is_allowed_where_the_formula_is_one() -> None:
