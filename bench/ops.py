@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ from rich.table import Table
 from minibert import backends
 from minibert.backends import Backend, BackendUnavailable
 from minibert.check import find_op
-from minibert.cli.options import console, plain_table, refuse_unwritable
+from minibert.cli.options import console, machine, plain_table, refuse_unwritable
 from minibert.judge import expect, judge_against
 from minibert.kernels import OPS, Op
 from minibert.kernels.array_module import numpy_module
@@ -192,13 +191,6 @@ def row(t: Timing) -> list[str]:
     ]  # fmt: skip
 
 
-def cpu_name() -> str:
-    """The CPU's name, from Linux; elsewhere what Python says."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def bench(
     ops: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Which ops; default: all.")] = None,
     names: Annotated[str, typer.Option("--backends", help="a,b; default: all that run here.")] = "",
@@ -242,11 +234,11 @@ def _bench(
         places = [status.backend for status in backends.available() if status.backend is not None]
     from bench.peaks import better, measure_peaks  # compiles a kernel, so only now that its cache is settled
 
-    machine: dict[str, Any] = {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()}
+    about = machine()
     if hasattr(os, "getloadavg"):
-        machine["load"] = os.getloadavg()[0]  # of the minute before: others' work, if it is not near 0
-    machine |= {f"backend {place.name}": place.describe() for place in places}
-    for name, what in machine.items():
+        about["load"] = os.getloadavg()[0]  # of the minute before: others' work, if it is not near 0
+    about |= {f"backend {place.name}": place.describe() for place in places}
+    for name, what in about.items():
         console.print(f"{name}: {what}", highlight=False)
     peaks = measure_peaks(dtype)
     found: list[Timing] = []
@@ -275,7 +267,7 @@ def _bench(
         console.print(f"[red]wrong[/red]: {problem}", highlight=False)
     if json_file is not None:
         facts = {
-            "machine": machine, "size": size._asdict(), "dtype": dtype, "peaks": peaks._asdict(),
+            "machine": about, "size": size._asdict(), "dtype": dtype, "peaks": peaks._asdict(),
             "ops": [asdict(t) for t in found], "ok": not problems,
         }  # fmt: skip
         json_file.write_text(json.dumps(facts, indent=1) + "\n")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -19,7 +17,7 @@ from minibert.bert import BertForMaskedLM
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
 from minibert.cli.kernels import HELP, load_kernels, refuse_uncalled
-from minibert.cli.options import chosen_backends, console, notes, refuse_unwritable
+from minibert.cli.options import chosen_backends, console, machine, notes, refuse_unwritable
 from minibert.cli.report import markdown, tables, verdict
 from minibert.compare import Comparison, compare, facts
 from minibert.config import NAMED, BertConfig
@@ -95,11 +93,10 @@ def compare_command(
     for table in tables(found, console):
         console.print(table)
     console.print(verdict(found), highlight=False, soft_wrap=True)
-    machine = _machine()
     if json_file is not None:
-        json_file.write_text(json.dumps(facts(found, described, machine), indent=1, allow_nan=False) + "\n")
+        json_file.write_text(json.dumps(facts(found, described, machine()), indent=1, allow_nan=False) + "\n")
     if markdown_file is not None:
-        markdown_file.write_text(markdown(found, described, machine))
+        markdown_file.write_text(markdown(found, described, machine()))
     return 0 if found.ok else 1
 
 
@@ -146,19 +143,3 @@ def _described(name: str, config: BertConfig, dtype: str, steps: int, found: Com
             f"{found.samples} sequences, {len(batch.input_ids)} tokens, {predicted} predicted; {steps} steps"
         ),
     }
-
-
-def _machine() -> dict[str, Any]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": cores,
-        "python": platform.python_version(),
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,14 @@ def chosen_backends(names: str | None, threads: int | None) -> list[Backend]:
     if not wanted or len(set(wanted)) != len(wanted):
         raise UserError(f"--backends: expected names such as numpy,numba, each once, got {names!r}")
     return [backends.get(name) for name in wanted]
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    named = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+    return {"system": platform.platform(), "processor": named, "cores": cores, "python": platform.python_version()}
