@@ -91,6 +91,9 @@ class Backend:
     @contextmanager
     def using(self, kernels: Mapping[Op, Kernel | None]) -> Iterator[Backend]:
         """Swap kernels in for the length of a `with` block (None: run the formula)."""
+        for op in kernels:
+            if not isinstance(op, Op):
+                raise TypeError(f"using: expected an op, such as OPS['softmax'], got {op!r}")
         before = self._kernels
         self._kernels = {**before, **kernels}
         try:

@@ -126,7 +126,10 @@ def sentence_labels(given: Any, count: int) -> np.ndarray:
 
 
 def _integers(name: str, given: Any) -> np.ndarray:
-    array = np.asarray(given)
+    try:
+        array = np.asarray(given)
+    except ValueError as error:  # rows of unequal length
+        raise UserError(f"{name}: expected an array of integers, got rows that do not line up ({error})") from None
     if array.dtype.kind not in "iub" or array.size == 0:
         raise UserError(f"{name}: expected a non-empty array of integers, got {array.dtype} of shape {array.shape}")
     return array

@@ -18,7 +18,7 @@ DTYPES = ("float32", "float64")
 
 
 class PreTrained(Module):
-    """A model on a backend."""
+    """A model on a backend. Dropout is off until `train()`."""
 
     config: BertConfig
     place: Place
@@ -27,8 +27,12 @@ class PreTrained(Module):
     def begin(self, config: BertConfig, backend: str | Backend, dtype: str, seed: int) -> Place:
         if dtype not in DTYPES:
             raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-        if not 0 <= seed < 2**32:
-            raise UserError(f"seed: expected 0 .. {2**32 - 1}, got {seed}")
+        if not isinstance(config, BertConfig):
+            raise UserError(f"config: expected a BertConfig, got {type(config).__name__}; see BertConfig.from_dict")
+        if not isinstance(backend, str | Backend):
+            raise UserError(f"backend: expected a name such as 'numba' or a Backend, got {backend!r}")
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise UserError(f"seed: expected a whole number from 0 to {2**32 - 1}, got {seed!r}")
         self.config, self.seed = config, seed
         self.place = Place(backends.get(backend) if isinstance(backend, str) else backend, dtype)
         return self.place
