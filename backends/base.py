@@ -84,7 +84,7 @@ class Backend:
         return kernel if getattr(kernel, "__module__", None) == module.__name__ else None
 
     def by(self, op: Op) -> str:
-        """What runs `op` here: "kernel" (written by hand), "library" (BLAS, cuBLAS) or "formula"."""
+        """What runs `op` here: "kernel" (written by hand), "library" (BLAS, NumPy's own loop) or "formula"."""
         kernel = self.kernel(op)
         return "formula" if kernel is None else getattr(kernel, "by", "kernel")
 

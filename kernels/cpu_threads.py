@@ -7,6 +7,7 @@ arithmetic in its bodies scalar and takes 130 to 180 microseconds to start.)
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -15,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -222,11 +223,35 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+_workers: dict[int, int] = {}  # native id of each thread of the pool -> the core it is kept off
+_this_core: Callable[[], int] | None = getattr(ctypes.CDLL(None), "sched_getcpu", None)  # Linux
+
+
+def _join_workers() -> None:
+    _workers[threading.get_native_id()] = -1
+
+
+def _keep_workers_off_this_core() -> None:
+    """Linux likes to wake a thread on the core of whoever wakes it, and may leave both there for milliseconds."""
+    if _this_core is None:
+        return
+    here = _this_core()
+    for worker, avoided in list(_workers.items()):
+        if avoided != here:
+            _workers[worker] = here
+            others = os.sched_getaffinity(0) - {here}
+            if others:
+                with suppress(OSError):  # the thread has ended
+                    os.sched_setaffinity(worker, others)
+
+
 def _submit(work: Callable[[], None], count: int) -> list[Future[None]]:
     global _pool
     with _lock:
         if _pool is None:
-            _pool = ThreadPoolExecutor(max(1, (_threads or 1) - 1), thread_name_prefix="minibert")
+            _workers.clear()
+            _pool = ThreadPoolExecutor(max(1, (_threads or 1) - 1), "minibert", _join_workers)
+        _keep_workers_off_this_core()
         try:
             return [_pool.submit(work) for _ in range(count)]
         except RuntimeError:  # the interpreter is ending and starts no thread: the caller does all the work

@@ -69,6 +69,12 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
+def library(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a kernel that does nothing but call a library: tables say "library" of it."""
+    kernel.by = "library"  # type: ignore[attr-defined]
+    return kernel
+
+
 def outputs(result: Any) -> tuple[Any, ...]:
     """What an op returned, as a tuple."""
     return result if isinstance(result, tuple) else (result,)

@@ -11,6 +11,7 @@ from minibert.kernels.cpu_threads import jit, rows_worth_a_thread, run_rows
 from minibert.kernels.op import Array
 
 GRAIN = rows_worth_a_thread(1, cost=0.12)  # elements
+LIGHT = 1 << 21  # elements that one core adds as fast as two while they are in its cache, or move from one to the other
 
 
 @jit
@@ -51,15 +52,19 @@ def where_loop(condition: Array, a: Array, b: Array, y: Array, start: int, stop:
 
 def _both(loop: Any, number_loop: Any, a: Array, b: Array) -> Array:
     """A commutative op on arrays that broadcast."""
+    if a.shape == b.shape:
+        y = np.empty(a.shape, a.dtype)
+        run_rows(loop, y.size, *flat(a, b), y.reshape(-1), grain=LIGHT)
+        return y
     shape = np.broadcast_shapes(a.shape, b.shape)
     y = np.empty(shape, a.dtype)
     if a.size == 1 < b.size:
         a, b = b, a
     if b.size == 1 and a.size == y.size:
-        run_rows(number_loop, y.size, *flat(a), b.reshape(-1)[0], y.reshape(-1), grain=GRAIN)
+        run_rows(number_loop, y.size, *flat(a), b.reshape(-1)[0], y.reshape(-1), grain=LIGHT)
     else:
         both = flat(np.broadcast_to(a, shape), np.broadcast_to(b, shape))
-        run_rows(loop, y.size, *both, y.reshape(-1), grain=GRAIN)
+        run_rows(loop, y.size, *both, y.reshape(-1), grain=LIGHT)
     return y
 
 
@@ -72,9 +77,10 @@ def mul(a: Array, b: Array) -> Array:
 
 
 def scale(a: Array, *, factor: float) -> Array:
-    y = np.empty(a.shape, a.dtype)
-    run_rows(mul_number_loop, y.size, *flat(a), a.dtype.type(factor), y.reshape(-1), grain=GRAIN)
-    return y
+    vector = np.ascontiguousarray(a).reshape(-1)
+    y = np.empty_like(vector)
+    run_rows(mul_number_loop, y.size, vector, a.dtype.type(factor), y, grain=LIGHT)
+    return y.reshape(a.shape)
 
 
 def where(condition: Array, a: Array, b: Array) -> Array:

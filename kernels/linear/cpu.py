@@ -7,7 +7,7 @@ import numpy as np
 from minibert.kernels.activation.cpu import gelu_erf_loop, gelu_tanh_loop
 from minibert.kernels.cpu_arrays import contiguous
 from minibert.kernels.cpu_threads import jit, rows_worth_a_thread, run_rows
-from minibert.kernels.op import Array
+from minibert.kernels.op import Array, library
 
 
 @jit
@@ -48,11 +48,9 @@ def product_with_transpose(x: Array, weight: Array) -> Array:
     return np.matmul(blas_ready(x), blas_ready(weight).T)
 
 
+@library
 def matmul(a: Array, b: Array) -> Array:
     return np.matmul(blas_ready(a), blas_ready(b))
-
-
-matmul.by = "library"  # type: ignore[attr-defined]
 
 
 def linear(x: Array, weight: Array, bias: Array) -> Array:

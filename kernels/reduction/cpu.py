@@ -12,7 +12,7 @@ import numpy as np
 from minibert.kernels.cpu_threads import blocks, jit, rows_worth_a_thread, run_rows
 from minibert.kernels.op import Array
 
-ROWS = 64  # of one block, added in the precision of the array
+ROWS = 256  # of one block, added in the precision of the array
 ELEMENTS = 1 << 14  # of one block of a long row
 COST = 0.03  # nanoseconds an element, for `rows_worth_a_thread`: half the time of one core, as memory is shared
 
