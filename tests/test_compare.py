@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+import minibert as mb
 from minibert import backends, compare
 from minibert.cli import main
+from minibert.data import SHIPPED_VOCABULARY
 from minibert.kernels import OPS
 
 SMALL = ["--config", "tiny", "--tokens", "200", "--max-seq-length", "48", "--steps", "3"]
@@ -152,6 +154,21 @@ def test_check_catches_it_too(
     out = " ".join(capsys.readouterr().out.split())
     assert "FAIL gelu_grad on numba in float32 fails follows_formula" in out
     assert "minibert check gelu_grad --backend numba" in out
+
+
+def test_a_checkpoint_is_compared_with_its_own_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = mb.BertConfig(
+        vocab_size=8000, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=48,
+    )  # fmt: skip
+    mb.BertForMaskedLM(config, backend="numpy", seed=5).save_pretrained(tmp_path, [SHIPPED_VOCABULARY])
+    arguments = ["compare", "--config", str(tmp_path), "--tokens", "100", "--max-seq-length", "48", "--steps", "2"]
+    assert run(monkeypatch, *arguments) == 0
+    out = capsys.readouterr().out
+    assert "L1 C32 H2 V8000" in out
+    assert "BLAS threads" in out
 
 
 def test_float64_and_one_backend_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

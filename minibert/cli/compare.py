@@ -90,6 +90,8 @@ def compare_command(
     refuse_uncalled(kernels)
     described = _described(config, model_config, dtype, steps, found)
     console.print(f"{described['name']}: {described['summary']}", highlight=False)
+    for run in found.runs:
+        console.print(f"{run.backend.name}: {run.backend.describe()}", highlight=False)
     for table in tables(found, console):
         console.print(table)
     console.print(verdict(found), highlight=False, soft_wrap=True)
