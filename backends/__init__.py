@@ -51,7 +51,7 @@ def get(name: str) -> Backend:
     """
     if name not in _loaded:
         found = _load(name)
-        if THREADS in os.environ:
+        if os.environ.get(THREADS, "").strip():
             found.set_num_threads(_threads(os.environ[THREADS], f"${THREADS}"))
         _loaded[name] = found
     return _loaded[name]
@@ -62,7 +62,7 @@ def _load(name: str) -> Backend:
         raise UserError(f"no backend is called {name!r}: choose one of {', '.join(names())}")
     try:
         found = import_module(BUILT_IN[name]).backend if name in BUILT_IN else _third_party()[name].load()
-    except (ImportError, AttributeError) as error:  # AttributeError: an entry point that names what is not there
+    except Exception as error:  # whatever the import of another package does: the other backends still run
         remedy = REMEDY.get(name, f"install what the package behind it needs ({error})")
         raise BackendUnavailable(f"backend {name!r} cannot run here: {error}; to mend it: {remedy}") from error
     if not isinstance(found, Backend):
@@ -84,9 +84,10 @@ def available() -> list[Status]:
 
 
 def _threads(value: object, source: str) -> int:
-    if not str(value).isdigit() or not 1 <= int(str(value)) <= MOST_THREADS:
+    text = str(value).strip()
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_THREADS:
         raise UserError(f"{source}: expected a number of threads from 1 to {MOST_THREADS}, got {value!r}")
-    return int(str(value))
+    return int(text)
 
 
 def set_num_threads(count: int) -> None:

@@ -76,7 +76,10 @@ class Backend:
         return self._kernels[op]
 
     def _find(self, op: Op) -> Kernel | None:
-        if self.kernel_files is None or find_spec(f"{op.family}.{self.kernel_files}") is None:
+        try:
+            if self.kernel_files is None or find_spec(f"{op.family}.{self.kernel_files}") is None:
+                return None
+        except ModuleNotFoundError:  # defined in a module that is no package, such as a script
             return None
         module = import_module(f"{op.family}.{self.kernel_files}")
         kernel = getattr(module, op.name, None)

@@ -1,4 +1,4 @@
-"""Numba: the loops of `kernels/*/cpu.py`, compiled for this CPU; large products by NumPy's BLAS."""
+"""Numba: the loops of `kernels/*/cpu.py`, compiled for this CPU; products by NumPy's BLAS."""
 
 from __future__ import annotations
 

@@ -23,10 +23,11 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from minibert import backends
 from minibert.backends import Backend, BackendUnavailable
 from minibert.check import find_op
-from minibert.cli.options import console, machine, plain_table, refuse_unwritable
+from minibert.cli import UsageMistake
+from minibert.cli.options import chosen_backends, console, machine, plain_table, refuse_unwritable
+from minibert.errors import UserError
 from minibert.judge import expect, judge_against
 from minibert.kernels import OPS, Op
 from minibert.kernels.array_module import numpy_module
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 SHORTEST = 0.5e-3  # seconds that one measurement lasts: quick ops are called several times in it
 PER_OP = 2.0  # seconds for all rounds of an op on all backends, beyond the first three rounds
 FEWEST_ROUNDS = 3
-
-UsageMistake: Any = typer.BadParameter.__mro__[2]  # whichever library this release of typer raises it from
 
 
 @dataclass(frozen=True)
@@ -209,11 +208,9 @@ def bench(
 ) -> int:
     """Time every op at its BERT shape on every backend."""
     if dtype not in ("float32", "float64"):
-        raise ValueError(f"--dtype: expected float32 or float64, got {dtype!r}")
+        raise UserError(f"--dtype: expected float32 or float64, got {dtype!r}")
     if hidden % heads or predicted > batch * length:
-        raise ValueError(
-            "expected --hidden to be a multiple of --heads, and --predicted at most --batch times --length"
-        )
+        raise UserError("expected --hidden to be a multiple of --heads, and --predicted at most --batch times --length")
     size = BertSize(batch, length, hidden, heads, intermediate, vocabulary, predicted)
     chosen = [find_op(name) for name in ops or OPS]
     refuse_unwritable(json_file)
@@ -226,12 +223,7 @@ def bench(
 def _bench(
     chosen: list[Op], names: str, size: BertSize, dtype: str, threads: int | None, rounds: int, json_file: Path | None
 ) -> int:
-    if threads is not None:
-        backends.set_num_threads(threads)
-    if names:
-        places = [backends.get(name.strip()) for name in names.split(",")]
-    else:
-        places = [status.backend for status in backends.available() if status.backend is not None]
+    places = chosen_backends(names or None, threads)
     from bench.peaks import better, measure_peaks  # compiles a kernel, so only now that its cache is settled
 
     about = machine()
@@ -280,7 +272,7 @@ def main() -> None:
     app.command()(bench)
     try:
         status = app(standalone_mode=False)
-    except (ValueError, OSError, BackendUnavailable) as error:
+    except (UserError, BackendUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except UsageMistake as error:

@@ -1,4 +1,4 @@
-"""The op set: what each op means, and the loops and CUDA written for it by hand."""
+"""The op set: what each op means, and the loops written for it by hand."""
 
 import sys
 from types import ModuleType

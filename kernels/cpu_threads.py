@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+import sys
 import threading
 import time
 import warnings
@@ -68,8 +69,9 @@ def _prepare_cache() -> Path | None:
         probe.unlink()
         os.utime(folder)
         for other in folder.parent.glob("kernels-" + "[0-9a-f]" * 16):
-            if time.time() - other.stat().st_mtime > CACHE_DAYS * 86400:
-                shutil.rmtree(other, ignore_errors=True)
+            with suppress(OSError):  # another process removes it too
+                if time.time() - other.stat().st_mtime > CACHE_DAYS * 86400:
+                    shutil.rmtree(other, ignore_errors=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         warnings.warn(f"compiled kernels are not kept ({error}); set MINIBERT_CACHE_DIR to a folder", stacklevel=2)
         return None
@@ -224,11 +226,12 @@ if hasattr(os, "register_at_fork"):
 
 
 _workers: dict[int, int] = {}  # native id of each thread of the pool -> the core it is kept off
-_this_core: Callable[[], int] | None = getattr(ctypes.CDLL(None), "sched_getcpu", None)  # Linux
+_linux = sys.platform.startswith("linux")
+_this_core: Callable[[], int] | None = getattr(ctypes.CDLL(None), "sched_getcpu", None) if _linux else None
 
 
-def _join_workers() -> None:
-    _workers[threading.get_native_id()] = -1
+def _join(workers: dict[int, int]) -> None:
+    workers[threading.get_native_id()] = -1
 
 
 def _keep_workers_off_this_core() -> None:
@@ -246,16 +249,17 @@ def _keep_workers_off_this_core() -> None:
 
 
 def _submit(work: Callable[[], None], count: int) -> list[Future[None]]:
-    global _pool
+    global _pool, _workers
+    futures: list[Future[None]] = []
     with _lock:
         if _pool is None:
-            _workers.clear()
-            _pool = ThreadPoolExecutor(max(1, (_threads or 1) - 1), "minibert", _join_workers)
+            _workers = {}  # a late thread of the pool before joins the dict before
+            _pool = ThreadPoolExecutor(max(1, (_threads or 1) - 1), "minibert", _join, (_workers,))
         _keep_workers_off_this_core()
-        try:
-            return [_pool.submit(work) for _ in range(count)]
-        except RuntimeError:  # the interpreter is ending and starts no thread: the caller does all the work
-            return []
+        with suppress(RuntimeError):  # no further thread starts (a limit, or the end): those there are do the work
+            for _ in range(count):
+                futures.append(_pool.submit(work))
+    return futures
 
 
 def rows_worth_a_thread(elements: int, cost: float = 0.4) -> int:

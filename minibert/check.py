@@ -17,7 +17,7 @@ import numpy as np
 
 from minibert import backends as _backends
 from minibert.backends import Backend
-from minibert.backends.blas import set_blas_threads
+from minibert.backends.blas import blas_threads, set_blas_threads
 from minibert.errors import UserError
 from minibert.judge import Judgement, expect, judge, judge_against
 from minibert.kernels import OPS, Array, Op
@@ -209,7 +209,7 @@ def thread_count(case: Case, tally: Tally) -> None:
         with case.backend.finely_split():
             return case.download(case.run(case.upload(one.arrays), one.params))
 
-    before = case.backend.num_threads()
+    before, blas = case.backend.num_threads(), blas_threads("numpy")
     try:
         for one in case.inputs():
             alone = run_on(1, one)
@@ -218,6 +218,8 @@ def thread_count(case: Case, tally: Tally) -> None:
             tally.inputs += 1
     finally:
         case.backend.set_num_threads(before)
+        if blas:
+            set_blas_threads("numpy", blas)
 
 
 def gradient(case: Case, tally: Tally) -> None:
@@ -371,7 +373,7 @@ def check(
 ) -> Iterator[CheckResult]:
     """Put every demand to `ops` (default: all) on `backends` (default: all that run here), a result at a time.
 
-    Raises UserError for an op or dtype that is not known, ValueError for an unknown backend and BackendUnavailable for
+    Raises UserError for an op or dtype that is not known, UserError for an unknown backend and BackendUnavailable for
     one that cannot run.
     """
     for dtype in dtypes or ():

@@ -76,7 +76,7 @@ class Module:
                 yield name, value
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
-        """(name, parameter) pairs under Hugging Face's names; a tied parameter once."""
+        """(name, parameter) pairs under Hugging Face's names."""
         for name, child in self.named_children():
             if isinstance(child, Parameter):
                 yield prefix + name, child

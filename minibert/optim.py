@@ -80,13 +80,16 @@ class AdamW:
             ("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0),
         ):  # fmt: skip
             if not valid:
-                raise UserError(f"AdamW: {name} {value} is out of range: lr, eps, weight_decay >= 0, betas in [0, 1)")
+                raise UserError(
+                    f"AdamW: {name} {value} is out of range: betas lie in [0, 1), max_grad_norm > 0, all else >= 0"
+                )
         unknown = {key for group in groups for key in group} - {"params", "weight_decay"}
         if unknown:
             raise UserError(f"AdamW: a group holds params and weight_decay, got {', '.join(sorted(unknown))} as well")
-        self.groups = [
-            ParameterGroup(list(g["params"]), g.get("weight_decay", weight_decay)) for g in groups if list(g["params"])
-        ]
+        made = [(list(g.get("params", ())), float(g.get("weight_decay", weight_decay))) for g in groups]
+        if any(decay < 0 for _, decay in made):
+            raise UserError("AdamW: expected a weight_decay of 0 or more in every group")
+        self.groups = [ParameterGroup(parameters, decay) for parameters, decay in made if parameters]
         everything = [p for g in self.groups for p in g.params]
         if not everything or len(set(map(id, everything))) != len(everything):
             raise UserError(f"AdamW: expected each parameter once, got {len(everything)} with repetitions, or none")

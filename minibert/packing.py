@@ -132,7 +132,7 @@ def _integers(name: str, given: Any) -> np.ndarray:
         raise UserError(f"{name}: expected an array of integers, got rows that do not line up ({error})") from None
     if array.dtype.kind not in "iub" or array.size == 0:
         raise UserError(f"{name}: expected a non-empty array of integers, got {array.dtype} of shape {array.shape}")
-    return array
+    return array.astype(np.int64, copy=False)
 
 
 def _like(name: str, given: Any, ids: np.ndarray) -> np.ndarray:

@@ -79,7 +79,10 @@ class Tensor:
                 )
             gradient = self.backend.asarray(np.ones(self.shape), dtype=self.dtype)
         run = self.backend.run
-        grads: dict[Tensor, Array] = {self: self.backend.asarray(gradient, dtype=self.dtype)}
+        gradient = self.backend.asarray(gradient, dtype=self.dtype)
+        if gradient.shape != self.shape:
+            raise ValueError(f"backward: expected a gradient of shape {self.shape}, got {gradient.shape}")
+        grads: dict[Tensor, Array] = {self: gradient}
         order = _oldest_first(self)
         while order:  # popped, so that nothing here keeps a tensor that has been passed
             tensor = order.pop()
@@ -105,6 +108,8 @@ class Tensor:
         if self.grad_buffer is not None:
             self.grad_buffer[...] = g
             g = self.grad_buffer
+        elif self.grad is None:
+            g = g.copy()  # it may be another leaf's as well, or the caller's
         self.grad = g
 
     def __repr__(self) -> str:

@@ -257,7 +257,7 @@ def test_a_number_of_threads_that_is_none_is_refused(count: Any) -> None:
         backends.set_num_threads(count)
 
 
-@pytest.mark.parametrize(("value", "printed"), [("3", "3 3"), ("two", None), ("0", None), ("", None)])
+@pytest.mark.parametrize(("value", "printed"), [("3", "3 3"), (" 3 ", "3 3"), ("two", None), ("0", None), ("²", None)])
 def test_threads_from_the_environment(value: str, printed: str | None, root: Path) -> None:
     code = (
         "from minibert import backends, errors\n"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from minibert import backends
+from minibert.kernels import OPS
 from minibert.kernels.attention import attention, attention_grad
 from minibert.kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from minibert.kernels.layer_norm.cpu import layer_norm_grad_blocks, layer_norm_rows
@@ -20,6 +21,7 @@ from minibert.kernels.readings import bound
 from minibert.kernels.softmax.cpu import softmax_grad_rows, softmax_rows
 
 numba = backends.get("numba")
+BOTH = (backends.get("numpy"), numba)
 
 
 def assert_within_bound(op: Op, *arrays: np.ndarray, **params: Any) -> Any:
@@ -126,3 +128,12 @@ def test_bits_do_not_depend_on_where_the_output_lies(kernel: str) -> None:
             layer_norm_grad_blocks(g, source, w, mean, rstd, out, *rest, 0, 1)
         seen.add(b"".join(a.tobytes() for a in (out, *rest)))
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("op", ["add", "mul", "where", "scale"])
+def test_mixed_types_give_what_numpy_gives(op: str) -> None:
+    a, b = np.arange(6, dtype="f4").reshape(2, 3), np.arange(6.0).reshape(2, 3)
+    arrays: tuple[Any, ...] = (a > 2, a, b) if op == "where" else (a, b)
+    found = [p.run(OPS[op], *arrays) if op != "scale" else p.run(OPS[op], np.arange(4), factor=0.5) for p in BOTH]
+    assert found[0].dtype == found[1].dtype
+    np.testing.assert_array_equal(*found)

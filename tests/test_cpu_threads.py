@@ -5,8 +5,11 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -308,3 +311,30 @@ def test_compilations_of_our_kernels_are_announced_and_timed(tmp_path):
     assert "float32" in heard[0].signature and compile_seconds() > seconds
     ours(np.ones(2, np.int64), 0, 2)
     assert len(heard) == 2
+
+
+def test_work_is_finished_where_no_further_thread_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit on threads makes `submit` fail after some futures run: none of their ranges may be lost."""
+    before = cpu_threads.num_threads()
+    cpu_threads.set_num_threads(4)
+    y = np.zeros(16)
+
+    def slow(y: np.ndarray, start: int, stop: int) -> None:
+        time.sleep(0.02)
+        y[start:stop] = 1
+
+    calls = []
+
+    def submit(pool: ThreadPoolExecutor, work: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("can't start new thread")
+        return original(pool, work)
+
+    original = ThreadPoolExecutor.submit
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    try:
+        cpu_threads.run_rows(slow, 16, y)
+    finally:
+        cpu_threads.set_num_threads(before)
+    assert len(calls) > 1 and y.all()

@@ -47,6 +47,11 @@ def test_the_backend_of_contributing_is_one(root: Path) -> None:
     assert all(r.ok for r in check(["softmax"], [space["backend"]], ["float32"]))  # type: ignore[list-item]
 
 
+def test_the_readme_shows_what_the_demo_prints(root: Path) -> None:
+    text = (root / "README.md").read_text()
+    assert "PASS 2" in text and "@@" not in text
+
+
 def test_the_python_of_the_readme_runs(root: Path, tmp_path: Path) -> None:
     source = "\n".join(blocks(root / "README.md", "python"))
     environment = {**os.environ, "PYTHONPATH": str(root)}

@@ -358,3 +358,12 @@ def test_every_reading_of_every_op_has_the_shapes_and_values_of_its_formula(op: 
         with np.errstate(divide="ignore", invalid="ignore"):  # at_a_kink: NaN
             tangent = jvp(op, arrays, tuple(a if a.dtype.kind == "f" else None for a in arrays), **params)
         assert tangent.shape == plain[0].shape
+
+
+def test_readings_compare_and_refuse_powers_they_do_not_know() -> None:
+    x = bounded_module("float32").reading.lift(np.array([1.0, 2.0, 3.0]))
+    assert (x == 2.0).tolist() == [False, True, False] and (x != 2.0).tolist() == [True, False, True]
+    assert (x >= 2.0).tolist() == [False, True, True] and (x <= 2.0).tolist() == [True, True, False]
+    for exponent in (-1, 0, 0.5):
+        with pytest.raises(TypeError, match="whole powers"):
+            x**exponent

@@ -212,3 +212,14 @@ def test_dtypes_are_kept(name: str, dtype: str) -> None:
     (y * y).sum().backward()
     assert x.grad is not None and x.grad.dtype == dtype
     assert repr(x) == f"Tensor(shape=(3, 5), dtype={dtype}, backend={name})"
+
+
+def test_gradients_of_two_leaves_are_two_arrays() -> None:
+    a, b = leaf(1), leaf(2)
+    (a + b).sum().backward()
+    assert a.grad is not b.grad and not np.shares_memory(a.grad, b.grad)
+
+
+def test_a_gradient_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a gradient of shape"):
+        (leaf(1) * 2.0).backward(np.ones((3, 4)))

@@ -11,7 +11,7 @@ from minibert.kernels.cpu_threads import jit, rows_worth_a_thread, run_rows
 from minibert.kernels.op import Array
 
 GRAIN = rows_worth_a_thread(1, cost=0.12)  # elements
-LIGHT = 1 << 21  # elements that one core adds as fast as two while they are in its cache, or move from one to the other
+CACHED = 1 << 21  # elements that one core adds as fast as two while they are in its cache, or move from one to another
 
 
 @jit
@@ -53,18 +53,18 @@ def where_loop(condition: Array, a: Array, b: Array, y: Array, start: int, stop:
 def _both(loop: Any, number_loop: Any, a: Array, b: Array) -> Array:
     """A commutative op on arrays that broadcast."""
     if a.shape == b.shape:
-        y = np.empty(a.shape, a.dtype)
-        run_rows(loop, y.size, *flat(a, b), y.reshape(-1), grain=LIGHT)
+        y = np.empty(a.shape, np.result_type(a, b))
+        run_rows(loop, y.size, *flat(a, b), y.reshape(-1), grain=CACHED)
         return y
     shape = np.broadcast_shapes(a.shape, b.shape)
-    y = np.empty(shape, a.dtype)
+    y = np.empty(shape, np.result_type(a, b))
     if a.size == 1 < b.size:
         a, b = b, a
     if b.size == 1 and a.size == y.size:
-        run_rows(number_loop, y.size, *flat(a), b.reshape(-1)[0], y.reshape(-1), grain=LIGHT)
+        run_rows(number_loop, y.size, *flat(a), b.reshape(-1)[0], y.reshape(-1), grain=CACHED)
     else:
         both = flat(np.broadcast_to(a, shape), np.broadcast_to(b, shape))
-        run_rows(loop, y.size, *both, y.reshape(-1), grain=LIGHT)
+        run_rows(loop, y.size, *both, y.reshape(-1), grain=CACHED)
     return y
 
 
@@ -78,14 +78,14 @@ def mul(a: Array, b: Array) -> Array:
 
 def scale(a: Array, *, factor: float) -> Array:
     vector = np.ascontiguousarray(a).reshape(-1)
-    y = np.empty_like(vector)
-    run_rows(mul_number_loop, y.size, vector, a.dtype.type(factor), y, grain=LIGHT)
+    y = np.empty(vector.shape, np.result_type(a, float(factor)))
+    run_rows(mul_number_loop, y.size, vector, y.dtype.type(factor), y, grain=CACHED)
     return y.reshape(a.shape)
 
 
 def where(condition: Array, a: Array, b: Array) -> Array:
     shape = np.broadcast_shapes(condition.shape, a.shape, b.shape)
-    y = np.empty(shape, a.dtype)
+    y = np.empty(shape, np.result_type(a, b))
     three = flat(*(np.broadcast_to(x, shape) for x in (condition, a, b)))
     run_rows(where_loop, y.size, *three, y.reshape(-1), grain=GRAIN)
     return y

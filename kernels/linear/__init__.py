@@ -10,6 +10,7 @@ import numpy as np
 from minibert.kernels.activation import gelu_formula, gelu_grad
 from minibert.kernels.op import Array, BertSize, Op, Run, Sample
 from minibert.kernels.reduction import reduce_sum, sum_to
+from minibert.kernels.view import reshape
 
 
 def _matmul(xp: Any, a: Array, b: Array) -> Array:
@@ -30,7 +31,10 @@ def _matmul_vjp(run: Run, g: Array, outs: tuple[Array, ...], a: Array, b: Array)
 
 
 def linear_vjp(run: Run, g: Array, outs: Any, x: Array, weight: Array, bias: Array) -> tuple[Array, Array, Array]:
-    return run(matmul, g, weight), run(matmul, g.swapaxes(0, 1), x), run(reduce_sum, g, axis=0)
+    dx = run(matmul, g, weight)
+    if x.ndim != 2:  # every row counts alike, whatever axes it stands in
+        g, x = (run(reshape, a, shape=(-1, a.shape[-1])) for a in (g, x))
+    return dx, run(matmul, g.swapaxes(0, 1), x), run(reduce_sum, g, axis=0)
 
 
 def _products(rng: np.random.Generator) -> Iterator[Sample]:
@@ -49,6 +53,9 @@ def _products(rng: np.random.Generator) -> Iterator[Sample]:
 def _layers(rng: np.random.Generator) -> Iterator[Sample]:
     for rows, inputs, outs in [(3, 4, 5), (1, 1, 1), (33, 70, 1031), (65, 129, 7)]:
         yield Sample(tuple(rng.standard_normal(s) for s in ((rows, inputs), (outs, inputs), (outs,))))
+
+    wide = rng.standard_normal((2, 3, 4, 5)).swapaxes(0, 1)  # rows that are not one after the other
+    yield Sample((wide, rng.standard_normal((7, 5)), rng.standard_normal(7)))
 
 
 def _gelu_layers(rng: np.random.Generator) -> Iterator[Sample]:

@@ -44,8 +44,8 @@ def blas_ready(x: Array) -> Array:
 
 
 def product_with_transpose(x: Array, weight: Array) -> Array:
-    """x W' for x (..., in) and W (out, in)."""
-    return np.matmul(blas_ready(x), blas_ready(weight).T)
+    """x W' for x (..., in) and W (out, in), row after row: matmul keeps the order of x's axes, whatever it is."""
+    return np.ascontiguousarray(np.matmul(blas_ready(x), blas_ready(weight).T))
 
 
 @library

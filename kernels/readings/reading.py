@@ -115,6 +115,8 @@ class Reading:
         return self.negative()
 
     def __pow__(self, exponent: int) -> Self:
+        if not isinstance(exponent, int) or exponent < 1:
+            raise TypeError(f"readings know whole powers from 1 on, got {exponent!r}: write it by other primitives")
         result = self
         for _ in range(exponent - 1):
             result = result * self
@@ -132,6 +134,20 @@ class Reading:
 
     def __lt__(self, other: Any) -> np.ndarray:
         return self._compare(other, operator.lt)
+
+    def __ge__(self, other: Any) -> np.ndarray:
+        return self._compare(other, operator.ge)
+
+    def __le__(self, other: Any) -> np.ndarray:
+        return self._compare(other, operator.le)
+
+    def __eq__(self, other: Any) -> np.ndarray:  # type: ignore[override]
+        return self._compare(other, operator.eq)
+
+    def __ne__(self, other: Any) -> np.ndarray:  # type: ignore[override]
+        return self._compare(other, operator.ne)
+
+    __hash__ = object.__hash__
 
 
 class ReadingModule:

@@ -36,7 +36,7 @@ from minibert.kernels import Op
 from minibert.train import STATE, Record, State, Trainer, prepare, read_state
 from minibert.training_config import TrainingConfig
 
-FASTEST_FIRST = ("cupy", "numba", "numpy")
+FASTEST_FIRST = ("numba", "numpy")
 DEFAULT = TrainingConfig()
 # What may change when a run is resumed: nothing here enters the arithmetic of a step, but max_steps by the schedule.
 CHANGEABLE = {"max_steps", "logging_steps", "eval_steps", "save_steps"}
@@ -298,9 +298,8 @@ def follow(trainer: Trainer, swapped: dict[Op, Kernel]) -> None:
             if kind == "eval":
                 say(evaluation(record))
             if kind == "step":
+                kernels.refuse_uncalled(swapped)
                 break
-    if trainer.step:
-        kernels.refuse_uncalled(swapped)
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(), console=console, disable=not console.is_terminal,
