@@ -52,20 +52,20 @@ def where_loop(condition: Array, a: Array, b: Array, y: Array, start: int, stop:
 
 def _both(loop: Any, number_loop: Any, a: Array, b: Array) -> Array:
     """A commutative op on arrays that broadcast."""
-    if a.shape == b.shape:
-        y = np.empty(a.shape, np.result_type(a, b))
-        run_rows(loop, y.size, *flat(a, b), y.reshape(-1), grain=CACHED)
-        return y
-    shape = np.broadcast_shapes(a.shape, b.shape)
-    y = np.empty(shape, np.result_type(a, b))
-    if a.size == 1 < b.size:
+    dtype = a.dtype if a.dtype == b.dtype else np.result_type(a, b)
+    if a.size == 1 and a.ndim <= b.ndim:
         a, b = b, a
-    if b.size == 1 and a.size == y.size:
-        run_rows(number_loop, y.size, *flat(a), b.reshape(-1)[0], y.reshape(-1), grain=CACHED)
-    else:
-        both = flat(np.broadcast_to(a, shape), np.broadcast_to(b, shape))
-        run_rows(loop, y.size, *both, y.reshape(-1), grain=CACHED)
-    return y
+    if b.size == 1 and b.ndim <= a.ndim and a.shape != b.shape:
+        vector = np.ascontiguousarray(a).reshape(-1)
+        y = np.empty(vector.shape, dtype)
+        run_rows(number_loop, y.size, vector, b.reshape(-1)[0], y, grain=CACHED)
+        return y.reshape(a.shape)
+    if a.shape != b.shape:
+        a, b = np.broadcast_arrays(a, b)
+    first, second = np.ascontiguousarray(a).reshape(-1), np.ascontiguousarray(b).reshape(-1)
+    y = np.empty(first.shape, dtype)
+    run_rows(loop, y.size, first, second, y, grain=CACHED)
+    return y.reshape(a.shape)
 
 
 def add(a: Array, b: Array) -> Array:
