@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minibert import backends
 from minibert.kernels import OPS
 from minibert.kernels.array_module import numpy_module
 from minibert.kernels.op import BertSize, Op, outputs
@@ -367,3 +368,15 @@ def test_readings_compare_and_refuse_powers_they_do_not_know() -> None:
     for exponent in (-1, 0, 0.5):
         with pytest.raises(TypeError, match="whole powers"):
             x**exponent
+
+
+def test_long_sums_are_bounded_as_sums_of_blocks() -> None:
+    bounded = bounded_module("float32").reading
+    assert float(bounded.gamma(2**20)) == float(bounded.gamma(2**30)) < 0.07
+    assert np.isinf(float(bounded_module("bfloat16").reading.gamma(2**9)))
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(3_000_001).astype("f4")
+    (one,) = bound(OPS["square_norm"], x)
+    for place in ("numpy", "numba"):
+        got = float(backends.get(place).run(OPS["square_norm"], x))
+        assert abs(got - float(one.value)) < float(one.error) < 0.1 * float(one.value)

@@ -23,6 +23,9 @@ from minibert.kernels.readings.reading import Reading, ReadingModule
 ALLOWANCE = {"exp": 4, "log": 4, "sqrt": 1, "tanh": 8, "erf": 8}
 
 
+LONGEST_CHAIN = 2**20  # additions one after the other, each with its rounding
+
+
 class Precision(NamedTuple):
     """The arithmetic under test: each primitive rounds with `roundoff`; numbers below `tiny` may be flushed to zero."""
 
@@ -73,8 +76,12 @@ class Bounded(Reading):
 
     @classmethod
     def gamma(cls, count: Any) -> Any:
-        """gamma_n = n u / (1 - n u): the bound of n roundings (Higham, lemma 3.1); unbounded from n u = 1 on."""
-        product = np.asarray(count, np.float64) * cls.precision.roundoff
+        """gamma_n = n u / (1 - n u): the bound of n roundings (Higham, lemma 3.1); unbounded from n u = 1 on.
+
+        Of a sum of more than `LONGEST_CHAIN` terms it is asked that they are added in blocks or as a tree: else the
+        bound of a float32 norm of a whole model would be infinite, and say nothing.
+        """
+        product = np.minimum(np.asarray(count, np.float64), LONGEST_CHAIN) * cls.precision.roundoff
         return np.where(product < 1, product / np.where(product < 1, 1 - product, 1), np.inf)
 
     def add(self, other: Self) -> Self:
