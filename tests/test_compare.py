@@ -98,6 +98,12 @@ def late(g, x, approximate="none"):
     calls += 1
     return right(g, x, approximate) * np.float32(1 if calls < 7 else 3)
 
+def flat(g, x, approximate="none"):
+    return right(g, x, approximate).reshape(-1)
+
+def softmax(x):
+    return x
+
 def nan(a, b):
     return a * b * np.float32("nan")
 
@@ -140,6 +146,33 @@ def test_a_kernel_that_breaks_training_is_reported_all_the_same(
     assert "FAIL mul on numba: output 0" in " ".join(capsys.readouterr().out.split())
     found = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert [row["op"] for row in found["ops"] if not row["ok"]] == ["mul"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [
+        ("flat=gelu_grad", "gelu_grad: expected results of shapes [(3, 7)], got [(21,)]"),
+        ("softmax=softmax", "no step calls softmax, so it was not tried"),
+        ("nan=gelu_grad", "raised TypeError"),
+    ],
+)
+def test_pretraining_refuses_a_kernel_that_cannot_be_tried(
+    kernels: Path, tmp_path: Path, kernel: str, expected: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    output = [
+        "--output",
+        str(tmp_path / "out"),
+        "--config",
+        "tiny",
+        "--steps",
+        "2",
+        "--tokenizer",
+        str(SHIPPED_VOCABULARY),
+    ]
+    assert run(monkeypatch, "pretrain", *output, "--kernel", f"{kernels}:{kernel}") == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert expected in err[-1] and err[-1].startswith("error: ")
 
 
 def test_a_kernel_of_ones_own_that_is_right_passes(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:

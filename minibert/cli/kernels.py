@@ -9,9 +9,13 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from minibert.backends.base import Kernel
 from minibert.errors import UserError
 from minibert.kernels import OPS, Op
+from minibert.kernels.array_module import numpy_module
+from minibert.kernels.op import outputs
 
 HELP = "Try a kernel of your own: FILE.py:FUNCTION=OP, a function of the op's arrays and parameters. May be repeated."
 
@@ -48,6 +52,18 @@ def _guarded(kernel: Kernel, spec: str) -> Kernel:
             raise UserError(f"--kernel {spec} raised {type(error).__name__}: {reason}") from error
 
     return call
+
+
+def refuse_misshapen(kernels: dict[Op, Kernel]) -> None:
+    """Raise UserError for a kernel whose results have the wrong number or shape: what runs after it would break."""
+    for op, kernel in kernels.items():
+        arrays, params = next(iter(op.samples(np.random.default_rng(0))))
+        given = [np.asarray(a, "f4") if a.dtype.kind == "f" else np.asarray(a) for a in arrays]
+        expected = [np.shape(r) for r in outputs(op.formula(numpy_module, *given, **params))]
+        got = [np.shape(r) for r in outputs(kernel(*given, **params))]
+        if not op.writes and got != expected:
+            raise UserError(f"--kernel: {op.name}: expected results of shapes {expected}, got {got}")
+        setattr(kernel, "called", False)  # noqa: B010  a step is yet to call it
 
 
 def refuse_uncalled(kernels: dict[Op, Kernel]) -> None:

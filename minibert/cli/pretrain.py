@@ -94,6 +94,7 @@ def pretrain(
     given = dict(locals())
     settings = {name: given[name] for name in asdict(DEFAULT) if given.get(name) is not None}
     swapped = kernels.load_kernels(kernel)
+    kernels.refuse_misshapen(swapped)
     state = read_state(output) if resume else None
     if state is None:
         refuse_to_overwrite(output)
