@@ -113,6 +113,15 @@ class Backend:
         finally:
             self._watchers.remove(watcher)
 
+    @contextmanager
+    def unwatched(self) -> Iterator[Backend]:
+        """Let no watcher see the calls of a `with` block: those that a watcher makes itself, say."""
+        before, self._watchers = self._watchers, []
+        try:
+            yield self
+        finally:
+            self._watchers = before
+
     def asarray(self, x: Any, dtype: Any = None) -> Array:
         return self.xp.asarray(x, dtype=dtype)
 

@@ -28,6 +28,9 @@ class Stream(NamedTuple):
     layer: int = 0
 
 
+NO_STREAM = Stream()  # where nothing is drawn
+
+
 def philox4x32(xp: Any, counter: tuple[Array, ...], key: tuple[int, int]) -> tuple[Array, ...]:
     """Ten rounds on four counters (uint64 arrays that hold 32-bit words), under a key of two words."""
     c0, c1, c2, c3 = (xp.asarray(c, dtype=xp.uint64) for c in counter)

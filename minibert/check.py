@@ -23,6 +23,7 @@ from minibert.judge import Judgement, expect, judge, judge_against
 from minibert.kernels import OPS, Array, Op
 from minibert.kernels.op import outputs
 from minibert.kernels.readings import Bound, bounded_module, jvp
+from minibert.pretrained import DTYPES
 
 # <J v, w> and <v, vjp(w)> are equal in exact arithmetic. The gradient's own rounding is bounded by running error
 # analysis of the vjp in float64 (so that a gradient which cancels, as that of layer_norm over two columns, is judged by
@@ -377,7 +378,7 @@ def check(
     one that cannot run.
     """
     for dtype in dtypes or ():
-        if dtype not in ("float32", "float64"):
+        if dtype not in DTYPES:
             raise UserError(f"expected dtype float32 or float64, got {dtype!r}")
     chosen = [find_op(op) for op in (OPS if ops is None else ops)]
     if backends is None:

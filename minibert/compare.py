@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
@@ -291,7 +291,7 @@ def _judging(runs: list[Run]) -> Any:
 
 def _judge_on(backend: Backend, op: Op, inputs: tuple[np.ndarray, ...], params: Mapping[str, Any]) -> list[Judgement]:
     """Judge one call on one backend, on copies; an op that writes in place is flat, and judged piece by piece."""
-    with _unwatched(backend):
+    with backend.unwatched():  # judging the reference must not judge itself
         given = tuple(backend.asarray(np.array(a)) for a in inputs)
         try:
             got = tuple(np.array(backend.numpy(r)) for r in outputs(backend.run(op, *given, **params)))
@@ -307,16 +307,6 @@ def _judge_on(backend: Backend, op: Op, inputs: tuple[np.ndarray, ...], params: 
         judge(op, [a[p] if a.size == size and a.ndim else a for a in inputs], params, tuple(r[p] for r in got), dtype)
         for p in pieces
     ]
-
-
-@contextmanager
-def _unwatched(backend: Backend) -> Iterator[None]:
-    """No watcher sees what runs in this block: judging the reference must not judge itself."""
-    before, backend._watchers = backend._watchers, []
-    try:
-        yield
-    finally:
-        backend._watchers = before
 
 
 def facts(found: Comparison, config: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,12 +38,12 @@ from minibert.data import (
     special_ids,
     split,
 )
-from minibert.data.masking import IGNORED
 from minibert.errors import UserError
 from minibert.guard import FirstNonFinite, NonFiniteError
 from minibert.kernels.cross_entropy import cross_entropy
 from minibert.kernels.op import Array
 from minibert.optim import AdamW, linear_schedule, parameter_groups
+from minibert.packing import IGNORE
 from minibert.tensor import no_grad
 from minibert.training_config import TrainingConfig
 
@@ -146,7 +146,7 @@ class Trainer:
     @property
     def unigram_loss(self) -> float:
         """Cross entropy of guessing held-out masked tokens by their frequency in the training text: to be beaten."""
-        labels = np.concatenate([batch.labels[batch.labels != IGNORED] for batch in self.held_out])
+        labels = np.concatenate([batch.labels[batch.labels != IGNORE] for batch in self.held_out])
         return float(-self.data.unigram[labels].mean())
 
     # ------------------------------------------------------------------------------------------------------- the loop
@@ -249,7 +249,7 @@ class Trainer:
         with no_grad():
             for batch in self.held_out:
                 out = self.forward(batch)
-                index = np.flatnonzero(batch.labels != IGNORED)
+                index = np.flatnonzero(batch.labels != IGNORE)
                 labels = batch.labels[index]
                 logits = out.logits_at(index)
                 hits += np.count_nonzero(logits.numpy().argmax(axis=-1) == labels)

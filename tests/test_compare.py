@@ -222,7 +222,7 @@ def test_float64_and_one_backend_alone(monkeypatch: pytest.MonkeyPatch, capsys: 
         (["compare", "--text", "nowhere.txt"], "nowhere.txt"),
         (["compare", "--kernel", "softmax"], "--kernel: expected FILE.py:FUNCTION=OP"),
         (["compare", "--kernel", "nowhere.py:f=softmax"], "--kernel: there is no file nowhere.py"),
-        (["compare", "--kernel", "nowhere.py:f=softmx"], "did you mean softmax?"),
+        (["compare", "--kernel", "nowhere.py:f=softmx"], "did you mean 'softmax'?"),
         (["compare", "--json", "no/such/folder/x.json"], "there is no folder"),
         (["compare", "--max-seq-length", "600"], "the model has 512 positions"),
         (["compare", "--steps", "1"], "--steps"),

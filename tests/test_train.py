@@ -22,11 +22,11 @@ from minibert.cli import main
 from minibert.cli.compiling import show_compiling
 from minibert.config import BertConfig
 from minibert.data import SHIPPED_TEXT, SHIPPED_VOCABULARY, load_tokenizer, read_documents
-from minibert.data.masking import IGNORED
 from minibert.errors import UserError
 from minibert.guard import NonFiniteError
 from minibert.kernels.cpu_threads import jit
 from minibert.kernels.linear import linear_gelu
+from minibert.packing import IGNORE
 from minibert.train import LOG, STATE, Data, Trainer, prepare, read_state
 from minibert.training_config import TrainingConfig
 
@@ -145,7 +145,7 @@ def test_evaluation_repeats_and_matches_the_plain_loss(data: Data, tmp_path: Pat
     run.model.eval()
     batch = run.held_out[0]
     out = run.forward(batch, labels=batch.labels)
-    index = np.flatnonzero(batch.labels != IGNORED)
+    index = np.flatnonzero(batch.labels != IGNORE)
     logits = out.logits.numpy()[index].astype(np.float64)
     np.testing.assert_allclose(out.logits_at(index).numpy(), logits, rtol=0, atol=1e-5)
     plain = -np.mean(
@@ -167,7 +167,7 @@ def test_held_out_text_is_never_trained_on(data: Data) -> None:
 def test_unigram_loss_by_hand(data: Data, tmp_path: Path) -> None:
     run = trainer(data, tmp_path)
     assert np.exp(data.unigram).sum() == pytest.approx(1)
-    labels = [int(label) for batch in run.held_out for label in batch.labels if label != IGNORED]
+    labels = [int(label) for batch in run.held_out for label in batch.labels if label != IGNORE]
     frequency = np.bincount(data.train.ids, minlength=8000) + 1
     frequency[:5] = 1
     expected = -np.mean([np.log(frequency[label] / frequency.sum()) for label in labels])

@@ -19,9 +19,7 @@ import numpy as np
 
 from minibert.kernels.array_module import numpy_module
 from minibert.kernels.op import Array, BertSize, Op, Run, Sample
-from minibert.kernels.philox import Stream, random_words, threshold
-
-NO_STREAM = Stream()
+from minibert.kernels.philox import NO_STREAM, Stream, random_words, threshold
 
 
 class Span(NamedTuple):

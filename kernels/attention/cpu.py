@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minibert.kernels.attention import NO_STREAM, mask_width
+from minibert.kernels.attention import mask_width
 from minibert.kernels.cpu_arrays import contiguous
 from minibert.kernels.cpu_math import constant, exp, philox_row, vmax
 from minibert.kernels.cpu_threads import jit, rows_worth_a_thread, run_rows
 from minibert.kernels.op import Array
-from minibert.kernels.philox import Stream, threshold
+from minibert.kernels.philox import NO_STREAM, Stream, threshold
 
 NANOSECONDS_A_SCORE = 2.0
 

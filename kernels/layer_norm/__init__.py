@@ -17,9 +17,7 @@ import numpy as np
 from minibert.kernels.array_module import numpy_module
 from minibert.kernels.dropout import dropout_formula
 from minibert.kernels.op import Array, BertSize, Op, Run, Sample
-from minibert.kernels.philox import Stream
-
-NO_STREAM = Stream()
+from minibert.kernels.philox import NO_STREAM, Stream
 
 
 def _layer_norm(xp: Any, x: Array, weight: Array, bias: Array, *, eps: float = 1e-12) -> tuple[Array, Array, Array]:

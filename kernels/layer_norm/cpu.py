@@ -13,9 +13,8 @@ import numpy as np
 from minibert.kernels.cpu_arrays import contiguous
 from minibert.kernels.cpu_math import philox_row
 from minibert.kernels.cpu_threads import blocks, jit, rows_worth_a_thread, run_rows
-from minibert.kernels.layer_norm import NO_STREAM
 from minibert.kernels.op import Array
-from minibert.kernels.philox import Stream, threshold
+from minibert.kernels.philox import NO_STREAM, Stream, threshold
 
 BLOCK = 32  # rows whose gradients are added in the precision of the arrays
 COST, GRAD_COST = 0.15, 0.35  # nanoseconds an element, for `rows_worth_a_thread`

@@ -34,6 +34,7 @@ from minibert.data import (
     masking_rule,
     read_documents,
     special_ids,
+    tokenizer_files,
 )
 from minibert.errors import UserError
 
@@ -64,7 +65,7 @@ def compare_command(
     kernels = load_kernels(kernel)
     compared = chosen_backends(backends, threads)
     folder = None if config in NAMED else Path(config)
-    tokenizer = load_tokenizer(folder if folder and _has_tokenizer(folder) else SHIPPED_VOCABULARY)
+    tokenizer = load_tokenizer(folder if folder and tokenizer_files(folder) else SHIPPED_VOCABULARY)
     model_config = _config(config, tokenizer.get_vocab_size())
     check_vocabulary(tokenizer, model_config.vocab_size)
     if max_seq_length > model_config.max_position_embeddings:
@@ -108,10 +109,6 @@ def _config(name: str, vocabulary: int) -> BertConfig:
     if not name or not Path(name).is_dir():
         raise UserError(f"--config: expected {', '.join(NAMED)} or a checkpoint's folder, got {name!r}")
     return checkpoint.read_config(name)
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
 
 
 def _enough(documents: list[Document], tokens: int) -> list[Document]:

@@ -4,57 +4,52 @@ from __future__ import annotations
 
 import runpy
 from collections.abc import Iterable
-from difflib import get_close_matches
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minibert.backends.base import Kernel
+from minibert.check import find_op
 from minibert.errors import UserError
-from minibert.kernels import OPS, Op
+from minibert.kernels import Op
 from minibert.kernels.array_module import numpy_module
 from minibert.kernels.op import outputs
 
 HELP = "Try a kernel of your own: FILE.py:FUNCTION=OP, a function of the op's arrays and parameters. May be repeated."
 
 
-def load_kernels(specs: Iterable[str]) -> dict[Op, Kernel]:
+class TriedKernel:
+    """A kernel on trial: it knows whether it was called, and its exceptions are its writer's to mend, in one line."""
+
+    def __init__(self, kernel: Kernel, spec: str) -> None:
+        self.kernel, self.spec, self.called = kernel, spec, False
+
+    def __call__(self, *arrays: Any, **params: Any) -> Any:
+        self.called = True
+        try:
+            return self.kernel(*arrays, **params)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"--kernel {self.spec} raised {type(error).__name__}: {reason}") from error
+
+
+def load_kernels(specs: Iterable[str]) -> dict[Op, TriedKernel]:
     """The functions that `--kernel` options name, by op. Raises UserError for a name that is not there."""
-    kernels: dict[Op, Kernel] = {}
+    kernels: dict[Op, TriedKernel] = {}
     for spec in specs:
         place, _, name = spec.rpartition("=")
         file, _, function = place.rpartition(":")
         if not (file and function and name):
             raise UserError(f"--kernel: expected FILE.py:FUNCTION=OP, got {spec!r}")
-        if name not in OPS:
-            near = get_close_matches(name, OPS, n=1)
-            raise UserError(
-                f"--kernel: no op is called {name!r}: {f'did you mean {near[0]}?' if near else 'see minibert ops'}"
-            )
-        if OPS[name] in kernels:
+        op = find_op(name)
+        if op in kernels:
             raise UserError(f"--kernel: {name} is given twice; choose one")
-        kernels[OPS[name]] = _guarded(_function(Path(file), function), spec)
+        kernels[op] = TriedKernel(_function(Path(file), function), spec)
     return kernels
 
 
-def _guarded(kernel: Kernel, spec: str) -> Kernel:
-    """The kernel, whose exceptions are its writer's to mend: one line that says which and what."""
-
-    @wraps(kernel)
-    def call(*arrays: Any, **params: Any) -> Any:
-        call.called = True  # type: ignore[attr-defined]
-        try:
-            return kernel(*arrays, **params)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"--kernel {spec} raised {type(error).__name__}: {reason}") from error
-
-    return call
-
-
-def refuse_misshapen(kernels: dict[Op, Kernel]) -> None:
+def refuse_misshapen(kernels: dict[Op, TriedKernel]) -> None:
     """Raise UserError for a kernel whose results have the wrong number or shape: what runs after it would break."""
     for op, kernel in kernels.items():
         arrays, params = next(iter(op.samples(np.random.default_rng(0))))
@@ -63,13 +58,13 @@ def refuse_misshapen(kernels: dict[Op, Kernel]) -> None:
         got = [np.shape(r) for r in outputs(kernel(*given, **params))]
         if not op.writes and got != expected:
             raise UserError(f"--kernel: {op.name}: expected results of shapes {expected}, got {got}")
-        setattr(kernel, "called", False)  # noqa: B010  a step is yet to call it
+        kernel.called = False  # a step is yet to call it
 
 
-def refuse_uncalled(kernels: dict[Op, Kernel]) -> None:
+def refuse_uncalled(kernels: dict[Op, TriedKernel]) -> None:
     """Raise UserError where a kernel was never run: whatever was printed is not about it."""
     for op, kernel in kernels.items():
-        if not getattr(kernel, "called", False):
+        if not kernel.called:
             raise UserError(
                 f"--kernel: no step calls {op.name}, so it was not tried; `minibert compare` lists those it calls"
             )

@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 
 from minibert import backends
 from minibert.backends import MOST_THREADS, Backend, BackendUnavailable
-from minibert.backends.base import Kernel
 from minibert.bert import BertForMaskedLM, BertForPreTraining
 from minibert.checkpoint import WEIGHTS, read_config
 from minibert.cli import app, kernels
@@ -29,6 +28,7 @@ from minibert.data import (
     load_tokenizer,
     read_documents,
     special_ids,
+    tokenizer_files,
     train_tokenizer,
 )
 from minibert.errors import UserError
@@ -263,7 +263,7 @@ def choose_tokenizer(named: str | None, folder: Path | None, documents: list[Doc
     """The one named, else the one beside the config, else one trained on the text."""
     if named is not None:
         return load_tokenizer(named)
-    if folder is not None and any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
+    if folder is not None and tokenizer_files(folder):
         return load_tokenizer(folder)
     say(f"training a vocabulary of {vocab_size} tokens on the text ...")
     return train_tokenizer(documents, vocab_size)
@@ -291,7 +291,7 @@ def stopped_by_signals(trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def follow(trainer: Trainer, swapped: dict[Op, Kernel]) -> None:
+def follow(trainer: Trainer, swapped: dict[Op, kernels.TriedKernel]) -> None:
     """Run, and show how it goes: a progress bar on a terminal, else a line for each line of the log."""
     events = trainer.run()
     with show_compiling():  # the first evaluation and the first step compile all there is to compile

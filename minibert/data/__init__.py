@@ -21,6 +21,7 @@ from minibert.data.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     special_ids,
+    tokenizer_files,
     train_tokenizer,
 )
 
@@ -46,5 +47,6 @@ __all__ = [
     "save_tokenizer",
     "special_ids",
     "split",
+    "tokenizer_files",
     "train_tokenizer",
 ]

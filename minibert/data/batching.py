@@ -11,10 +11,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from minibert.data.masking import IGNORED, SHUFFLE_STREAM, MaskingRule, check_seed, mask_tokens, shuffled
+from minibert.data.masking import SHUFFLE_STREAM, MaskingRule, check_seed, mask_tokens, shuffled
 from minibert.data.sequences import Sequences
 from minibert.errors import UserError
 from minibert.kernels.philox import Stream
+from minibert.packing import IGNORE
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def pack(sequences: Sequences, chosen: np.ndarray) -> PackedBatch:
         position_ids=positions,
         token_type_ids=(positions >= np.repeat(sequences.second[chosen], lengths)).astype(np.int32),
         cu_seqlens=cu_seqlens,
-        labels=np.full(len(input_ids), IGNORED, dtype=np.int64),
+        labels=np.full(len(input_ids), IGNORE, dtype=np.int64),
         next_sentence_label=None if labels is None else labels[chosen],
     )
 
@@ -119,7 +120,7 @@ def pad(batch: PackedBatch, pad_id: int = 0) -> dict[str, np.ndarray]:
         "input_ids": spread(batch.input_ids, pad_id),
         "attention_mask": real.astype(np.int64),
         "token_type_ids": spread(batch.token_type_ids, 0),
-        "labels": spread(batch.labels, IGNORED),
+        "labels": spread(batch.labels, IGNORE),
     }
     if batch.next_sentence_label is not None:
         padded["next_sentence_label"] = batch.next_sentence_label

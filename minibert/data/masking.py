@@ -13,6 +13,7 @@ import numpy as np
 from minibert.data.tokenizer import SpecialIds
 from minibert.errors import UserError
 from minibert.kernels.philox import Stream, random_words, threshold
+from minibert.packing import IGNORE
 
 # The streams of random words, one number for each use, so that no two uses share words.
 # Initialisation of weights takes 3, dropout takes 16 and above.
@@ -20,8 +21,6 @@ MASKING_STREAM = 1
 SHUFFLE_STREAM = 2
 PAIRING_STREAM = 4
 SPLIT_STREAM = 5
-
-IGNORED = -100  # the label of a token that is not predicted (Hugging Face, PyTorch)
 
 
 class MaskingRule(NamedTuple):
@@ -48,7 +47,7 @@ def masking_rule(special: SpecialIds, vocab_size: int, rate: float = 0.15) -> Ma
 
 
 def mask_tokens(input_ids: np.ndarray, rule: MaskingRule, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) ids -> the ids the model sees (N,) int32 and labels (N,) int64, `IGNORED` where nothing is predicted.
+    """(N,) ids -> the ids the model sees (N,) int32 and labels (N,) int64, `IGNORE` where nothing is predicted.
 
     Each ordinary token is chosen with probability `rate`, and at least one is. Raises UserError where there is none.
     """
@@ -64,7 +63,7 @@ def mask_tokens(input_ids: np.ndarray, rule: MaskingRule, seed: int, step: int) 
     replaced = chosen & ~masked & (action < threshold(0.9))
     visible = np.where(masked, np.int32(rule.mask_id), input_ids.astype(np.int32))
     visible[replaced] = rule.ordinary[below(word[replaced], len(rule.ordinary))]
-    return visible, np.where(chosen, input_ids.astype(np.int64), IGNORED)
+    return visible, np.where(chosen, input_ids.astype(np.int64), IGNORE)
 
 
 def below(words: np.ndarray, limit: int) -> np.ndarray:

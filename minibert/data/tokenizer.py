@@ -40,6 +40,11 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(*(ids[token] for token in SPECIAL_TOKENS))
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files in a folder that a tokenizer can be read from, the better one first."""
+    return [folder / name for name in ("tokenizer.json", "vocab.txt") if (folder / name).is_file()]
+
+
 def load_tokenizer(folder_or_file: AnyPath) -> Tokenizer:
     """The tokenizer of a folder with `tokenizer.json` or `vocab.txt`, or of one of these files itself.
 
@@ -47,7 +52,7 @@ def load_tokenizer(folder_or_file: AnyPath) -> Tokenizer:
     """
     path = Path(folder_or_file)
     if path.is_dir():
-        found = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()]
+        found = tokenizer_files(path)
         if not found:
             raise UserError(f"expected tokenizer.json or vocab.txt in {path}, found neither: name another folder")
         path = found[0]
