@@ -189,9 +189,7 @@ def _pointer(kernel: str, parameter: Parameter, argument: Any) -> bytes:
 def _scalar(kernel: str, parameter: Parameter, argument: Any) -> bytes:
     if parameter.type in STRUCTS:
         if not isinstance(argument, bytes) or len(argument) != STRUCTS[parameter.type]:
-            raise TypeError(
-                f"kernel {kernel}: {parameter.name} takes a {parameter.type} as bytes, got {argument!r:.80}"
-            )
+            raise TypeError(f"kernel {kernel}: {parameter.name} takes {parameter.type} as bytes, got {argument!r:.80}")
         return argument
     form = TYPES[parameter.type][1]
     whole = isinstance(argument, int | np.integer) and not isinstance(argument, bool)
