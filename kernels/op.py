@@ -45,8 +45,8 @@ class Op:
     `samples(rng)` yields the inputs it is checked on, `bench(rng, size)` the input it is timed on.
     `writes` names the arrays that it updates in place; the formula then returns their new values in that order.
     `bytes` overrides the memory traffic that sizes of inputs and outputs suggest, where an op reads less.
-    `wide_inputs` and `wide_outputs` name the arrays that stay float32 where the others are stored in 16 bits: statistics,
-    losses, what an optimiser sums up.
+    `wide_inputs` and `wide_outputs` name the arrays that stay float32 where the others are stored in 16 bits:
+    statistics, losses, what an optimiser sums up.
     """
 
     name: str
