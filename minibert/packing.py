@@ -8,8 +8,9 @@ import numpy as np
 
 from minibert.config import BertConfig
 from minibert.errors import UserError
+from minibert.kernels.cross_entropy import IGNORED
 
-IGNORE = -100  # the label of a position that is not predicted, as in torch and transformers
+IGNORE = IGNORED  # the label of a position that is not predicted
 
 
 class Packed(NamedTuple):

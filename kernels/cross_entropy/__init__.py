@@ -1,7 +1,8 @@
 """cross_entropy: loss = mean over rows of log sum exp(z) - z[label]; keeps dz = (softmax(z) - onehot) / rows.
 
+A row whose label is `IGNORED` counts for nothing: the mean is over the others (0 where there is none), and its dz is 0.
 linear_cross_entropy: the same of z = x W' + b: decoder and loss in one op, so that the logits live once, and are
-overwritten by their gradient. Shapes: z (M, V), labels (M,) in [0, V), x (M, C), W (V, C), b (V,); loss ().
+overwritten by their gradient. Shapes: z (M, V), labels (M,) in [0, V) or IGNORED, x (M, C), W (V, C), b (V,); loss ().
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ from minibert.kernels.linear import matmul
 from minibert.kernels.op import Array, BertSize, Op, Run, Sample
 from minibert.kernels.reduction import reduce_sum
 
+IGNORED = -100  # the label of a row that is not predicted, as in torch and transformers
+
 
 def _cross_entropy(xp: Any, logits: Array, labels: Array) -> tuple[Array, Array]:
-    rows = xp.arange(logits.shape[0])
+    kept = labels != IGNORED
+    count = max(1, int(kept.sum()))
     top = logits.max(axis=-1, keepdims=True)
     e = xp.exp(logits - top)
     total = e.sum(axis=-1, keepdims=True)
-    losses = xp.log(total[:, 0]) - (logits - top)[rows, labels]
+    rows, columns = xp.arange(logits.shape[0]), labels * kept  # an ignored row names column 0, and is left out below
+    losses = xp.log(total[:, 0]) - (logits - top)[rows, columns]
     hit = labels[:, None] == xp.arange(logits.shape[1])
     p = e / total
-    return losses.mean(), xp.where(hit, p - 1, p) / logits.shape[0]
+    dlogits = xp.where(kept[:, None], xp.where(hit, p - 1, p), 0.0)
+    return xp.where(kept, losses, 0.0).sum() / count, dlogits / count
 
 
 def _linear_cross_entropy(xp: Any, x: Array, weight: Array, bias: Array, labels: Array) -> tuple[Array, Array]:
@@ -41,15 +47,23 @@ def _linear_cross_entropy_vjp(
     return dx, dweight, run(mul, run(reduce_sum, dlogits, axis=0), g), None
 
 
+def _some_labels(rng: np.random.Generator, rows: int, classes: int) -> np.ndarray:
+    """A label for each row; where there are many rows, some are ignored, the first among them."""
+    labels = rng.integers(0, classes, rows)
+    labels[: max(0, rows - 5) : 4] = IGNORED
+    return labels
+
+
 def _samples(rng: np.random.Generator) -> Iterator[Sample]:
     for rows, classes, offset in [(3, 7, 0), (1, 2, 0), (37, 1031, 0), (4, 9, 1e4)]:
-        yield Sample((rng.standard_normal((rows, classes)) * 3 + offset, rng.integers(0, classes, rows)))
+        yield Sample((rng.standard_normal((rows, classes)) * 3 + offset, _some_labels(rng, rows, classes)))
+    yield Sample((rng.standard_normal((2, 5)), np.full(2, IGNORED)))
 
 
 def _linear_samples(rng: np.random.Generator) -> Iterator[Sample]:
-    for rows, inputs, classes in [(3, 4, 7), (1, 1, 2), (37, 33, 1031)]:
+    for rows, inputs, classes in [(3, 4, 7), (1, 1, 2), (37, 33, 1031), (8, 5, 12)]:
         arrays = (rng.standard_normal(s) for s in ((rows, inputs), (classes, inputs), (classes,)))
-        yield Sample((*arrays, rng.integers(0, classes, rows)))
+        yield Sample((*arrays, _some_labels(rng, rows, classes)))
 
 
 def _bench(rng: np.random.Generator, size: BertSize) -> Sample:
@@ -68,6 +82,7 @@ cross_entropy = Op(
     samples=_samples,
     bench=_bench,
     vjp=lambda run, g, outs, logits, labels: (run(mul, outs[1], g), None),
+    wide_outputs=(0,),
 )
 linear_cross_entropy = Op(
     "linear_cross_entropy",
@@ -75,4 +90,5 @@ linear_cross_entropy = Op(
     samples=_linear_samples,
     bench=_bench_linear,
     vjp=_linear_cross_entropy_vjp,
+    wide_outputs=(0,),
 )
