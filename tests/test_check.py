@@ -295,7 +295,7 @@ def test_check_yields_a_result_per_demand() -> None:
 def test_unknown_names_are_told_with_what_is_near() -> None:
     with pytest.raises(UserError, match=r"no op is called 'sofmax': did you mean 'softmax'\?"):
         list(check(["sofmax"]))
-    with pytest.raises(UserError, match="no op is called 'zzz': choose from adamw, add"):
+    with pytest.raises(UserError, match="no op is called 'zzz': choose from adamw, adamw_shadow, add"):
         find_op("zzz")
     with pytest.raises(UserError, match="expected dtype float32 or float64, got 'int8'"):
         list(check(dtypes=["int8"]))

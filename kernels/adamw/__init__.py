@@ -3,6 +3,7 @@
 Loshchilov and Hutter, "Decoupled weight decay regularization" (2019), algorithm 2; m^ = m / (1 - b1^t) and
 v^ = v / (1 - b2^t). One flat call for all parameters of a group; p, m and v are updated in place. s, a 0-d array,
 scales the gradient: it carries the clipping by global norm (Pascanu et al. 2013), min(1, max_norm / norm).
+adamw_shadow: the same, and `shadow`, the weights as the model uses them (stored in 16 bits on a GPU), becomes the new p.
 square_norm: sum x^2; clip_scale: s = min(1, max_norm / sqrt(square norm)).
 """
 
@@ -27,6 +28,15 @@ def _adamw(
     denominator = xp.sqrt(exp_avg_sq) / (1 - beta2**step) ** 0.5 + eps
     update = exp_avg * (lr / (1 - beta1**step)) / denominator
     return param * (1 - lr * weight_decay) - update, exp_avg, exp_avg_sq
+
+
+def _adamw_shadow(
+    xp: Any, shadow: Array, param: Array, grad: Array, exp_avg: Array, exp_avg_sq: Array, grad_scale: Array,
+    *, lr: float, step: int, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01,
+) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    numbers = {"lr": lr, "step": step, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    param, exp_avg, exp_avg_sq = _adamw(xp, param, grad, exp_avg, exp_avg_sq, grad_scale, **numbers)
+    return param, param, exp_avg, exp_avg_sq
 
 
 def _square_norm(xp: Any, x: Array) -> Array:
@@ -62,6 +72,11 @@ def _states(rng: np.random.Generator) -> Iterator[Sample]:
     yield Sample((param, *zeros, np.array(1.0)), {"lr": 1e-3, "step": 1})
 
 
+def _states_with_shadow(rng: np.random.Generator) -> Iterator[Sample]:
+    for arrays, params in _states(rng):
+        yield Sample((rng.standard_normal(arrays[0].shape), *arrays), params)  # what it held is of no account
+
+
 def _vectors(rng: np.random.Generator) -> Iterator[Sample]:
     for count in (7, 1, 5171, 70001):
         yield Sample((rng.standard_normal(count),))
@@ -77,17 +92,42 @@ def _bench(rng: np.random.Generator, size: BertSize) -> Sample:
     return Sample(_state(rng, 12 * size.hidden * size.hidden), {"lr": 1e-3, "step": 3})  # one layer's matrices
 
 
-adamw = Op("adamw", _adamw, samples=_states, bench=_bench, writes=(0, 2, 3))
+def _bench_shadow(rng: np.random.Generator, size: BertSize) -> Sample:
+    arrays, params = _bench(rng, size)
+    return Sample((arrays[0].copy(), *arrays), params)
+
+
+adamw = Op(
+    "adamw",
+    _adamw,
+    samples=_states,
+    bench=_bench,
+    writes=(0, 2, 3),
+    wide_inputs=(0, 2, 3, 4),
+    wide_outputs=(0, 1, 2),
+)
+adamw_shadow = Op(
+    "adamw_shadow",
+    _adamw_shadow,
+    samples=_states_with_shadow,
+    bench=_bench_shadow,
+    writes=(0, 1, 3, 4),
+    wide_inputs=(1, 3, 4, 5),
+    wide_outputs=(1, 2, 3),
+)
 square_norm = Op(
     "square_norm",
     _square_norm,
     samples=_vectors,
     bench=lambda rng, size: Sample((rng.standard_normal(12 * size.hidden * size.hidden),)),
     vjp=lambda run, g, outs, x: (run(mul, run(scale, x, factor=2.0), g),),
+    wide_outputs=(0,),
 )
 clip_scale = Op(
     "clip_scale",
     _clip_scale,
     samples=_norms,
     bench=lambda rng, size: Sample((np.array(4.0),), {"max_norm": 1.0}),
+    wide_inputs=(0,),
+    wide_outputs=(0,),
 )

@@ -46,6 +46,15 @@ def adamw(
     return param, exp_avg, exp_avg_sq
 
 
+def adamw_shadow(
+    shadow: Array, param: Array, grad: Array, exp_avg: Array, exp_avg_sq: Array, grad_scale: Array, **numbers: Any
+) -> tuple[Array, Array, Array, Array]:
+    """`shadow` is of use where it is stored in fewer bits; here it is a copy."""
+    adamw(param, grad, exp_avg, exp_avg_sq, grad_scale, **numbers)
+    shadow[...] = param
+    return shadow, param, exp_avg, exp_avg_sq
+
+
 @jit
 def square_norm_blocks(x: Array, partial: Array, start: int, stop: int) -> None:
     for block in range(start, stop):
