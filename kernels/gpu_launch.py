@@ -38,7 +38,7 @@ TYPES: dict[str, tuple[tuple[str, ...], str]] = {
     "unsigned short": (("uint16",), "H"),
     "Storage": (tuple(STORAGE), ""),
 }
-STRUCTS = {"Stream": 24, "Layout": 152}  # passed by value, as bytes
+STRUCTS = {"Stream": 24, "Layout": 160}  # passed by value, as bytes
 
 KERNEL = re.compile(
     r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\(\s*(\w+)[^)]*\)\s*)?(\w+)\s*\(([^)]*)\)', re.S
@@ -132,9 +132,14 @@ class CudaKernel:
     block: int
     variants: tuple[Mapping[str, Any], ...]
 
-    def __call__(self, *arguments: Any, grid: int | Sequence[int], shared: int = 0, **defines: Any) -> None:
-        """Launch `grid` blocks with `shared` bytes of dynamic shared memory. Raises TypeError for a wrong argument."""
-        device = next(a.device for a in arguments if hasattr(a, "device"))
+    def __call__(
+        self, *arguments: Any, grid: int | Sequence[int], shared: int = 0, on: Any = None, **defines: Any
+    ) -> None:
+        """Launch `grid` blocks with `shared` bytes of dynamic shared memory, on the device of the first array or `on`.
+
+        Raises TypeError for a wrong argument.
+        """
+        device = on if on is not None else next(a.device for a in arguments if hasattr(a, "device"))
         blocks = tuple(grid) if isinstance(grid, Sequence) else (grid,)
         blocks += (1,) * (3 - len(blocks))
         if defines not in self.variants:

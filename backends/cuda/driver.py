@@ -1,6 +1,6 @@
 """What the CUDA backend asks of a device: the calls below and nothing else.
 
-Two drivers answer: `cupy_driver.CupyDriver` on a GPU and `emulator.driver.EmulatorDriver` anywhere, so the host code that
+Two drivers answer, `cupy_driver.CupyDriver` on a GPU and `emulator.driver.EmulatorDriver` anywhere: the host code that
 runs on a GPU is the host code that is tested everywhere. Addresses are integers. Everything but `allocate`, `release`
 and `host_buffer` is queued on the current stream, in order, and returns at once; `download` and `synchronize` wait.
 """
@@ -72,7 +72,7 @@ class Driver(Protocol):
         """Give a block back; nothing that is queued may still use it."""
 
     def recycle(self, address: int, nbytes: int) -> None:
-        """From here on in this stream the block at `address` holds `nbytes` that nobody has written."""
+        """From here on in this stream the block at `address` holds `nbytes` that nobody has written; 0: it is free."""
 
     def host_buffer(self, nbytes: int) -> np.ndarray:
         """(nbytes,) uint8 of host memory that the device can read while the host goes on (page-locked on a GPU)."""

@@ -1,0 +1,189 @@
+"""The CUDA backend: kernels of `kernels/*/gpu.cu` on whatever plays the device, products by its library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from minibert.backends.base import Backend
+from minibert.backends.cuda.array import DeviceArray, NotOnDevice, ghost
+from minibert.backends.cuda.driver import Driver
+from minibert.backends.cuda.pool import HostBuffers, Pool
+from minibert.backends.cuda.product import multiply
+from minibert.errors import UserError
+from minibert.kernels.array_module import numpy_module
+from minibert.kernels.gpu_launch import CudaKernel
+from minibert.kernels.op import Array, Op, outputs
+from minibert.kernels.view.gpu import copy_strided
+
+PRODUCT_MODES = ("float32", "tf32")
+
+
+class DeviceModule:
+    """What a formula that moves elements and computes nothing needs of an array module."""
+
+    def __init__(self, device: CudaBackend) -> None:
+        self.device = device
+
+    def asarray(self, x: Any, dtype: Any = None) -> DeviceArray:
+        return self.device.asarray(x, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
+        return self.device.zeros(shape, dtype)
+
+    def broadcast_to(self, x: DeviceArray, shape: tuple[int, ...]) -> DeviceArray:
+        return x.broadcast_to(shape)
+
+    def concatenate(self, arrays: Sequence[DeviceArray], axis: int = 0) -> DeviceArray:
+        first, axis = arrays[0], axis % arrays[0].ndim
+        length = sum(a.shape[axis] for a in arrays)
+        out = self.device.empty((*first.shape[:axis], length, *first.shape[axis + 1 :]), first.dtype)
+        start = 0
+        for a in arrays:
+            part = (slice(None),) * axis + (slice(start, start + a.shape[axis]),)
+            self.device.copy_into(out[part], a)
+            start += a.shape[axis]
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotOnDevice(f"no {name} on a device: it takes a kernel")
+
+
+class CudaBackend(Backend):
+    """Arrays of one device. It is also what a gpu.py reaches as `x.device`."""
+
+    dtypes = ("float32", "float16", "bfloat16")
+
+    def __init__(self, driver: Driver) -> None:
+        super().__init__(driver.name, DeviceModule(self), kernel_files="gpu")
+        self.driver = driver
+        self.pool = Pool(driver)
+        self.host_buffers = HostBuffers(driver)
+        self.product_mode = PRODUCT_MODES[0]
+        self.capture: Any = None  # the graph that is being captured, see graph.py
+        self._op = "an array"  # that runs now: for errors
+
+    # --------------------------------------------------------------------------------------------------- ops
+
+    def _run(self, op: Op, arrays: tuple[Array, ...], params: dict[str, Any]) -> Any:
+        before, self._op = self._op, op.name
+        try:
+            kernel = self.kernel(op)
+            result = self._by_formula(op, arrays, params) if kernel is None else kernel(*arrays, **params)
+        finally:
+            self._op = before
+        return tuple(arrays[i] for i in op.writes) if op.writes else result
+
+    def _by_formula(self, op: Op, arrays: tuple[Array, ...], params: dict[str, Any]) -> Any:
+        """On the device where nothing is computed (views); else on the host, by NumPy."""
+        try:
+            result = op.formula(self.xp, *arrays, **params)
+        except NotOnDevice:
+            if self.capture is not None:
+                raise UserError(
+                    f"op {op.name} has no CUDA kernel: its formula runs on the host, which a graph cannot hold; write "
+                    f"a kernel, or leave --graph out"
+                ) from None
+            computed = outputs(op.formula(numpy_module, *map(self.numpy, arrays), **params))
+            result = tuple(self.asarray(r, dtype=arrays[0].dtype) for r in computed)
+            result = result if len(result) > 1 else result[0]
+        for written, value in zip(op.writes, outputs(result), strict=False):
+            arrays[written][...] = value
+        return result
+
+    def launch(
+        self, kernel: CudaKernel, grid: tuple[int, ...], shared: int, arguments: Sequence[bytes],
+        defines: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        """Queue a kernel whose arguments are packed and checked."""
+        self.driver.launch(kernel, defines, grid, shared, arguments, self._op)
+
+    def gemm(
+        self, a: DeviceArray, b: DeviceArray, *, bias: DeviceArray | None = None, epilogue: str | None = None,
+        out: DeviceArray | None = None,
+    ) -> Any:  # fmt: skip
+        """a (..., m, k) @ b (..., k, n) by the library; operands that are transposed views are not copied.
+
+        epilogue "bias" adds `bias` (n,); "gelu" also applies the tanh form and gives (out, before).
+        """
+        return multiply(self, a, b, bias, epilogue, out)
+
+    # ------------------------------------------------------------------------------------------------ arrays
+
+    @property
+    def multiprocessors(self) -> int:
+        return self.driver.multiprocessors
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
+        """An array whose elements nobody has written."""
+        layout = ghost(tuple(int(n) for n in shape), np.dtype(dtype))
+        block = self.pool.allocate(max(1, layout.nbytes), self._op)
+        return DeviceArray(self, block, block.address, layout)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
+        made = self.empty(shape, dtype)
+        self.driver.fill(made.address, made.nbytes, 0)
+        return made
+
+    def asarray(self, x: Any, dtype: Any = None) -> DeviceArray:
+        """An array here; one that came from the host is uploaded, and if it holds integers remembered."""
+        if isinstance(x, DeviceArray):
+            if dtype is None or np.dtype(dtype) == x.dtype:
+                return x
+            return self.asarray(self.numpy(x), dtype)
+        host = np.asarray(x, dtype=dtype)
+        made = self.empty(host.shape, host.dtype)
+        if host.size:
+            buffer = self.host_buffers.take(host.nbytes)
+            np.copyto(buffer[: host.nbytes].view(host.dtype).reshape(host.shape), host)
+            self.driver.upload(buffer[: host.nbytes], made.address)
+            if self.capture is not None:
+                self.capture.uploads(buffer[: host.nbytes], x)
+            else:
+                self.host_buffers.give_back(buffer)
+        if host.dtype.kind in "iub":
+            made.host = host.copy()
+            made.host.flags.writeable = False
+        return made
+
+    def numpy(self, x: Any) -> np.ndarray:
+        """A copy on the host, once all that was queued has run."""
+        if not isinstance(x, DeviceArray):
+            return np.asarray(x)
+        x = x.contiguous()
+        if not x.size:
+            return np.empty(x.shape, x.dtype)
+        return self.driver.download(x.address, x.nbytes).view(x.dtype).reshape(x.shape)
+
+    def copy_into(self, target: DeviceArray, source: DeviceArray) -> None:
+        """target[...] = source, which broadcasts. Raises TypeError for another dtype: nothing is converted unasked."""
+        if source.dtype != target.dtype:
+            raise TypeError(f"expected {target.dtype}, got {source.dtype}: convert with backend.asarray(x, dtype)")
+        copy_strided(source.broadcast_to(target.shape), target)
+
+    def live_floats(self, compute: Callable[..., np.ndarray], *numbers: Any) -> tuple[np.ndarray, DeviceArray | None]:
+        """compute(*numbers), float32; in a captured graph also where a kernel reads them anew at each replay."""
+        values = np.asarray(compute(*numbers), np.float32)
+        return values, None if self.capture is None else self.capture.live_floats(compute, numbers)
+
+    # ---------------------------------------------------------------------------------------------- the rest
+
+    def synchronize(self) -> None:
+        self.driver.synchronize()
+
+    @contextmanager
+    def peak_memory(self) -> Iterator[Callable[[], int]]:
+        before, outer = self.pool.used, self.pool.peak
+        self.pool.peak = before
+        peak: int | None = None
+        try:
+            yield lambda: self.pool.peak - before if peak is None else peak
+        finally:
+            peak = self.pool.peak - before
+            self.pool.peak = max(outer, self.pool.peak)
+
+    def describe(self) -> str:
+        return f"{self.driver.describe()}, float32 products in {self.product_mode}"

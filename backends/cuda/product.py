@@ -1,0 +1,110 @@
+"""Matrix products: which operand is transposed, where batches lie, and what the library is told."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minibert.backends.cuda.array import DeviceArray
+from minibert.backends.cuda.driver import Matrix, Product
+
+if TYPE_CHECKING:
+    from minibert.backends.cuda.backend import CudaBackend
+
+
+def multiply(
+    device: CudaBackend, a: DeviceArray, b: DeviceArray, bias: DeviceArray | None, epilogue: str | None,
+    out: DeviceArray | None,
+) -> Any:  # fmt: skip
+    """a @ b as `CudaBackend.gemm` says. Raises ValueError for shapes, and TypeError for dtypes, that do not fit."""
+    if a.dtype != b.dtype or a.dtype.name not in device.dtypes:
+        raise TypeError(f"a product takes two arrays of one dtype ({', '.join(device.dtypes)}): {a.dtype}, {b.dtype}")
+    if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
+        raise ValueError(f"product of shapes {a.shape} and {b.shape}: expected (..., m, k) and (..., k, n)")
+    if b.ndim == 2 and a.ndim > 2:  # every row counts alike
+        return _unfolded(multiply(device, a.reshape(-1, a.shape[-1]), b, bias, epilogue, out), a.shape[:-1])
+    m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
+    lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    shape = (*lead, m, n)
+    if out is None:
+        out = device.empty(shape, a.dtype)
+    before = device.empty(shape, a.dtype) if epilogue == "gelu" else None
+    if out.size and k == 0:
+        device.driver.fill(out.address, out.nbytes, 0)
+        if epilogue is not None:
+            raise ValueError("a product over no elements has no epilogue")
+    elif out.size:
+        if bias is not None:
+            bias = bias.contiguous()
+        a, left = _operand(a, lead)
+        b, right = _operand(b, lead)
+        target = Matrix(out.address, n, m * n)
+        device.driver.multiply(
+            Product(
+                m,
+                n,
+                k,
+                prod(lead),
+                left,
+                right,
+                target,
+                out.dtype,
+                device.product_mode,
+                epilogue,
+                0 if bias is None else bias.address,
+                0 if before is None else before.address,
+            )
+        )
+    return out if before is None else (out, before)
+
+
+def _unfolded(result: Any, lead: tuple[int, ...]) -> Any:
+    """The rows of one large product, in the axes they came from."""
+    if isinstance(result, tuple):
+        return tuple(_unfolded(r, lead) for r in result)
+    return result.reshape(*lead, result.shape[-1])
+
+
+def _operand(x: DeviceArray, lead: tuple[int, ...]) -> tuple[DeviceArray, Matrix]:
+    """How `x`, broadcast over the batch, lies in memory; a copy where the library could not read it."""
+    found = _as_it_lies(x, lead)
+    if found is None:
+        x = x.copy()
+        found = _as_it_lies(x, lead)
+        if found is None:  # one that broadcasts over a part of the batch
+            x = x.broadcast_to((*lead, *x.shape[-2:])).copy()
+            found = _as_it_lies(x, lead)
+    assert found is not None
+    return x, found
+
+
+def _as_it_lies(x: DeviceArray, lead: tuple[int, ...]) -> Matrix | None:
+    rows, columns = x.shape[-2:]
+    row, column = x.strides[-2:]
+    if (column == 1 or columns == 1) and (row >= columns or rows == 1):
+        leading, transposed = (max(row, columns) if rows > 1 else columns), False
+    elif (row == 1 or rows == 1) and (column >= rows or columns == 1):
+        leading, transposed = (max(column, rows) if columns > 1 else rows), True
+    else:
+        return None
+    stride = _batch_stride(x, lead)
+    return None if stride is None else Matrix(x.address, leading, stride, transposed)
+
+
+def _batch_stride(x: DeviceArray, lead: tuple[int, ...]) -> int | None:
+    """Elements from one matrix to the next, 0 where there is one for all; None where no single number says it."""
+    if prod(lead) == 1:
+        return 0
+    layout = np.broadcast_to(x.layout, (*lead, *x.shape[-2:]))
+    expected: int | None = None  # built up from the innermost axis
+    for size, stride in zip(reversed(lead), reversed(layout.strides[: len(lead)]), strict=True):
+        if size == 1:
+            continue
+        if expected is None:
+            found = stride
+        elif stride != expected:
+            return None
+        expected = stride * size
+    return found // x.itemsize

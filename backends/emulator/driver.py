@@ -1,0 +1,306 @@
+"""The driver of the CUDA backend that runs kernels on the CPU, and looks at every step they take.
+
+Its streams queue, as a GPU's do: nothing runs before somebody waits, so that host code which forgets to wait, or changes
+a buffer too early, shows. Memory that nobody has written holds NaN. Kernels run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import minibert.kernels
+from minibert.backends.cuda.driver import ALIGNMENT, DeviceMemoryExhausted, Matrix, Product
+from minibert.backends.emulator.findings import Finding, TrafficLine
+from minibert.backends.emulator.process import EmulatorProcess
+from minibert.backends.emulator.toolchain import compile_kernels, compiler
+from minibert.kernels.activation import gelu_formula
+from minibert.kernels.array_module import numpy_module
+from minibert.kernels.gpu_launch import CudaKernel
+
+KERNELS = Path(str(minibert.kernels.__file__)).parent
+PAGE = 4096
+MEMORY = "MINIBERT_EMULATOR_MEMORY"  # GiB that the device has
+MOST_QUEUED = 512  # calls: so that what is queued does not pile up where nobody waits
+SCHEDULES = ("forward", "reverse", "random")
+
+
+class KernelFault(RuntimeError):
+    """A kernel did what it must not; the message has a line for each finding."""
+
+    def __init__(self, op: str, kernel: str, findings: Sequence[Finding]) -> None:
+        self.findings = list(findings)
+        lines = "\n".join(f"  {finding}" for finding in findings)
+        super().__init__(f"{op}: kernel {kernel}: {len(findings)} finding{'s'[: len(findings) != 1]}\n{lines}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How kernels run."""
+
+    sanitize: bool = True  # look for races, bounds, unwritten memory, ...
+    traffic: bool = False  # count sectors and bank conflicts
+    schedule: str = SCHEDULES[0]  # the order of blocks, warps and lanes
+    seed: int = 0  # of the random schedule, and of which stream goes first
+
+
+class Stream(deque[Callable[[], bool]]):
+    """Calls that wait for their turn; one that returns False has to wait for another stream."""
+
+
+class EmulatorDriver:
+    """See `minibert.backends.cuda.driver.Driver`."""
+
+    name = "emulator"
+    multiprocessors = 2  # few, so that grid-stride loops go round more than once
+
+    def __init__(self) -> None:
+        compiler()  # says what to install where it is missing
+        self.settings = Settings()
+        self.traffic: dict[tuple[str, int, str, str], TrafficLine] = {}
+        self.total = round(float(os.environ.get(MEMORY, "8")) * 2**30)
+        self.gdb: str | None = None
+        self._process: EmulatorProcess | None = None
+        self._default = Stream()
+        self._streams = [self._default]
+        self._current = self._default
+        self._captured: list[Callable[[], bool]] | None = None
+        self._taken = 0  # bytes of blocks
+        self._end = PAGE  # of the part of the arena that has been given out
+        self._blocks: dict[int, int] = {}  # address -> bytes
+        self._holds: dict[int, int] = {}  # address -> bytes that the block holds now
+        self._released: dict[int, list[int]] = {}
+        self._random = random.Random(0)
+
+    @property
+    def process(self) -> EmulatorProcess:
+        """Started when first needed."""
+        if self._process is None:
+            self._process = EmulatorProcess(gdb=self.gdb)
+        return self._process
+
+    @contextmanager
+    def set(self, **changes: Any) -> Iterator[None]:
+        """Other settings for the length of a `with` block."""
+        self.synchronize()
+        before, self.settings = self.settings, replace(self.settings, **changes)
+        try:
+            yield
+            self.synchronize()
+        finally:
+            self.settings = before
+
+    def describe(self) -> str:
+        return f"CUDA emulator on the CPU (its times are not GPU speed), {Path(compiler()).name}"
+
+    # ------------------------------------------------------------------------------------------------ memory
+
+    def allocate(self, nbytes: int) -> int:
+        if self._taken + nbytes > self.total:
+            raise DeviceMemoryExhausted(f"{nbytes} bytes of {self.total}")
+        self._taken += nbytes
+        if self._released.get(nbytes):
+            address = self._released[nbytes].pop()
+        else:  # the end of the block next to a page that nobody may touch
+            pages = -(-nbytes // PAGE)
+            address = self.process.base + self._end + pages * PAGE - -(-nbytes // ALIGNMENT) * ALIGNMENT
+            self._end += (pages + 1) * PAGE
+        self._blocks[address] = nbytes
+        return address
+
+    def release(self, address: int) -> None:
+        nbytes = self._blocks.pop(address)
+        self._taken -= nbytes
+        self._released.setdefault(nbytes, []).append(address)
+
+    def recycle(self, address: int, nbytes: int) -> None:
+        def run() -> bool:
+            before = self._holds.pop(address, 0)
+            if before:
+                self.process.region(address, before, "freed")
+            if nbytes:
+                self.process.region(address, nbytes, "unwritten")
+                self._holds[address] = nbytes
+            return True
+
+        self._queue(run)
+
+    def _bytes(self, address: int, nbytes: int) -> np.ndarray:
+        start = address - self.process.base
+        return self.process.memory[start : start + nbytes]
+
+    def host_buffer(self, nbytes: int) -> np.ndarray:
+        return np.empty(nbytes, np.uint8)
+
+    def upload(self, buffer: np.ndarray, address: int) -> None:
+        def run() -> bool:
+            self._written(address, buffer.nbytes)[...] = buffer
+            return True
+
+        self._queue(run)
+
+    def download(self, address: int, nbytes: int) -> np.ndarray:
+        self.synchronize()
+        self.process.flush()
+        return self._bytes(address, nbytes).copy()
+
+    def fill(self, address: int, nbytes: int, byte: int) -> None:
+        def run() -> bool:
+            self._written(address, nbytes)[...] = byte
+            return True
+
+        self._queue(run)
+
+    def _written(self, address: int, nbytes: int) -> np.ndarray:
+        """Memory that the host, or a library, is about to write."""
+        self.process.region(address, nbytes, "written")
+        self.process.flush()
+        return self._bytes(address, nbytes)
+
+    def memory(self) -> tuple[int, int]:
+        return self.total - self._taken, self.total
+
+    # ----------------------------------------------------------------------------------------------- kernels
+
+    def launch(
+        self, kernel: CudaKernel, defines: Mapping[str, Any], grid: tuple[int, ...], shared: int,
+        arguments: Sequence[bytes], op: str,
+    ) -> None:  # fmt: skip
+        text = {name: str(value) for name, value in defines.items()}
+        settings, name = self.settings, kernel.signature.name
+        library = compile_kernels(kernel.file.path, text, [KERNELS], sanitize=settings.sanitize or settings.traffic)
+        packed = list(arguments)
+
+        def run() -> bool:
+            report = self.process.launch(
+                library, name, grid, (kernel.block, 1, 1), shared, packed, sanitize=settings.sanitize,
+                traffic=settings.traffic, schedule=settings.schedule, seed=settings.seed,
+            )  # fmt: skip
+            for line in report.traffic:
+                self._count(line)
+            if report.findings:
+                raise KernelFault(op, name, report.findings)
+            return True
+
+        self._queue(run)
+
+    def _count(self, line: TrafficLine) -> None:
+        key = line.file, line.line, line.space, line.access
+        self.traffic[key] = line if key not in self.traffic else self.traffic[key].plus(line)
+
+    def multiply(self, product: Product) -> None:
+        def run() -> bool:
+            left, right = (self._operand(product, matrix, a) for matrix, a in ((product.a, True), (product.b, False)))
+            result = np.matmul(left, right)
+            bytes_out = (
+                (product.batch - 1) * product.out.batch_stride + product.m * product.n
+            ) * product.dtype.itemsize
+            if product.epilogue is not None:
+                result = result + self._vector(product.bias, product.n, product.dtype)
+            if product.epilogue == "gelu":
+                self._store(product, product.before, bytes_out, result)
+                result = gelu_formula(numpy_module, result, approximate="tanh")
+            self._store(product, product.out.address, bytes_out, result)
+            return True
+
+        self._queue(run)
+
+    def _store(self, product: Product, address: int, nbytes: int, values: np.ndarray) -> None:
+        out = self._written(address, nbytes).view(product.dtype)
+        out.reshape(product.batch, product.m, product.n)[...] = values.astype(product.dtype)
+
+    def _vector(self, address: int, count: int, dtype: np.dtype[Any]) -> np.ndarray:
+        return self._bytes(address, count * dtype.itemsize).view(dtype).astype(np.float32)
+
+    def _operand(self, product: Product, matrix: Matrix, is_a: bool) -> np.ndarray:
+        """(batch, rows, columns) float32: what tensor cores or plain arithmetic would read."""
+        rows, columns = (product.m, product.k) if is_a else (product.k, product.n)
+        kept = (columns, rows) if matrix.transposed else (rows, columns)  # as memory has it
+        count = (product.batch - 1) * matrix.batch_stride + (kept[0] - 1) * matrix.leading + kept[1]
+        values = self._bytes(matrix.address, count * product.dtype.itemsize).view(product.dtype).astype(np.float32)
+        strides = (4 * matrix.batch_stride, 4 * matrix.leading, 4)
+        found = np.lib.stride_tricks.as_strided(values, (product.batch, *kept), strides)
+        found = found.swapaxes(1, 2) if matrix.transposed else found
+        return rounded_to_tf32(found) if product.mode == "tf32" and product.dtype == np.float32 else found
+
+    # ----------------------------------------------------------------------------------------------- streams
+
+    def _queue(self, call: Callable[[], bool]) -> None:
+        if self._captured is not None:
+            self._captured.append(call)
+            return
+        self._current.append(call)
+        if len(self._current) > MOST_QUEUED:
+            self.synchronize()
+
+    def synchronize(self) -> None:
+        """Run what is queued, a stream chosen anew for each call. Raises KernelFault."""
+        if self._captured is not None:
+            raise RuntimeError("waiting for the device while a graph is captured: a GPU would refuse it")
+        try:
+            while any(self._streams):
+                ready = [stream for stream in self._streams if stream]
+                self._random.shuffle(ready)
+                for stream in ready:
+                    if stream[0]():
+                        stream.popleft()
+                        break
+                else:
+                    raise RuntimeError("streams wait for events that nothing will record")
+        except BaseException:
+            for stream in self._streams:
+                stream.clear()
+            raise
+
+    def new_stream(self) -> Stream:
+        self._streams.append(Stream())
+        return self._streams[-1]
+
+    @contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        before, self._current = self._current, stream
+        try:
+            yield
+        finally:
+            self._current = before
+
+    def record(self) -> list[bool]:
+        event = [False]
+
+        def run() -> bool:
+            event[0] = True
+            return True
+
+        self._queue(run)
+        return event
+
+    def wait(self, event: list[bool]) -> None:
+        self._queue(lambda: event[0])
+
+    def finished(self, event: list[bool]) -> bool:
+        return event[0]
+
+    def begin_capture(self) -> None:
+        self._captured = []
+
+    def end_capture(self) -> list[Callable[[], bool]]:
+        graph, self._captured = self._captured, None
+        assert graph is not None
+        return graph
+
+    def replay(self, graph: list[Callable[[], bool]]) -> None:
+        self._current.extend(graph)
+
+
+def rounded_to_tf32(x: np.ndarray) -> np.ndarray:
+    """float32 to 10 bits of mantissa, to nearest: what tensor cores keep of it."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    return ((bits + np.uint32(0x0FFF) + ((bits >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)).view("f4")
