@@ -140,5 +140,6 @@ attention_grad = Op(
     _attention_grad,
     samples=lambda rng: (_with_gradient(rng, sample) for sample in _samples(rng)),
     bench=lambda rng, size: _with_gradient(rng, _bench(rng, size)),
+    wide_inputs=(3,),
 )
-attention = Op("attention", _attention, samples=_samples, bench=_bench, vjp=_attention_vjp)
+attention = Op("attention", _attention, samples=_samples, bench=_bench, vjp=_attention_vjp, wide_outputs=(1,))

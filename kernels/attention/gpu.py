@@ -1,0 +1,108 @@
+"""Attention on a GPU: the launches of gpu.cu, and the shared memory that its tiles take."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minibert.kernels.attention import mask_width
+from minibert.kernels.gpu_launch import Array, CudaFile, blocks_for, contiguous, cuda_stream, int32, on_host
+from minibert.kernels.philox import NO_STREAM, Stream, threshold
+
+HEAD_SIZES = (32, 64, 128)  # that the kernels are compiled for; a head is padded to the next
+ROWS = 64  # of a tile, as in gpu_tile.cuh
+MOST_BLOCKS = 2**31 - 1
+ROWS_OF_DELTA = 16  # in a block of flash_grad_delta
+
+cuda = CudaFile(__file__)
+variants = [{"HEAD_SIZE": size} for size in HEAD_SIZES]
+flash_forward = cuda.kernel("flash_forward", block=128, variants=variants)
+flash_grad_delta = cuda.kernel("flash_grad_delta", block=128)
+flash_grad_query = cuda.kernel("flash_grad_query", block=128, variants=variants)
+flash_grad_key_value = cuda.kernel("flash_grad_key_value", block=128, variants=variants)
+
+
+class Plan(NamedTuple):
+    """How one call is cut into blocks, and what all of its kernels are told."""
+
+    rows: int
+    heads: int
+    size: int  # of a head
+    padded: int  # the size it is padded to
+    cu_seqlens: Array  # int32, on the device
+    grid: int
+    arguments: tuple[Any, ...]  # the last of every kernel
+
+
+def attention(
+    qkv: Array, cu_seqlens: Array, *, num_heads: int, rate: float = 0.0, stream: Stream = NO_STREAM
+) -> tuple[Array, Array]:
+    """y (N, C) as qkv (N, 3C) is stored and log sum exp (N, heads) float32; cu_seqlens (sequences + 1,).
+
+    Raises ValueError where qkv does not split into heads of at most 128 elements, or cu_seqlens does not rise from 0
+    to N.
+    """
+    qkv = contiguous(qkv)
+    plan = _plan(qkv, cu_seqlens, num_heads, rate, stream)
+    y = qkv.device.empty((plan.rows, plan.heads * plan.size), qkv.dtype)
+    lse = qkv.device.empty((plan.rows, plan.heads), np.float32)
+    shared = _shared(plan.padded, tiles_of_rows=1, tiles_of_columns=2)
+    flash_forward(qkv, plan.cu_seqlens, y, lse, *plan.arguments, grid=plan.grid, shared=shared, HEAD_SIZE=plan.padded)
+    return y, lse
+
+
+def attention_grad(
+    g: Array, qkv: Array, y: Array, lse: Array, cu_seqlens: Array,
+    *, num_heads: int, rate: float = 0.0, stream: Stream = NO_STREAM,
+) -> Array:  # fmt: skip
+    """The gradient of qkv (N, 3C) from that of y (N, C) and what attention returned; raises what attention does."""
+    qkv = contiguous(qkv)
+    plan = _plan(qkv, cu_seqlens, num_heads, rate, stream)
+    wide = plan.rows, plan.heads * plan.size
+    g, y = contiguous(g, wide, "g"), contiguous(y, wide, "y")
+    lse = contiguous(lse, (plan.rows, plan.heads), "log sum exp")
+    delta = qkv.device.empty(lse.shape, np.float32)
+    dqkv = qkv.device.empty(qkv.shape, qkv.dtype)
+    flash_grad_delta(g, y, delta, lse.size, plan.size, grid=blocks_for(lse.size, ROWS_OF_DELTA, qkv.device))
+    arrays = g, qkv, lse, delta, plan.cu_seqlens, dqkv
+    shared = _shared(plan.padded, tiles_of_rows=2, tiles_of_columns=2)
+    for kernel in flash_grad_query, flash_grad_key_value:
+        kernel(*arrays, *plan.arguments, grid=plan.grid, shared=shared, HEAD_SIZE=plan.padded)
+    return dqkv
+
+
+def _plan(qkv: Array, cu_seqlens: Array, heads: int, rate: float, stream: Stream) -> Plan:
+    rows, columns = qkv.shape
+    if heads < 1 or columns == 0 or columns % (3 * heads):
+        raise ValueError(f"qkv {qkv.shape} does not split into q, k and v of {heads} heads")
+    size = columns // (3 * heads)
+    if size > HEAD_SIZES[-1]:
+        raise ValueError(f"the CUDA kernels take heads of at most {HEAD_SIZES[-1]} elements, got {size}")
+    ends = on_host(cu_seqlens).astype(np.int64).reshape(-1)
+    lengths = np.diff(ends)
+    if ends.size == 0 or ends[0] != 0 or ends[-1] != rows or (lengths < 0).any():
+        got = np.array2string(ends, threshold=10)
+        raise ValueError(f"cu_seqlens must rise from 0 to the {rows} rows of qkv, got {got}")
+    quads, drop = mask_width(ends) // 4, threshold(rate)
+    if drop and rows * heads * quads > 2**32:
+        raise ValueError(f"a stream has 2**34 random words, but {rows} rows of {heads} heads draw {4 * quads} each")
+    tiles = -(-int(lengths.max(initial=0)) // ROWS)
+    return Plan(
+        rows,
+        heads,
+        size,
+        padded=next(padded for padded in HEAD_SIZES if size <= padded),
+        cu_seqlens=int32(cu_seqlens),
+        grid=min(lengths.size * heads * tiles, MOST_BLOCKS),
+        arguments=(
+            lengths.size, heads, size, tiles, size**-0.5, drop, 1 / (1 - rate), quads, cuda_stream(stream)
+        ),
+    )  # fmt: skip
+
+
+def _shared(size: int, *, tiles_of_rows: int, tiles_of_columns: int) -> int:
+    """Bytes of shared memory: these tiles of heads of `size`, one of scores, and two numbers of each column."""
+    columns = 64 if size <= 64 else 32
+    elements = (tiles_of_rows * ROWS + tiles_of_columns * columns) * (size + 4) + ROWS * (columns + 4) + 2 * columns
+    return 4 * elements
