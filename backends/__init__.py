@@ -15,10 +15,17 @@ from typing import NamedTuple
 from minibert.backends.base import Backend, BackendUnavailable
 from minibert.errors import UserError
 
-__all__ = ["MOST_THREADS", "Backend", "BackendUnavailable", "Status", "available", "get", "names", "set_num_threads"]
+__all__ = [
+    "MOST_THREADS", "Backend", "BackendUnavailable", "Status", "available", "get", "names", "set_num_threads", "usual",
+]  # fmt: skip
 
 GROUP = "minibert.backends"
-BUILT_IN = {"numpy": "minibert.backends.numpy_backend", "numba": "minibert.backends.numba_backend"}
+BUILT_IN = {
+    "numpy": "minibert.backends.numpy_backend",
+    "numba": "minibert.backends.numba_backend",
+    "cupy": "minibert.backends.cuda.cupy_backend",
+    "emulator": "minibert.backends.emulator.backend",
+}
 REMEDY = {"numba": "pip install numba scipy"}
 THREADS = "MINIBERT_NUM_THREADS"
 MOST_THREADS = 1024  # more is a slip of the keyboard
@@ -62,6 +69,8 @@ def _load(name: str) -> Backend:
         raise UserError(f"no backend is called {name!r}: choose one of {', '.join(names())}")
     try:
         found = import_module(BUILT_IN[name]).backend if name in BUILT_IN else _third_party()[name].load()
+    except BackendUnavailable as error:
+        raise BackendUnavailable(f"backend {name!r} cannot run here: {error}") from error
     except Exception as error:  # whatever the import of another package does: the other backends still run
         remedy = REMEDY.get(name, f"install what the package behind it needs ({error})")
         raise BackendUnavailable(f"backend {name!r} cannot run here: {error}; to mend it: {remedy}") from error
@@ -81,6 +90,12 @@ def available() -> list[Status]:
         except BackendUnavailable as error:
             found.append(Status(name, None, str(error)))
     return found
+
+
+def usual() -> list[Backend]:
+    """Every backend that runs here, but for those that must be named."""
+    found = [status.backend for status in available() if status.backend is not None]
+    return [backend for backend in found if not backend.only_if_named]
 
 
 def _threads(value: object, source: str) -> int:

@@ -11,13 +11,25 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from minibert.backends.blas import blas_threads, set_blas_threads
 from minibert.kernels.op import Array, Op, outputs
 
 Kernel = Callable[..., Any]
+NARROW = ("float16", "bfloat16")  # arithmetic is in float32, and what an op calls wide is stored in it too
 
 
 class BackendUnavailable(RuntimeError):
     """This backend cannot run here; the message says why and what would mend it."""
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """NumPy's dtype of that name; bfloat16 is ml_dtypes'. Raises BackendUnavailable where that is not installed."""
+    if name == "bfloat16":
+        try:
+            import_module("ml_dtypes")  # tells NumPy of it
+        except ImportError:
+            raise BackendUnavailable("bfloat16 arrays need ml_dtypes: pip install ml_dtypes") from None
+    return np.dtype(name)
 
 
 class Watcher(Protocol):
@@ -34,6 +46,9 @@ class Backend:
     `kernel_files` names the module of each op family that holds its kernels ("cpu": `kernels/softmax/cpu.py`); a
     function there that bears an op's name is that op's kernel. An op without one runs by its formula on `xp`.
     """
+
+    dtypes: tuple[str, ...] = ("float32", "float64")  # that its arrays may hold, the usual one first
+    only_if_named = False  # left out where commands take all backends: too slow, or not a real machine
 
     def __init__(self, name: str, xp: Any, kernel_files: str | None = None) -> None:
         self.name = name
@@ -151,6 +166,27 @@ class Backend:
     def finely_split(self) -> AbstractContextManager[None]:
         """A block in which kernels divide even the least work among threads: for checks of what happens in between."""
         return nullcontext()
+
+    def orders(self) -> Iterator[tuple[str, AbstractContextManager[Any]]]:
+        """Ways to divide and order the work of a kernel that must not change a bit of what it gives, with their names.
+
+        Each is a block in which work is done that way; here, by one, two and three threads.
+        """
+        for threads in (1, 2, 3):
+            yield f"{threads} thread{'s'[: threads > 1]}", self._divided_among(threads)
+
+    @contextmanager
+    def _divided_among(self, threads: int) -> Iterator[None]:
+        before, blas = self.num_threads(), blas_threads("numpy")
+        try:
+            self.set_num_threads(threads)
+            set_blas_threads("numpy", 1)  # whose bits depend on its threads
+            with self.finely_split():
+                yield
+        finally:
+            self.set_num_threads(before)
+            if blas:
+                set_blas_threads("numpy", blas)
 
     def describe(self) -> str:
         """Library, version and threads, for a table."""

@@ -136,7 +136,7 @@ def verdicts(op: Op, places: list[Backend], size: BertSize, dtype: str, seed: in
     for place in places:
         arrays = [place.asarray(a) for a in rounded(sample, dtype)]
         results = tuple(place.numpy(r) for r in outputs(place.run(op, *arrays, **sample.params)))
-        judgement = judge_against(expected, results, dtype)
+        judgement = judge_against(expected, results)
         problem = "" if judgement.ok else f"{op.name} on {place.name}: {judgement.problem or judgement.worst}"
         found.append((judgement.bound_share, judgement.ok, problem))
     return found

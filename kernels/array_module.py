@@ -2,8 +2,9 @@
 
 Formulas use these primitives and no others, so that whoever supplies another module gets another reading of them:
 operators + - * / ** @ and comparisons, indexing, `.shape .ndim .size`, the methods `sum mean max reshape swapaxes
-transpose`, the functions `exp log sqrt tanh erf maximum where concatenate broadcast_to segment_sum`, and any function
-on integers. `kernels/readings/reading.py` holds the same list for the other readings.
+transpose`, the functions `exp log sqrt tanh erf maximum where concatenate broadcast_to segment_sum stored`, and any
+function on integers. `stored(x)` is x: it marks what an implementation may keep in memory on the way, where arrays in
+16 bits lose digits. `kernels/readings/reading.py` holds the same list for the other readings.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ from minibert.kernels.op import Array
 
 
 class NumpyModule:
-    """NumPy plus `erf` and `segment_sum`."""
+    """NumPy plus `erf`, `segment_sum` and `stored`."""
 
     erf = staticmethod(special.erf)
+
+    @staticmethod
+    def stored(x: Array) -> Array:
+        return x
 
     @staticmethod
     def segment_sum(rows: Array, ids: Array, count: int) -> Array:

@@ -17,13 +17,11 @@ import numpy as np
 
 from minibert import backends as _backends
 from minibert.backends import Backend
-from minibert.backends.blas import blas_threads, set_blas_threads
 from minibert.errors import UserError
-from minibert.judge import Judgement, expect, judge, judge_against
+from minibert.judge import Judgement, expect, judge, judge_against, stored_as
 from minibert.kernels import OPS, Array, Op
 from minibert.kernels.op import outputs
 from minibert.kernels.readings import Bound, bounded_module, jvp
-from minibert.pretrained import DTYPES
 
 # <J v, w> and <v, vjp(w)> are equal in exact arithmetic. The gradient's own rounding is bounded by running error
 # analysis of the vjp in float64 (so that a gradient which cancels, as that of layer_norm over two columns, is judged by
@@ -89,7 +87,8 @@ def _inputs(op: Op, dtype: str, seed: int) -> tuple[Input, ...]:
     """The samples of one op, with their bounds: kept for the next checks of the same op."""
     made = []
     for number, (arrays, params) in enumerate(op.samples(np.random.default_rng(seed))):
-        rounded = tuple(np.asarray(a, dtype) if a.dtype.kind == "f" else np.asarray(a) for a in arrays)
+        kinds = stored_as(op, arrays, dtype)
+        rounded = tuple(np.asarray(a, kind) for a, kind in zip(arrays, kinds, strict=True))
         made.append(Input(number, rounded, dict(params), expect(op, rounded, params, dtype)))
     return tuple(made)
 
@@ -106,7 +105,7 @@ class Tally:
             self.worst[name] = max(self.worst[name] or 0.0, value)
 
     def judge(self, case: Case, one: Input, results: Iterable[Array], what: str = "") -> None:
-        judgement = judge_against(one.expected, case.download(results), case.dtype)
+        judgement = judge_against(one.expected, case.download(results))
         self.add(judgement, f"{_describe(one.number, one.arrays, one.params)}{what}")
 
     def add(self, judgement: Judgement, where: str) -> None:
@@ -201,26 +200,18 @@ def _no_views_but_the_formulas(case: Case, one: Input, arrays: Sequence[Array], 
                     raise Broken(f"{where}: output {k} lies in the memory of input {i}; the formula makes a new array")
 
 
-def thread_count(case: Case, tally: Tally) -> None:
-    """A kernel gives the same bits on one, two and three threads (BLAS, which does not, is held to one)."""
+def order_of_work(case: Case, tally: Tally) -> None:
+    """A kernel gives the same bits however its work is divided and ordered: threads of a CPU, blocks of a GPU."""
 
-    def run_on(threads: int, one: Input) -> tuple[np.ndarray, ...]:
-        case.backend.set_num_threads(threads)
-        set_blas_threads("numpy", 1)
-        with case.backend.finely_split():
-            return case.download(case.run(case.upload(one.arrays), one.params))
-
-    before, blas = case.backend.num_threads(), blas_threads("numpy")
-    try:
-        for one in case.inputs():
-            alone = run_on(1, one)
-            for threads in (2, 3):
-                _demand_same_bits(one, alone, run_on(threads, one), f"{threads} threads gave other bits than one")
-            tally.inputs += 1
-    finally:
-        case.backend.set_num_threads(before)
-        if blas:
-            set_blas_threads("numpy", blas)
+    for one in case.inputs():
+        first: tuple[str, tuple[np.ndarray, ...]] | None = None
+        for order, ordered in case.backend.orders():
+            with ordered:
+                results = case.download(case.run(case.upload(one.arrays), one.params))
+            if first is None:
+                first = order, results
+            _demand_same_bits(one, first[1], results, f"{order} gave other bits than {first[0]}")
+        tally.inputs += 1
 
 
 def gradient(case: Case, tally: Tally) -> None:
@@ -301,7 +292,7 @@ def gradient_rounding(case: Case, tally: Tally) -> None:
         where = _describe(one.number, one.arrays, one.params)
         arrays = case.upload(one.arrays)
         outs = case.run(arrays, one.params)
-        w = np.random.default_rng((case.seed, one.number)).standard_normal(outs[0].shape).astype(case.dtype)
+        w = np.random.default_rng((case.seed, one.number)).standard_normal(outs[0].shape).astype(outs[0].dtype)
         with case.backend.watched_by(watch):
             case.op.vjp(case.backend.run, case.backend.asarray(w), outs, *arrays, **one.params)
         tally.inputs += 1
@@ -320,7 +311,7 @@ def _demand_same_bits(one: Input, first: Sequence[np.ndarray], second: Sequence[
 CHECKS: dict[str, Callable[[Case, Tally], None]] = {
     check.__name__: check
     for check in (
-        follows_formula, strided_inputs, inputs_left_alone, deterministic, fresh_output, thread_count,
+        follows_formula, strided_inputs, inputs_left_alone, deterministic, fresh_output, order_of_work,
         gradient, gradient_rounding,
     )
 }  # fmt: skip
@@ -332,7 +323,7 @@ def applies(name: str, case: Case) -> bool:
         return case.op.vjp is not None and case.dtype == "float64"
     if name == "gradient_rounding":
         return case.op.vjp is not None and case.dtype != "float64"
-    if name == "thread_count":
+    if name == "order_of_work":
         return case.backend.by(case.op) == "kernel"
     return True
 
@@ -358,7 +349,8 @@ def planned(backend: Backend, op: Op, dtypes: Sequence[str] | None = None) -> It
     By default float32, and on the reference backend float64 as well.
     """
     asked = dtypes or (("float32", "float64") if backend.name == "numpy" else ("float32",))
-    for dtype in dict.fromkeys((*asked, "float64")):
+    always = ("float64",) if "float64" in backend.dtypes else ()
+    for dtype in dict.fromkeys((*asked, *always)):
         for name in CHECKS:
             if (dtype in asked or name in ("gradient", "follows_formula")) and applies(
                 name, Case(op, backend, dtype, 0)
@@ -377,14 +369,15 @@ def check(
     Raises UserError for an op or dtype that is not known, UserError for an unknown backend and BackendUnavailable for
     one that cannot run.
     """
-    for dtype in dtypes or ():
-        if dtype not in DTYPES:
-            raise UserError(f"expected dtype float32 or float64, got {dtype!r}")
     chosen = [find_op(op) for op in (OPS if ops is None else ops)]
     if backends is None:
-        places = [status.backend for status in _backends.available() if status.backend is not None]
+        places = _backends.usual()
     else:
         places = [_backends.get(b) if isinstance(b, str) else b for b in backends]
+    for dtype in dtypes or ():
+        for backend in places:
+            if dtype not in backend.dtypes:
+                raise UserError(f"backend {backend.name} has arrays of {', '.join(backend.dtypes)}: not {dtype!r}")
     for op in chosen:
         for backend in places:
             for name, dtype in planned(backend, op, dtypes):

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minibert.backends.base import NARROW, dtype_of
 from minibert.kernels.op import Array, Op, outputs
 from minibert.kernels.readings import PRECISIONS, Bound, bound
 
@@ -52,13 +53,23 @@ class Judgement(NamedTuple):
     unbounded: int  # elements of which the bound says nothing, being infinite: they count as right if finite
 
 
+def stored_as(op: Op, arrays: Sequence[Array], dtype: str) -> list[np.dtype[Any] | None]:
+    """In which dtype each input is given where arrays hold `dtype`; None for one that holds no floats."""
+    kept = [dtype_of("float32" if dtype in NARROW and i in op.wide_inputs else dtype) for i in range(len(arrays))]
+    return [k if a.dtype.kind == "f" else None for k, a in zip(kept, arrays, strict=True)]
+
+
 def expect(op: Op, arrays: Sequence[Array], params: Mapping[str, Any], dtype: str) -> list[Bound]:
     """What `op` should give on these NumPy arrays, with the bound for an evaluation in `dtype`.
 
+    In 16 bits arrays are stored, and results rounded once; arithmetic is in float32.
+
     For an op that writes in place: the arrays as they were before.
     """
-    widened = 1 + PRECISIONS["float64"].roundoff / PRECISIONS[dtype].roundoff
-    return [b._replace(error=b.error * widened) for b in bound(op, *arrays, precision=dtype, **params)]
+    precision, storage = ("float32", dtype) if dtype in NARROW else (dtype, None)
+    widened = 1 + PRECISIONS["float64"].roundoff / PRECISIONS[precision].roundoff
+    found = bound(op, *arrays, precision=precision, storage=storage, **params)
+    return [b._replace(error=b.error * widened) for b in found]
 
 
 def judge(op: Op, arrays: Sequence[Array], params: Mapping[str, Any], got: Any, dtype: str) -> Judgement:
@@ -66,49 +77,49 @@ def judge(op: Op, arrays: Sequence[Array], params: Mapping[str, Any], got: Any, 
 
     For an op that writes in place `arrays` are those from before the call, and `got` those that it wrote.
     """
-    return judge_against(expect(op, arrays, params, dtype), got, dtype)
+    return judge_against(expect(op, arrays, params, dtype), got)
 
 
-def judge_against(expected: Sequence[Bound], got: Any, dtype: str) -> Judgement:
+def judge_against(expected: Sequence[Bound], got: Any) -> Judgement:
     """The same, where what is expected is known already."""
     results = outputs(got)
-    problem = _problem(expected, results, dtype)
+    problem = _problem(expected, results)
     if problem:
         return Judgement(np.inf, np.inf, np.inf, False, None, problem, 0)
     ulp, over_us, share, unbounded, worst = 0.0, 0.0, 0.0, 0, None
     for k, (b, result) in enumerate(zip(expected, results, strict=True)):
         if not result.size:
             continue
-        off, allowed = _distance(b, result, dtype)
+        off, allowed = _distance(b, result)
         shares = _share(off, allowed)
         at = np.unravel_index(int(shares.argmax()), shares.shape)
         if worst is None or shares[at] > share:
             worst = Worst(k, tuple(map(int, at)), float(b.value[at]), float(result[at]), float(allowed[at]))
         share = max(share, float(shares[at]))
-        ulp = max(ulp, float((off / _ulp(b.value, dtype)).max()))
-        unit = np.maximum(PRECISIONS[dtype].roundoff * b.terms, PRECISIONS[dtype].tiny)
+        ulp = max(ulp, float((off / _ulp(b.value, b.dtype)).max()))
+        unit = np.maximum(PRECISIONS[b.dtype].roundoff * b.terms, PRECISIONS[b.dtype].tiny)
         over_us = max(over_us, float(_share(off, unit).max()))
         unbounded += int(np.isinf(allowed).sum())
     return Judgement(ulp, over_us, share, share <= 1, worst, "", unbounded)
 
 
-def _problem(expected: Sequence[Bound], results: tuple[Array, ...], dtype: str) -> str:
+def _problem(expected: Sequence[Bound], results: tuple[Array, ...]) -> str:
     if len(results) != len(expected):
         return f"expected {len(expected)} outputs, got {len(results)}"
     for k, (b, result) in enumerate(zip(expected, results, strict=True)):
         if result.shape != b.value.shape:
             return f"output {k}: expected shape {b.value.shape}, got {result.shape}"
-        if result.dtype != np.dtype(dtype):
-            return f"output {k}: expected dtype {dtype}, got {result.dtype}"
+        if result.dtype.name != b.dtype:
+            return f"output {k}: expected dtype {b.dtype}, got {result.dtype}"
     return ""
 
 
-def _distance(b: Bound, result: Array, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+def _distance(b: Bound, result: Array) -> tuple[np.ndarray, np.ndarray]:
     """|got - expected| and what is allowed; infinity and NaN must be where the formula has them, and nowhere else."""
     got = np.asarray(result, np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         same = (got == b.value) | (np.isnan(got) & np.isnan(b.value))
-        beyond = np.abs(b.value) + b.error > float(np.finfo(dtype).max)  # may overflow, to its own side
+        beyond = np.abs(b.value) + b.error > PRECISIONS[b.dtype].largest  # may overflow, to its own side
         same |= beyond & (got == np.copysign(np.inf, b.value))
         off = np.where(same, 0.0, np.abs(got - b.value))
     off = np.where(np.isnan(off), np.inf, off)

@@ -1,7 +1,7 @@
 """The driver of the CUDA backend that runs kernels on the CPU, and looks at every step they take.
 
-Its streams queue, as a GPU's do: nothing runs before somebody waits, so that host code which forgets to wait, or changes
-a buffer too early, shows. Memory that nobody has written holds NaN. Kernels run in a process of their own.
+Its streams queue, as a GPU's do: nothing runs before somebody waits, so that host code which forgets to wait, or
+changes a buffer too early, shows. Memory that nobody has written holds NaN. Kernels run in a process of their own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,8 +52,14 @@ class Settings:
     seed: int = 0  # of the random schedule, and of which stream goes first
 
 
-class Stream(deque[Callable[[], bool]]):
-    """Calls that wait for their turn; one that returns False has to wait for another stream."""
+class Call(NamedTuple):
+    """What waits for its turn in a stream; it runs again later where it returns False, to wait for another stream."""
+
+    run: Callable[[], bool]
+    moves_memory: bool  # not lost when a kernel before it fails: arrays that live on depend on it
+
+
+Stream = deque[Call]
 
 
 class EmulatorDriver:
@@ -72,7 +78,7 @@ class EmulatorDriver:
         self._default = Stream()
         self._streams = [self._default]
         self._current = self._default
-        self._captured: list[Callable[[], bool]] | None = None
+        self._captured: list[Call] | None = None
         self._taken = 0  # bytes of blocks
         self._end = PAGE  # of the part of the arena that has been given out
         self._blocks: dict[int, int] = {}  # address -> bytes
@@ -131,7 +137,7 @@ class EmulatorDriver:
                 self._holds[address] = nbytes
             return True
 
-        self._queue(run)
+        self._queue(run, moves_memory=True)
 
     def _bytes(self, address: int, nbytes: int) -> np.ndarray:
         start = address - self.process.base
@@ -145,7 +151,7 @@ class EmulatorDriver:
             self._written(address, buffer.nbytes)[...] = buffer
             return True
 
-        self._queue(run)
+        self._queue(run, moves_memory=True)
 
     def download(self, address: int, nbytes: int) -> np.ndarray:
         self.synchronize()
@@ -157,7 +163,7 @@ class EmulatorDriver:
             self._written(address, nbytes)[...] = byte
             return True
 
-        self._queue(run)
+        self._queue(run, moves_memory=True)
 
     def _written(self, address: int, nbytes: int) -> np.ndarray:
         """Memory that the host, or a library, is about to write."""
@@ -200,15 +206,15 @@ class EmulatorDriver:
         def run() -> bool:
             left, right = (self._operand(product, matrix, a) for matrix, a in ((product.a, True), (product.b, False)))
             result = np.matmul(left, right)
-            bytes_out = (
+            nbytes = (
                 (product.batch - 1) * product.out.batch_stride + product.m * product.n
             ) * product.dtype.itemsize
             if product.epilogue is not None:
                 result = result + self._vector(product.bias, product.n, product.dtype)
             if product.epilogue == "gelu":
-                self._store(product, product.before, bytes_out, result)
+                self._store(product, product.before, nbytes, result)
                 result = gelu_formula(numpy_module, result, approximate="tanh")
-            self._store(product, product.out.address, bytes_out, result)
+            self._store(product, product.out.address, nbytes, result)
             return True
 
         self._queue(run)
@@ -233,7 +239,8 @@ class EmulatorDriver:
 
     # ----------------------------------------------------------------------------------------------- streams
 
-    def _queue(self, call: Callable[[], bool]) -> None:
+    def _queue(self, run: Callable[[], bool], moves_memory: bool = False) -> None:
+        call = Call(run, moves_memory)
         if self._captured is not None:
             self._captured.append(call)
             return
@@ -250,14 +257,17 @@ class EmulatorDriver:
                 ready = [stream for stream in self._streams if stream]
                 self._random.shuffle(ready)
                 for stream in ready:
-                    if stream[0]():
+                    if stream[0].run():
                         stream.popleft()
                         break
                 else:
                     raise RuntimeError("streams wait for events that nothing will record")
         except BaseException:
             for stream in self._streams:
+                waiting = [call for call in stream if call.moves_memory]
                 stream.clear()
+                for call in waiting:
+                    call.run()
             raise
 
     def new_stream(self) -> Stream:
@@ -291,12 +301,12 @@ class EmulatorDriver:
     def begin_capture(self) -> None:
         self._captured = []
 
-    def end_capture(self) -> list[Callable[[], bool]]:
+    def end_capture(self) -> list[Call]:
         graph, self._captured = self._captured, None
         assert graph is not None
         return graph
 
-    def replay(self, graph: list[Callable[[], bool]]) -> None:
+    def replay(self, graph: list[Call]) -> None:
         self._current.extend(graph)
 
 

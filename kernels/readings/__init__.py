@@ -20,27 +20,27 @@ class Bound(NamedTuple):
     value: np.ndarray  # float64
     error: np.ndarray  # the hard bound on |computed - value|
     terms: np.ndarray  # S: the sum of the absolute values of the terms that were added on the way
+    dtype: str  # in which it is stored
 
 
 def bound(op: Op, *arrays: Array, precision: str = "float32", storage: str | None = None, **params: Any) -> list[Bound]:
     """The outputs of `op` in float64, each with its bound for an evaluation in `precision`.
 
-    `storage` (float16, bfloat16) adds the rounding of a result that is computed in `precision` and stored in fewer
-    bits. Float arrays are read as they are, already rounded to what the backend sees.
+    `storage` (float16, bfloat16) adds the rounding of what is computed in `precision` and stored in fewer bits: every
+    output but the op's `wide_outputs`, and what its formula calls `stored`. Float arrays are read as they are, already
+    rounded to what the backend sees.
     """
-    module = bounded_module(precision)
+    module = bounded_module(precision, storage)
     lift = module.reading.lift
     with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
         results = op.formula(
             module, *(lift(a) if a.dtype.kind == "f" else a for a in map(np.asarray, arrays)), **params
         )
     bounds = []
-    for result in map(lift, outputs(results)):
-        error = result.error
-        if storage is not None:
-            stored = PRECISIONS[storage]
-            error = error + stored.roundoff * (abs(result.value) + error) + stored.tiny
-        bounds.append(Bound(result.value, error, result.terms))
+    for k, result in enumerate(map(lift, outputs(results))):
+        wide = storage is None or k in op.wide_outputs
+        kept = result if wide else module.stored(result)
+        bounds.append(Bound(kept.value, kept.error, kept.terms, precision if wide else str(storage)))
     return bounds
 
 

@@ -31,21 +31,30 @@ class Precision(NamedTuple):
 
     roundoff: float
     tiny: float
+    largest: float
 
 
 PRECISIONS = {
-    "float64": Precision(2.0**-53, 2.0**-1022),
-    "float32": Precision(2.0**-24, 2.0**-126),
-    "float16": Precision(2.0**-11, 2.0**-14),
-    "bfloat16": Precision(2.0**-8, 2.0**-126),
+    "float64": Precision(2.0**-53, 2.0**-1022, (2 - 2.0**-52) * 2.0**1023),
+    "float32": Precision(2.0**-24, 2.0**-126, (2 - 2.0**-23) * 2.0**127),
+    "float16": Precision(2.0**-11, 2.0**-14, (2 - 2.0**-10) * 2.0**15),
+    "bfloat16": Precision(2.0**-8, 2.0**-126, (2 - 2.0**-7) * 2.0**127),
 }
 
 
 class Bounded(Reading):
-    """value, error, S; `precision` is set by `bounded_module`."""
+    """value, error, S; `precision` and `storage` are set by `bounded_module`."""
 
     width = 3
     precision: Precision
+    storage: Precision | None  # in which results, and what the formula calls `stored`, are kept
+
+    def stored(self) -> Self:
+        """What memory gives back: rounded, where it keeps fewer bits than the arithmetic has."""
+        if self.storage is None:
+            return self
+        own = self.storage.roundoff * (np.abs(self.value) + self.error) + self.storage.tiny
+        return type(self)(self.value, self.error + own, self.terms)
 
     @classmethod
     def lift(cls, x: Any) -> Self:
@@ -177,7 +186,19 @@ class Bounded(Reading):
         return slope(size), self.error * slope(np.maximum(size - self.error, 0))
 
 
+class BoundedModule(ReadingModule):
+    """With the rounding of what is `stored`."""
+
+    def stored(self, x: Any) -> Any:
+        return self.reading.lift(x).stored()
+
+
 @cache
-def bounded_module(precision: str) -> ReadingModule:
-    """The array module that bounds an evaluation in `precision`: float64, float32, float16 or bfloat16."""
-    return ReadingModule(type(f"Bounded_{precision}", (Bounded,), {"precision": PRECISIONS[precision]}))
+def bounded_module(precision: str, storage: str | None = None) -> ReadingModule:
+    """The array module that bounds an evaluation in `precision`: float64, float32, float16 or bfloat16.
+
+    `storage` (float16, bfloat16): in fewer bits is kept what the formula calls `stored`.
+    """
+    kept = None if storage is None else PRECISIONS[storage]
+    name = f"Bounded_{precision}" if storage is None else f"Bounded_{precision}_in_{storage}"
+    return BoundedModule(type(name, (Bounded,), {"precision": PRECISIONS[precision], "storage": kept}))

@@ -172,6 +172,9 @@ class ReadingModule:
         lifted = [self.reading.lift(a) for a in arrays]
         return self.reading(*(np.concatenate(parts, axis) for parts in zip(*(a.parts for a in lifted), strict=True)))
 
+    def stored(self, x: Any) -> Any:
+        return x
+
     def broadcast_to(self, x: Any, shape: tuple[int, ...]) -> Any:
         return x.each(lambda part: np.broadcast_to(part, shape))
 

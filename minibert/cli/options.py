@@ -46,11 +46,11 @@ def refuse_unwritable(*paths: Path | None) -> None:
 
 
 def chosen_backends(names: str | None, threads: int | None) -> list[Backend]:
-    """The backends of `a,b`, or every one that runs here. Raises UserError and BackendUnavailable."""
+    """The backends of `a,b`, or all that runs here and need not be named. Raises UserError and BackendUnavailable."""
     if threads is not None:
         backends.set_num_threads(threads)
     if names is None:
-        return [status.backend for status in backends.available() if status.backend is not None]
+        return backends.usual()
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted or len(set(wanted)) != len(wanted):
         raise UserError(f"--backends: expected names such as numpy,numba, each once, got {names!r}")
