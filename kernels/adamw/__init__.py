@@ -3,7 +3,7 @@
 Loshchilov and Hutter, "Decoupled weight decay regularization" (2019), algorithm 2; m^ = m / (1 - b1^t) and
 v^ = v / (1 - b2^t). One flat call for all parameters of a group; p, m and v are updated in place. s, a 0-d array,
 scales the gradient: it carries the clipping by global norm (Pascanu et al. 2013), min(1, max_norm / norm).
-adamw_shadow: the same, and `shadow`, the weights as the model uses them (stored in 16 bits on a GPU), becomes the new p.
+adamw_shadow: the same, and `shadow`, the weights as the model uses them (in 16 bits on a GPU), becomes the new p.
 square_norm: sum x^2; clip_scale: s = min(1, max_norm / sqrt(square norm)).
 """
 
@@ -32,9 +32,8 @@ def _adamw(
 
 def _adamw_shadow(
     xp: Any, shadow: Array, param: Array, grad: Array, exp_avg: Array, exp_avg_sq: Array, grad_scale: Array,
-    *, lr: float, step: int, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01,
+    **numbers: Any,
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
-    numbers = {"lr": lr, "step": step, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
     param, exp_avg, exp_avg_sq = _adamw(xp, param, grad, exp_avg, exp_avg_sq, grad_scale, **numbers)
     return param, param, exp_avg, exp_avg_sq
 

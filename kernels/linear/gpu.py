@@ -1,0 +1,26 @@
+"""Products by the device's library, bias and the tanh form of GELU in its epilogue where it has one."""
+
+from __future__ import annotations
+
+from minibert.kernels.activation.gpu import gelu
+from minibert.kernels.gpu_launch import Array, contiguous
+from minibert.kernels.op import library
+
+
+@library
+def matmul(a: Array, b: Array) -> Array:
+    return a.device.gemm(a, b)
+
+
+@library
+def linear(x: Array, weight: Array, bias: Array) -> Array:
+    bias = contiguous(bias, weight.shape[:1], "bias")
+    return x.device.gemm(x, weight.swapaxes(0, 1), bias=bias, epilogue="bias")
+
+
+def linear_gelu(x: Array, weight: Array, bias: Array, *, approximate: str = "none") -> tuple[Array, Array]:
+    if approximate == "tanh" and x.itemsize == 2:  # in float32, tanhf: the library states no error of its own
+        bias = contiguous(bias, weight.shape[:1], "bias")
+        return x.device.gemm(x, weight.swapaxes(0, 1), bias=bias, epilogue="gelu")
+    before = linear(x, weight, bias)
+    return gelu(before, approximate=approximate), before
