@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(STEP_THREADS)
     }
 }
 
-// -------------------------------------------------------------------------------------------------------- gradient norm
+// ------------------------------------------------------------------------------------------------------ gradient norm
 
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     square_norm_chunks(const Storage* __restrict__ x, float* __restrict__ partial, long long count,

@@ -35,7 +35,7 @@ def _cross_entropy(xp: Any, logits: Array, labels: Array) -> tuple[Array, Array]
 
 
 def _linear_cross_entropy(xp: Any, x: Array, weight: Array, bias: Array, labels: Array) -> tuple[Array, Array]:
-    return _cross_entropy(xp, x @ weight.swapaxes(0, 1) + bias, labels)
+    return _cross_entropy(xp, xp.stored(x @ weight.swapaxes(0, 1) + bias), labels)
 
 
 def _linear_cross_entropy_vjp(

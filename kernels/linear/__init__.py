@@ -22,7 +22,7 @@ def _linear(xp: Any, x: Array, weight: Array, bias: Array) -> Array:
 
 
 def _linear_gelu(xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str = "none") -> tuple[Array, Array]:
-    before = x @ weight.swapaxes(0, 1) + bias
+    before = xp.stored(x @ weight.swapaxes(0, 1) + bias)
     return gelu_formula(xp, before, approximate=approximate), before
 
 
