@@ -11,6 +11,7 @@
 constexpr int STEP_THREADS = 256;
 constexpr int NORM_THREADS = 256;
 constexpr int TOTAL_THREADS = 1024;
+constexpr int NUMBER_THREADS = 32;
 
 // ------------------------------------------------------------------------------------------------------------- AdamW
 
@@ -128,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(TOTAL_THREADS)
     if (threadIdx.x == 0) *square_norm = total;
 }
 
-extern "C" __global__ void __launch_bounds__(WARP)
+extern "C" __global__ void __launch_bounds__(NUMBER_THREADS)
     clip_scale_elements(const float* __restrict__ square_norm, float* __restrict__ scale, int count, float max_norm) {
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) {
         const float ratio = max_norm / (sqrtf(square_norm[i]) + 1e-6f);
