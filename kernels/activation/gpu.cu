@@ -1,8 +1,8 @@
 // gelu (erf and tanh form), relu, tanh and their gradients: y = f(x), dx = f(g, x), element by element.
 //
 //   relu, relu_grad, tanh_grad   a comparison or two products: memory bandwidth bounds them
-//   tanh, gelu_*, gelu_*_grad    some 20 to 60 instructions an element: bandwidth in float32; in 16 bits, where each byte
-//                                brings twice as many elements, arithmetic is not far behind
+//   tanh, gelu_*, gelu_*_grad    some 20 to 60 instructions an element: bandwidth in float32; in 16 bits a byte brings
+//                                twice as many elements, and arithmetic is not far behind
 
 #include "gpu_packs.cuh"
 

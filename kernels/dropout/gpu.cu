@@ -1,6 +1,6 @@
 // dropout: y = x * scale where the element's Philox word reaches `limit`, else 0.
 //
-// A Philox block gives the words of four neighbours, so a pack of 16 bytes takes one block in float32 and two in 16 bits:
+// A Philox block gives the words of four neighbours: a pack of 16 bytes takes one block in float32 and two in 16 bits,
 // about a dozen integer instructions an element. Memory bandwidth bounds it in float32; in 16 bits arithmetic is close.
 
 #include "gpu_packs.cuh"
