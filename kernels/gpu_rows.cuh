@@ -35,21 +35,22 @@ __device__ __forceinline__ void store_part(Storage* p, int left, bool aligned, c
     }
 }
 
-// A lane's packs of the row that begins at `row`: one branch for all of them, so that their loads are all in flight.
-template <int PACKS>
+// A thread's packs of the row that begins at `row`, shared out to teams of TEAM threads. One branch for all of them, so
+// that all their loads are in flight.
+template <int TEAM, int PACKS>
 __device__ __forceinline__ void load_row(const Storage* row, int columns, bool aligned, float fill,
                                          float (&values)[PACKS][PACK]) {
-    int lane = threadIdx.x % WARP;
+    int thread = threadIdx.x % TEAM;
     if (aligned) {
 #pragma unroll
         for (int k = 0; k < PACKS; ++k) {
-            int column = (k * WARP + lane) * PACK;
+            int column = (k * TEAM + thread) * PACK;
             load_part(row + column, columns - column, true, fill, values[k]);
         }
     } else {
 #pragma unroll
         for (int k = 0; k < PACKS; ++k) {
-            int column = (k * WARP + lane) * PACK;
+            int column = (k * TEAM + thread) * PACK;
             load_part(row + column, columns - column, false, fill, values[k]);
         }
     }

@@ -107,11 +107,18 @@ def _bench(grad: bool, add: bool) -> Any:
     return bench
 
 
-layer_norm_grad = Op("layer_norm_grad", _layer_norm_grad, samples=_grad_samples, bench=_bench(grad=True, add=False))
-layer_norm = Op("layer_norm", _layer_norm, samples=_samples, bench=_bench(grad=False, add=False), vjp=_layer_norm_vjp)
+layer_norm_grad = Op(
+    "layer_norm_grad", _layer_norm_grad, samples=_grad_samples, bench=_bench(grad=True, add=False), wide_inputs=(3, 4)
+)
+layer_norm = Op(
+    "layer_norm", _layer_norm, samples=_samples, bench=_bench(grad=False, add=False), vjp=_layer_norm_vjp,
+    wide_outputs=(1, 2),
+)  # fmt: skip
 add_layer_norm_grad = Op(
-    "add_layer_norm_grad", _add_layer_norm_grad, samples=_add_grad_samples, bench=_bench(grad=True, add=True)
-)
+    "add_layer_norm_grad", _add_layer_norm_grad, samples=_add_grad_samples, bench=_bench(grad=True, add=True),
+    wide_inputs=(3, 4),
+)  # fmt: skip
 add_layer_norm = Op(
-    "add_layer_norm", _add_layer_norm, samples=_add_samples, bench=_bench(grad=False, add=True), vjp=_add_layer_norm_vjp
-)
+    "add_layer_norm", _add_layer_norm, samples=_add_samples, bench=_bench(grad=False, add=True),
+    vjp=_add_layer_norm_vjp, wide_outputs=(2, 3),
+)  # fmt: skip

@@ -30,7 +30,7 @@ __device__ __forceinline__ void softmax_by_warps(const Storage* __restrict__ x, 
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             int present = first + r < rows ? columns : 0;  // of a row after the last one: nothing
-            load_row<PACKS>(x + (first + r) * columns, present, aligned, minus_infinity(), values[r]);
+            load_row<WARP, PACKS>(x + (first + r) * columns, present, aligned, minus_infinity(), values[r]);
         }
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
@@ -88,8 +88,8 @@ __device__ __forceinline__ void softmax_grad_by_warps(const Storage* __restrict_
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             int present = first + r < rows ? columns : 0;
-            load_row<PACKS>(g + (first + r) * columns, present, aligned, 0.0f, gradient[r]);
-            load_row<PACKS>(y + (first + r) * columns, present, aligned, 0.0f, value[r]);
+            load_row<WARP, PACKS>(g + (first + r) * columns, present, aligned, 0.0f, gradient[r]);
+            load_row<WARP, PACKS>(y + (first + r) * columns, present, aligned, 0.0f, value[r]);
         }
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
