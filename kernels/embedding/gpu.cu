@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 load_pack(second + j, b);
                 load_pack(third + j, c);
 #pragma unroll
-                for (int i = 0; i < PACK; ++i) a[i] += b[i] + c[i];
+                for (int i = 0; i < PACK; ++i) a[i] = a[i] + b[i] + c[i];
                 store_pack(out + j, a);
             }
         } else {
