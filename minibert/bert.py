@@ -23,7 +23,7 @@ from minibert.kernels.softmax import softmax
 from minibert.kernels.view import concatenate
 from minibert.nn import Embedding, LayerNorm, Linear, Module, Parameter, Place, embed
 from minibert.outputs import Batch, BertOutput, MaskedLMOutput, PreTrainingOutput
-from minibert.packing import pack, sentence_labels
+from minibert.packing import Packed, pack, sentence_labels
 from minibert.pretrained import PreTrained
 from minibert.tensor import Tensor, apply
 
@@ -191,11 +191,13 @@ class BertModel(PreTrained):
         *, cu_seqlens: Any = None, labels: Any = None, output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> BertOutput:  # fmt: skip
-        """Encode (B, T) padded ids with their mask, or (N,) packed ids with `cu_seqlens`.
+        """Encode (B, T) padded ids with their mask, (N,) packed ids with `cu_seqlens`, or a `Packed` batch alone.
 
         Raises UserError for shapes that do not match and for ids that are out of range.
         """
-        packed = pack(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels, cu_seqlens)
+        packed = input_ids
+        if not isinstance(packed, Packed):
+            packed = pack(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels, cu_seqlens)
         batch = Batch(packed, self.place, Stream(self.seed, 0, self.step, 0) if self.training else None)
         self.step += self.training
         attentions: list[Tensor] | None = [] if output_attentions else None
@@ -249,7 +251,7 @@ class BertForMaskedLM(PreTrained):
         encoded = self.bert(input_ids, attention_mask, token_type_ids, position_ids, labels=labels, **options)
         out = self.output.of(encoded, self.cls)
         if encoded._batch.packed.labels is not None:
-            out.loss = out.masked_lm_loss(encoded._batch.packed.labels)
+            out.loss = out.masked_lm_loss()
         return out
 
 

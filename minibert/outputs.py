@@ -111,17 +111,16 @@ class MaskedLMOutput(BertOutput):
             return apply(linear, self.transformed(index), *self.decoder())
 
     def transformed(self, index: np.ndarray) -> Tensor:  # (M,) rows -> (M, C)
-        rows = self._batch.integers(index.astype(np.int32))
+        rows = self._batch.integers(index.astype(np.int32, copy=False))
         return self.heads.predictions.transform(apply(gather_rows, self._layers[-1], rows))
 
-    def masked_lm_loss(self, labels: np.ndarray) -> Tensor:
+    def masked_lm_loss(self) -> Tensor:
         """Cross entropy on the positions that have a label: the head runs on no others."""
-        index = np.flatnonzero(labels != IGNORE)
-        if not len(index):
+        packed = self._batch.packed
+        if packed.predicted is None or packed.targets is None or not len(packed.predicted):
             raise UserError(f"labels: expected at least one position to predict, but every label is {IGNORE}")
-        return apply(
-            linear_cross_entropy, self.transformed(index), *self.decoder(), self._batch.integers(labels[index])
-        )
+        targets = self._batch.integers(packed.targets)
+        return apply(linear_cross_entropy, self.transformed(packed.predicted), *self.decoder(), targets)
 
 
 class PreTrainingOutput(MaskedLMOutput):

@@ -23,6 +23,8 @@ class Packed(NamedTuple):
     labels: np.ndarray | None  # (N,), -100 where nothing is predicted
     rows: np.ndarray | None  # (N,), None where the batch came packed
     padded_shape: tuple[int, int] | None  # (B, T)
+    predicted: np.ndarray | None = None  # (M,) the rows that have a label
+    targets: np.ndarray | None = None  # (M,) their labels
 
     @property
     def first_rows(self) -> np.ndarray:
@@ -110,11 +112,58 @@ def _checked(config: BertConfig, packed: Packed) -> Packed:
     _within("token_type_ids", packed.token_type_ids, config.type_vocab_size, "token types (type_vocab_size)")
     if packed.labels is not None:
         _within("labels", packed.labels[packed.labels != IGNORE], config.vocab_size, "the vocabulary (vocab_size)")
+    if packed.labels is not None:
+        predicted = np.flatnonzero(packed.labels != IGNORE).astype(np.int32)
+        packed = packed._replace(predicted=predicted, targets=packed.labels[predicted].astype(np.int32))
     return packed._replace(
         input_ids=packed.input_ids.astype(np.int32),
         position_ids=packed.position_ids.astype(np.int32),
         token_type_ids=packed.token_type_ids.astype(np.int32),
     )
+
+
+class FixedShape(NamedTuple):
+    """The axes that a captured step depends on."""
+
+    tokens: int  # N
+    sequences: int  # B
+    predicted: int  # M
+    longest: int  # tokens of the longest sequence
+
+
+def in_fixed_shape(packed: Packed, tokens: int, pad_id: int) -> tuple[Packed, FixedShape]:
+    """A batch of at most `tokens` tokens filled up, so that few shapes serve all batches; nothing that counts changes.
+
+    Sequences of `pad_id` follow the real ones (no other sees them), then empty ones up to a multiple of 8; to the
+    predicted rows come row 0 again, with the label that counts for nothing, up to a multiple of 32.
+    """
+    lengths = np.diff(packed.cu_seqlens)
+    longest, missing = int(lengths.max()), tokens - len(packed.input_ids)
+    more = [min(longest, missing - start) for start in range(0, missing, longest)]
+    empty = -(len(lengths) + len(more)) % 8
+    lengths = np.concatenate([lengths, more, np.zeros(empty)]).astype(np.int32)
+    columns = np.concatenate([np.arange(n) for n in more]) if more else np.zeros(0)
+    zeros = np.zeros(missing)
+
+    def longer(values: np.ndarray, fill: np.ndarray) -> np.ndarray:
+        return np.concatenate([values, fill]).astype(values.dtype)
+
+    filled = packed._replace(
+        input_ids=longer(packed.input_ids, zeros + pad_id),
+        position_ids=longer(packed.position_ids, columns),
+        token_type_ids=longer(packed.token_type_ids, zeros),
+        cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+    )
+    count = 0
+    if packed.labels is not None and packed.predicted is not None and packed.targets is not None:
+        fill = np.zeros(-len(packed.predicted) % 32)
+        filled = filled._replace(
+            labels=longer(packed.labels, zeros + IGNORE),
+            predicted=longer(packed.predicted, fill),
+            targets=longer(packed.targets, fill + IGNORE),
+        )
+        count = len(packed.predicted) + len(fill)
+    return filled, FixedShape(tokens, len(lengths), count, longest)
 
 
 def sentence_labels(given: Any, count: int) -> np.ndarray:

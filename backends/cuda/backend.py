@@ -11,11 +11,12 @@ import numpy as np
 from minibert.backends.base import Backend
 from minibert.backends.cuda.array import DeviceArray, NotOnDevice, ghost
 from minibert.backends.cuda.driver import Driver
+from minibert.backends.cuda.graph import Capture, LiveInt
 from minibert.backends.cuda.pool import HostBuffers, Pool
 from minibert.backends.cuda.product import multiply
 from minibert.errors import UserError
 from minibert.kernels.array_module import numpy_module
-from minibert.kernels.gpu_launch import CudaKernel
+from minibert.kernels.gpu_launch import CudaKernel, on_host
 from minibert.kernels.op import Array, Op, outputs
 from minibert.kernels.view.gpu import copy_strided
 
@@ -63,7 +64,7 @@ class CudaBackend(Backend):
         self.pool = Pool(driver)
         self.host_buffers = HostBuffers(driver)
         self.product_mode = PRODUCT_MODES[0]
-        self.capture: Any = None  # the graph that is being captured, see graph.py
+        self.capture: Capture | None = None  # the graph that is being captured
         self._op = "an array"  # that runs now: for errors
 
     # --------------------------------------------------------------------------------------------------- ops
@@ -136,17 +137,19 @@ class CudaBackend(Backend):
             return self.asarray(self.numpy(x), dtype)
         host = np.asarray(x, dtype=dtype)
         made = self.empty(host.shape, host.dtype)
+        capturing = self.capture is not None  # then the buffer stays with the graph, which reads it again
+        size = max(1, host.nbytes)
+        buffer = self.driver.host_buffer(size) if capturing else self.host_buffers.take(size)
         if host.size:
-            buffer = self.host_buffers.take(host.nbytes)
             np.copyto(buffer[: host.nbytes].view(host.dtype).reshape(host.shape), host)
             self.driver.upload(buffer[: host.nbytes], made.address)
-            if self.capture is not None:
-                self.capture.uploads(buffer[: host.nbytes], x)
-            else:
-                self.host_buffers.give_back(buffer)
         if host.dtype.kind in "iub":
             made.host = host.copy()
             made.host.flags.writeable = False
+        if capturing:
+            self.capture.uploaded(buffer[: host.nbytes], x, made.host)
+        else:
+            self.host_buffers.give_back(buffer)
         return made
 
     def numpy(self, x: Any) -> np.ndarray:
@@ -164,10 +167,39 @@ class CudaBackend(Backend):
             raise TypeError(f"expected {target.dtype}, got {source.dtype}: convert with backend.asarray(x, dtype)")
         copy_strided(source.broadcast_to(target.shape), target)
 
+    def derived(self, compute: Callable[..., np.ndarray], *sources: Any) -> DeviceArray:
+        """compute(*sources) by the host, uploaded; the sources are integers that came from the host, or numbers.
+
+        In a captured graph it is computed anew for each replay, so its shape must follow from theirs alone.
+        """
+        if self.capture is not None:
+            return self.capture.derived(compute, sources)
+        return self.asarray(compute(*(on_host(s) if isinstance(s, DeviceArray) else s for s in sources)))
+
     def live_floats(self, compute: Callable[..., np.ndarray], *numbers: Any) -> tuple[np.ndarray, DeviceArray | None]:
         """compute(*numbers), float32; in a captured graph also where a kernel reads them anew at each replay."""
-        values = np.asarray(compute(*numbers), np.float32)
-        return values, None if self.capture is None else self.capture.live_floats(compute, numbers)
+        return compute(*numbers), None if self.capture is None else self.capture.derived(compute, numbers)
+
+    @contextmanager
+    def capturing(self) -> Iterator[Capture]:
+        """Record what is queued in the block, to be replayed; nothing of it runs yet."""
+        if self.capture is not None:
+            raise RuntimeError("a graph is being captured already")
+        capture, outer = Capture(self), self.pool
+        self.capture, self.pool = capture, capture.pool
+        self.driver.begin_capture()
+        try:
+            yield capture
+        finally:
+            capture.graph = self.driver.end_capture()
+            self.capture, self.pool = None, outer
+
+    def live_int(self, value: int) -> LiveInt:
+        """A number for the graph that is being captured, to be changed (`current`) before each replay."""
+        live = LiveInt(value)
+        live.current = value
+        live.array = self.capture.derived(lambda n: np.array(n, np.uint32), (live,))
+        return live
 
     # ---------------------------------------------------------------------------------------------- the rest
 

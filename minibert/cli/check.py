@@ -14,6 +14,14 @@ from minibert.backends import MOST_THREADS
 from minibert.check import CheckResult, check, find_op
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
+from minibert.cli.emulator import (
+    GDB_HELP,
+    SANITIZE_HELP,
+    SCHEDULES_HELP,
+    TRAFFIC_HELP,
+    emulator_options,
+    traffic_table,
+)
 from minibert.cli.kernels import HELP, load_kernels
 from minibert.cli.options import chosen_backends, console, notes, plain_table
 from minibert.errors import UserError
@@ -26,10 +34,14 @@ def check_command(
     backend: str = typer.Option(
         None, "--backend", "--backends", help="Backends to check, as in numpy,numba; default: all."
     ),
-    dtype: str = typer.Option(None, help="float32 or float64; default: float32, and on numpy both."),
+    dtype: str = typer.Option(None, help="As in float32,bfloat16; default: float32, and on numpy float64 too."),
     kernel: list[str] = typer.Option([], help=HELP),
     seed: int = typer.Option(0, min=0, help="Seed of the inputs."),
     threads: int = typer.Option(None, min=1, max=MOST_THREADS, help="Threads of every backend."),
+    schedules: str = typer.Option(None, help=SCHEDULES_HELP),
+    sanitize: bool = typer.Option(True, help=SANITIZE_HELP),
+    traffic: bool = typer.Option(False, help=TRAFFIC_HELP),
+    gdb: str = typer.Option(None, metavar="FILE:LINE", help=GDB_HELP),
 ) -> int:
     """Check every op on every backend against its formula in float64, and every gradient against the exact derivative.
 
@@ -44,15 +56,21 @@ def check_command(
             f"--kernel replaces {', '.join(o.name for o in kernels)}, but only {', '.join(names)} is checked"
         )
     results: list[CheckResult] = []
+    dtypes = [name.strip() for name in dtype.split(",")] if dtype else None
     with ExitStack() as stack:
+        emulator = stack.enter_context(emulator_options(compared, schedules, sanitize, traffic, gdb))
         status = stack.enter_context(notes.status("checking"))
         stack.enter_context(show_compiling(status.update))
         for place in compared:
             stack.enter_context(place.using(kernels))
-        for result in check(ops, compared, None if dtype is None else [dtype], seed):
+        for result in check(ops, compared, dtypes, seed):
             results.append(result)
             status.update(f"checking {result.op} on {result.backend} in {result.dtype}: {result.check}")
+        if traffic:
+            counted = traffic_table(emulator.emulator)
     console.print(_table(results))
+    if traffic:
+        console.print(counted)
     failed = [r for r in results if not r.ok]
     for result in failed:
         again = "".join(f" --kernel {spec}" for spec in kernel) + (f" --threads {threads}" if threads else "")

@@ -1,0 +1,127 @@
+"""A piece of work recorded once and queued again in one call: a CUDA graph, with the numbers that change each time.
+
+Addresses, sizes and launches are those of the recording. What differs from one replay to the next is uploaded: arrays
+that came from the host, what the host derives from them, and numbers (a step, a learning rate).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from minibert.backends.cuda.array import DeviceArray
+from minibert.backends.cuda.pool import Pool
+
+if TYPE_CHECKING:
+    from minibert.backends.cuda.backend import CudaBackend
+
+
+class LiveInt(int):
+    """A whole number that a captured graph reads anew at each replay; everywhere else it is the one of its making.
+
+    `array` holds it on the device, as uint32.
+    """
+
+    current: int
+    array: DeviceArray
+
+    @property
+    def address(self) -> int:
+        return self.array.address
+
+
+class LiveFloat(float):
+    """The same for a float that the host computes with: a learning rate."""
+
+    current: float
+
+
+class Upload(NamedTuple):
+    buffer: np.ndarray  # what the graph reads at each replay
+    given: np.ndarray  # the array as the caller had it: how a replay finds the new one
+    host: np.ndarray | None  # the copy that the device array remembers
+
+
+class Derived(NamedTuple):
+    buffer: np.ndarray
+    compute: Callable[..., np.ndarray]
+    sources: tuple[Any, ...]  # an Upload, or a number
+
+
+class Capture:
+    """What was queued within `with backend.capturing() as capture:`, to be replayed."""
+
+    def __init__(self, backend: CudaBackend) -> None:
+        self.backend = backend
+        self.pool = Pool(backend.driver)  # its blocks belong to the graph as long as that lives
+        self.graph: Any = None
+        self._uploads: list[Upload] = []
+        self._derived: list[Derived] = []
+        self._inputs: list[tuple[Upload, str]] = []
+
+    def uploaded(self, buffer: np.ndarray, given: Any, host: np.ndarray | None) -> None:
+        """The graph reads `buffer` where `given` was uploaded."""
+        self._uploads.append(Upload(buffer, np.asarray(given), host))
+
+    def derived(self, compute: Callable[..., np.ndarray], sources: Sequence[Any]) -> DeviceArray:
+        """compute(*sources) on the device, computed again at each replay; sources are uploaded arrays, or numbers."""
+        found = tuple(self._upload_of(s) if isinstance(s, DeviceArray) else s for s in sources)
+        values = compute(*map(_value, found))
+        made = self.backend.empty(values.shape, values.dtype)
+        buffer = self.backend.driver.host_buffer(max(1, values.nbytes))[: values.nbytes]
+        buffer[...] = values.reshape(-1).view(np.uint8)
+        if buffer.size:
+            self.backend.driver.upload(buffer, made.address)
+        self._derived.append(Derived(buffer, compute, found))
+        return made
+
+    def _upload_of(self, array: DeviceArray) -> Upload:
+        for upload in self._uploads:
+            if upload.host is not None and array.host is not None and _same_memory(upload.host, array.host):
+                return upload
+        raise ValueError("a graph derives numbers from arrays that were uploaded within it; this one was not")
+
+    def bind(self, inputs: Mapping[str, Any]) -> None:
+        """Say which uploads are inputs, by name, so that a replay can give new ones.
+
+        Raises ValueError for integers that were uploaded and are no input: each replay would use the old ones.
+        """
+        for upload in self._uploads:
+            names = [name for name, value in inputs.items() if _same_memory(upload.given, value)]
+            if names:
+                self._inputs.append((upload, names[0]))
+            elif upload.given.dtype.kind in "iub":
+                raise ValueError(
+                    f"{upload.given.dtype} of shape {upload.given.shape} was uploaded within a graph, and is none of "
+                    f"its inputs ({', '.join(inputs)}): every replay would repeat it"
+                )
+
+    def replay(self, inputs: Mapping[str, Any]) -> None:
+        """Queue the work again, on new inputs of the same shapes. Nothing of the last replay may still be queued."""
+        current: dict[int, np.ndarray] = {}
+        for upload, name in self._inputs:
+            value = np.asarray(inputs[name])
+            if value.shape != upload.given.shape:
+                raise ValueError(f"a graph of {name} {upload.given.shape} was given {value.shape}")
+            upload.buffer.view(upload.given.dtype)[...] = value.reshape(-1)
+            current[id(upload)] = value
+        for derived in self._derived:
+            values = derived.compute(*(current.get(id(s), _value(s)) for s in derived.sources))
+            derived.buffer[...] = values.reshape(-1).view(np.uint8)
+        self.backend.driver.replay(self.graph)
+
+
+def _value(source: Any) -> Any:
+    """What to compute with now."""
+    return source.given if isinstance(source, Upload) else getattr(source, "current", source)
+
+
+def _same_memory(a: Any, b: Any) -> bool:
+    return (
+        isinstance(a, np.ndarray)
+        and isinstance(b, np.ndarray)
+        and a.size == b.size
+        and a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+    )

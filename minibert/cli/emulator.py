@@ -1,0 +1,64 @@
+"""Options of commands that run on the emulator: in which order, what to look for, where to stop, what to count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.table import Table
+
+from minibert.backends import Backend
+from minibert.cli.options import plain_table
+from minibert.errors import UserError
+
+NAME = "emulator"
+SCHEDULES_HELP = "Emulator: orders of blocks, warps and lanes, as in forward,reverse,random; default: all three."
+SANITIZE_HELP = "Emulator: look for races, bounds, unwritten memory, divergent barriers; default: yes."
+TRAFFIC_HELP = "Emulator: show the sectors and bank conflicts of each line of the kernels."
+GDB_HELP = "Emulator: stop in a kernel at FILE:LINE, as in softmax/gpu.cu:41, under gdb."
+
+
+@contextmanager
+def emulator_options(
+    places: Sequence[Backend], schedules: str | None, sanitize: bool, traffic: bool, gdb: str | None
+) -> Iterator[Any]:
+    """Set the emulator up for the length of a `with` block, and give its backend; None where it is not among `places`.
+
+    Raises UserError for a schedule that is not known, and for options where there is no emulator.
+    """
+    backend: Any = next((place for place in places if place.name == NAME), None)
+    if backend is None:
+        if schedules or traffic or gdb or not sanitize:
+            raise UserError("--schedules, --no-sanitize, --traffic and --gdb go with --backend emulator")
+        yield None
+        return
+    from minibert.backends.emulator.driver import SCHEDULES
+
+    chosen = [name.strip() for name in schedules.split(",")] if schedules else list(SCHEDULES)
+    if not set(chosen) <= set(SCHEDULES):
+        raise UserError(f"--schedules: expected some of {','.join(SCHEDULES)}, got {schedules!r}")
+    driver, before = backend.emulator, backend.schedules
+    backend.schedules = chosen
+    driver.gdb = gdb
+    try:
+        with driver.set(sanitize=sanitize, traffic=traffic, schedule=chosen[0]):
+            driver.traffic.clear()
+            yield backend
+    finally:
+        backend.schedules = before
+
+
+def traffic_table(driver: Any) -> Table:
+    """A row for each line of a kernel that touches memory: the most wasteful first."""
+    table = plain_table("line", "space", "access", "requests", "bytes", "sectors", "ideal", "wasted", "bank conflicts")
+    lines = sorted(driver.traffic.values(), key=lambda t: (t.ideal_sectors - t.sectors, t.file, t.line))
+    for t in lines:
+        shared = t.space == "shared"
+        wasted = "" if shared or not t.sectors else f"{1 - t.ideal_sectors / t.sectors:.0%}"
+        table.add_row(
+            f"{t.file}:{t.line}", t.space, t.access, str(t.requests), str(t.bytes),
+            "" if shared else str(t.sectors), "" if shared else str(t.ideal_sectors), wasted,
+            f"{t.bank_conflict_ways:.2g} ways" if shared else "",
+        )  # fmt: skip
+    return table
