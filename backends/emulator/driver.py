@@ -20,7 +20,7 @@ import numpy as np
 import minibert.kernels
 from minibert.backends.cuda.driver import ALIGNMENT, DeviceMemoryExhausted, Matrix, Product
 from minibert.backends.emulator.findings import Finding, TrafficLine
-from minibert.backends.emulator.process import EmulatorProcess
+from minibert.backends.emulator.process import EmulatorCrash, EmulatorProcess
 from minibert.backends.emulator.toolchain import compile_kernels, compiler
 from minibert.kernels.activation import gelu_formula
 from minibert.kernels.array_module import numpy_module
@@ -155,7 +155,6 @@ class EmulatorDriver:
 
     def download(self, address: int, nbytes: int) -> np.ndarray:
         self.synchronize()
-        self.process.flush()
         return self._bytes(address, nbytes).copy()
 
     def fill(self, address: int, nbytes: int, byte: int) -> None:
@@ -168,7 +167,6 @@ class EmulatorDriver:
     def _written(self, address: int, nbytes: int) -> np.ndarray:
         """Memory that the host, or a library, is about to write."""
         self.process.region(address, nbytes, "written")
-        self.process.flush()
         return self._bytes(address, nbytes)
 
     def memory(self) -> tuple[int, int]:
@@ -262,7 +260,9 @@ class EmulatorDriver:
                         break
                 else:
                     raise RuntimeError("streams wait for events that nothing will record")
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, EmulatorCrash):
+                self._holds.clear()  # the next process knows of no block
             for stream in self._streams:
                 waiting = [call for call in stream if call.moves_memory]
                 stream.clear()
