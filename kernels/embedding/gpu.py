@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from minibert.kernels.gpu_launch import Array, CudaFile, blocks_for, contiguous, int32, on_host
+from minibert.kernels.gpu_launch import Array, CudaFile, blocks_for, contiguous, int32
 
 cuda = CudaFile(__file__)
 embedding_warp = cuda.kernel("embedding_warp", block=128)
@@ -19,6 +19,7 @@ scatter_long = cuda.kernel("scatter_long", block=128)
 WARPS = 4  # in each block of the kernels above
 LONGEST = 64  # rows that one warp adds up
 LONG_TILE = 8  # columns that one warp of scatter_long adds up
+LANES = 32  # of a warp
 PACK_BYTES = 16  # that one lane takes of a row at a time
 SKIP_NONE = -1
 
@@ -74,20 +75,26 @@ def _demand_rows(ids: np.ndarray, rows: int, name: str) -> None:
 
 
 class ScatterPlan(NamedTuple):
-    """Which rows are added up where: int32, in sizes that depend on the numbers of rows alone, not on the indices."""
+    """Which rows are added up where. All of it int32, in sizes that do not depend on the indices (`plan_shapes`)."""
 
-    order: np.ndarray  # (rows,) by where they go, and among those as they came; rows that are skipped left out
-    offsets: np.ndarray  # (num_rows + 1,) where in `order` the run of each row of y begins
-    bounds: np.ndarray  # (pieces, 2) where in `order` each piece of a long run begins and ends; the rest is empty
-    runs: np.ndarray  # (runs, 3) of each long run: its row of y, its first piece, the piece after its last; likewise
+    order: Array  # the rows by where they go, and among those as they came; then what rows are skipped leave free
+    offsets: Array  # where in `order` the run of each row of y begins, and where the last ends
+    bounds: Array  # where in `order` each piece of a long run begins and ends; then empty ones
+    runs: Array  # of each long run: its row of y, its first piece, the piece after its last; then empty ones
+
+
+def plan_shapes(count: int, num_rows: int) -> list[tuple[int, ...]]:
+    """Of each part, for `count` indices: long runs make the most pieces where each has LONGEST + 1 rows."""
+    runs = count // (LONGEST + 1)
+    return [(count,), (num_rows + 1,), (2 * count // (LONGEST + 1), 2), (runs, 3)]
 
 
 def scatter_plan(ids: np.ndarray, num_rows: int, skip: int | None) -> ScatterPlan:
     """Runs of more than `LONGEST` rows are cut into pieces of as many, from the run's first row on."""
-    count = len(ids)
-    kept = np.arange(count) if skip is None else np.flatnonzero(ids != skip)
+    _demand_rows(ids, num_rows, "index")
+    kept = np.arange(len(ids)) if skip is None else np.flatnonzero(ids != skip)
     narrow = ids[kept].astype(np.min_scalar_type(num_rows))  # 16-bit numbers are sorted by radix
-    order = _filled(kept[np.argsort(narrow, kind="stable")], (count,))
+    order = kept[np.argsort(narrow, kind="stable")]
     lengths = np.bincount(ids[kept], minlength=num_rows)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
 
@@ -97,12 +104,9 @@ def scatter_plan(ids: np.ndarray, num_rows: int, skip: int | None) -> ScatterPla
     number = np.arange(pieces.sum()) - np.repeat(ends - pieces, pieces)  # of each piece in its run
     first = np.repeat(offsets[long], pieces) + number * LONGEST
     last = np.minimum(first + LONGEST, np.repeat(offsets[long + 1], pieces))
-    return ScatterPlan(
-        order,
-        offsets.astype(np.int32),
-        _filled(np.stack([first, last], 1), (2 * count // (LONGEST + 1), 2)),  # at worst, runs of LONGEST + 1 rows
-        _filled(np.stack([long, ends - pieces, ends], 1), (count // (LONGEST + 1), 3)),
-    )
+    parts = (order, offsets, np.stack([first, last], 1), np.stack([long, ends - pieces, ends], 1))
+    shapes = plan_shapes(len(ids), num_rows)
+    return ScatterPlan(*(_filled(part, shape) for part, shape in zip(parts, shapes, strict=True)))
 
 
 def _filled(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -112,28 +116,31 @@ def _filled(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def scatter_rows(x: Array, index: Array, *, num_rows: int, skip: int | None = None) -> Array:
-    count, columns, device = len(index), prod(x.shape[1:]), x.device
+    count, columns, device = index.size, prod(x.shape[1:]), x.device
     x = contiguous(x, (count, *x.shape[1:]), "the rows to scatter")
-    ids = on_host(index)
-    _demand_rows(ids, num_rows, "index")
-    plan = scatter_plan(ids, num_rows, skip)
-    order, offsets, bounds, runs = _upload(plan, device)
+    plan = _plan_on_device(index, num_rows, skip)
     y = device.empty((num_rows, *x.shape[1:]), x.dtype)
-    tiles = -(-columns // (32 * PACK_BYTES // x.itemsize))
-    runs_grid = (blocks_for(num_rows, WARPS, device), tiles)
-    scatter_runs(x, order, offsets, y, num_rows, columns, LONGEST, grid=runs_grid)
-    if len(plan.runs):
-        pieces = len(plan.bounds)
+    tiles = -(-columns // (LANES * PACK_BYTES // x.itemsize))
+    grid: tuple[int, ...] = (blocks_for(num_rows, WARPS, device), tiles)
+    scatter_runs(x, plan.order, plan.offsets, y, num_rows, columns, LONGEST, grid=grid)
+    pieces, runs = len(plan.bounds), len(plan.runs)
+    if runs:
         partial = device.empty((pieces, columns), np.float32)
-        pieces_grid = (blocks_for(pieces, WARPS, device), tiles)
-        scatter_pieces(x, order, bounds, partial, pieces, columns, grid=pieces_grid)
-        long_grid = (blocks_for(columns, WARPS * LONG_TILE, device), len(plan.runs))
-        scatter_long(partial, runs, y, len(plan.runs), columns, grid=long_grid)
+        grid = (blocks_for(pieces, WARPS, device), tiles)
+        scatter_pieces(x, plan.order, plan.bounds, partial, pieces, columns, grid=grid)
+        grid = (blocks_for(columns, WARPS * LONG_TILE, device), runs)
+        scatter_long(partial, plan.runs, y, runs, columns, grid=grid)
     return y
 
 
-def _upload(plan: ScatterPlan, device: Any) -> list[Array]:
-    """Each part on the device, all by one copy."""
-    together = device.asarray(np.concatenate([part.reshape(-1) for part in plan]))
-    ends = np.cumsum([part.size for part in plan]).tolist()
-    return [together[end - part.size : end] for part, end in zip(plan, ends, strict=True)]
+def _plan_on_device(index: Array, num_rows: int, skip: int | None) -> ScatterPlan:
+    """Made by the host, which knows the indices, and uploaded by one copy; in a captured graph anew for each replay."""
+
+    def compute(ids: np.ndarray) -> np.ndarray:
+        return np.concatenate([part.reshape(-1) for part in scatter_plan(ids.reshape(-1), num_rows, skip)])
+
+    together = index.device.derived(compute, index)
+    shapes = plan_shapes(index.size, num_rows)
+    ends = np.cumsum([prod(shape) for shape in shapes]).tolist()
+    parts = (together[end - prod(shape) : end].reshape(shape) for end, shape in zip(ends, shapes, strict=True))
+    return ScatterPlan(*parts)
