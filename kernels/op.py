@@ -79,6 +79,11 @@ def library(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return kernel
 
 
+def holds_floats(array: Array) -> bool:
+    """Whether the elements are floats; ml_dtypes' bfloat16 is one, although NumPy files it under V."""
+    return array.dtype.kind in "fV"
+
+
 def outputs(result: Any) -> tuple[Any, ...]:
     """What an op returned, as a tuple."""
     return result if isinstance(result, tuple) else (result,)

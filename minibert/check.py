@@ -20,7 +20,7 @@ from minibert.backends import Backend
 from minibert.errors import UserError
 from minibert.judge import Judgement, expect, judge, judge_against, stored_as
 from minibert.kernels import OPS, Array, Op
-from minibert.kernels.op import outputs
+from minibert.kernels.op import holds_floats, outputs
 from minibert.kernels.readings import Bound, bounded_module, jvp
 
 # <J v, w> and <v, vjp(w)> are equal in exact arithmetic. The gradient's own rounding is bounded by running error
@@ -232,7 +232,7 @@ def _gradient_errors(op: Op, w: np.ndarray, one: Input) -> list[np.ndarray | Non
     """What rounding to float64 may do to each gradient: the vjp itself, read for its error."""
     module = bounded_module("float64")
     lift = module.reading.lift
-    arrays = [lift(a) if a.dtype.kind == "f" else a for a in one.arrays]
+    arrays = [lift(a) if holds_floats(a) else a for a in one.arrays]
     outs = tuple(map(lift, outputs(op.formula(module, *arrays, **one.params))))
     assert op.vjp is not None
 
@@ -251,7 +251,7 @@ def _gradient_of_each(
     if len(grads) != len(one.arrays):
         raise Broken(f"{where}: expected {len(one.arrays)} gradients, one per array, got {len(grads)}")
     for i, (a, grad) in enumerate(zip(one.arrays, grads, strict=True)):
-        if a.dtype.kind != "f":
+        if not holds_floats(a):
             if grad is not None:
                 raise Broken(f"{where}: input {i} holds {a.dtype}, so its gradient must be None")
             continue

@@ -20,7 +20,7 @@ from minibert.backends.base import Backend, Kernel
 from minibert.data.batching import PackedBatch
 from minibert.errors import UserError
 from minibert.judge import Judgement, judge
-from minibert.kernels.op import Array, Op, outputs
+from minibert.kernels.op import Array, Op, holds_floats, outputs
 from minibert.kernels.readings import Cost, cost
 from minibert.optim import AdamW, parameter_groups
 from minibert.tensor import no_grad
@@ -298,7 +298,7 @@ def _judge_on(backend: Backend, op: Op, inputs: tuple[np.ndarray, ...], params: 
         except Exception as error:  # whatever a kernel under trial does is part of the verdict
             raised = str(error) if isinstance(error, UserError) else f"raised {type(error).__name__}: {error}"
             return [Judgement(np.inf, np.inf, np.inf, False, None, raised, 0)]
-    dtype = str(next(a.dtype for a in inputs if a.dtype.kind == "f"))
+    dtype = str(next(a.dtype for a in inputs if holds_floats(a)))
     if not op.writes:
         return [judge(op, inputs, params, got, dtype)]
     size = max(a.size for a in inputs)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minibert.errors import UserError
-from minibert.kernels.op import Array, Op, outputs
+from minibert.kernels.op import Array, Op, holds_floats, outputs
 
 
 class NonFiniteError(UserError):
@@ -39,6 +39,6 @@ class FirstNonFinite:
     def place(self, array: Array) -> tuple[int, ...] | None:
         """The index of the first element that is not finite."""
         values = self.to_numpy(array)
-        if values.dtype.kind != "f" or np.isfinite(values).all():
+        if not holds_floats(values) or np.isfinite(values).all():
             return None
         return tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])

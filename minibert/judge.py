@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minibert.backends.base import NARROW, dtype_of
-from minibert.kernels.op import Array, Op, outputs
+from minibert.kernels.op import Array, Op, holds_floats, outputs
 from minibert.kernels.readings import PRECISIONS, Bound, bound
 
 
@@ -56,7 +56,7 @@ class Judgement(NamedTuple):
 def stored_as(op: Op, arrays: Sequence[Array], dtype: str) -> list[np.dtype[Any] | None]:
     """In which dtype each input is given where arrays hold `dtype`; None for one that holds no floats."""
     kept = [dtype_of("float32" if dtype in NARROW and i in op.wide_inputs else dtype) for i in range(len(arrays))]
-    return [k if a.dtype.kind == "f" else None for k, a in zip(kept, arrays, strict=True)]
+    return [k if holds_floats(a) else None for k, a in zip(kept, arrays, strict=True)]
 
 
 def expect(op: Op, arrays: Sequence[Array], params: Mapping[str, Any], dtype: str) -> list[Bound]:

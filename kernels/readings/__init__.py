@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minibert.kernels.op import Array, Op, outputs
+from minibert.kernels.op import Array, Op, holds_floats, outputs
 from minibert.kernels.readings.bounded import PRECISIONS, bounded_module
 from minibert.kernels.readings.counted import Cost, cost
 from minibert.kernels.readings.dual import Dual, dual_module
@@ -34,7 +34,7 @@ def bound(op: Op, *arrays: Array, precision: str = "float32", storage: str | Non
     lift = module.reading.lift
     with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
         results = op.formula(
-            module, *(lift(a) if a.dtype.kind == "f" else a for a in map(np.asarray, arrays)), **params
+            module, *(lift(a) if holds_floats(a) else a for a in map(np.asarray, arrays)), **params
         )
     bounds = []
     for k, result in enumerate(map(lift, outputs(results))):
@@ -54,4 +54,4 @@ def jvp(op: Op, arrays: tuple[Array, ...], tangents: tuple[Array | None, ...], *
 
 
 def _fixed(array: Array) -> Any:
-    return Dual.lift(array) if np.asarray(array).dtype.kind == "f" else array
+    return Dual.lift(array) if holds_floats(np.asarray(array)) else array

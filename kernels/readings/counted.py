@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from minibert.kernels.op import Array, Op, outputs
+from minibert.kernels.op import Array, Op, holds_floats, outputs
 from minibert.kernels.readings.reading import UNARY, Reading, ReadingModule
 
 
@@ -80,7 +80,7 @@ class CountingModule(ReadingModule):
 def cost(op: Op, *arrays: Array, **params: Any) -> Cost:
     """The flops and bytes of one call, from shapes and dtypes (and the contents of integer arrays) alone."""
     reading: type[Counted] = type("Counting", (Counted,), {"flops": [0]})
-    floats = [a.dtype.kind == "f" for a in arrays]
+    floats = [holds_floats(a) for a in arrays]
     results = op.formula(
         CountingModule(reading),
         *(reading.of(a.shape) if f else np.asarray(a) for a, f in zip(arrays, floats, strict=True)),
