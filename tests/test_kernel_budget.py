@@ -41,6 +41,9 @@ SPILLING = """extern "C" __global__ void __launch_bounds__(1024, 2) hoard(float*
     for (int i = 0; i < 64; ++i) x[i * n + threadIdx.x] = a[i];
 }
 """
+LAUNCHES = """from minibert.kernels.gpu_launch import CudaFile
+count = CudaFile(__file__, "lone.cu").kernel("count", block=32)
+"""
 PLAIN = Resources(registers=40, shared_bytes=64, stack_bytes=0, spill_store_bytes=0, spill_load_bytes=0)
 BUDGET = {"a/k": {"float32": {"sm_90": {"registers": 40, "shared_bytes": 64, "stack_bytes": 0}}}}
 
@@ -196,6 +199,26 @@ def test_the_page_of_kernels_shows_what_the_budget_holds(root: Path) -> None:
             row.resources[arch] = Resources(**figures, spill_store_bytes=0, spill_load_bytes=0)
     page = (root / "docs" / "kernels.md").read_text(encoding="utf-8")
     assert page == budget.markdown(rows, ["sm_80", "sm_90"], version), f"refresh it: {budget.REFRESH}"
+
+
+def test_what_no_launch_table_asks_for_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minibert.cli import build
+
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    sources = {"lone.cu": SCALE, "left_over.cu": SCALE, "gpu_lone.py": LAUNCHES, "gpu_broken.py": "1 / 0"}
+    for name, source in sources.items():
+        (folder / name).write_text(source)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(nvrtc, "KERNELS", folder)
+    monkeypatch.setattr(build, "launching_modules", lambda: {"lone": "gpu_lone", "broken": "gpu_broken"})
+    units, failures = build.plan()
+    assert [(unit.family, unit.label, list(unit.rows)) for unit in units] == [("lone", "float32", ["count"])]
+    assert failures == [
+        "kernel scale of kernels/lone.cu is never launched: give it a line in gpu_lone",
+        "gpu_broken cannot be imported: ZeroDivisionError: division by zero",
+        "kernels/left_over.cu is in no launch table",
+    ]
 
 
 def test_a_family_without_kernels_is_refused() -> None:

@@ -123,32 +123,51 @@ def build_command(
 # ------------------------------------------------------------------------------------------------- what is to compile
 
 
+def launching_modules() -> dict[str, str]:
+    """The modules with launch tables, by family; "cuda" is the driver's own."""
+    found = {path.parent.name: f"minibert.kernels.{path.parent.name}.gpu" for path in families()}
+    return {**found, "cuda": "minibert.backends.cuda.cupy_driver"}
+
+
 def plan(names: Sequence[str] = ()) -> tuple[list[Unit], list[str]]:
     """All that the launch tables ask for, and what is wrong with them. Raises UserError for a family without one."""
-    known = {path.parent.name: path for path in families()}
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"no family with CUDA kernels is called {unknown[0]!r}: choose from {', '.join(known)}")
-    units, failures = [], []
-    for family in dict.fromkeys(names or known):
+    modules = launching_modules()
+    if unknown := [name for name in names if name not in modules]:
+        raise UserError(f"no family with CUDA kernels is called {unknown[0]!r}: choose from {', '.join(modules)}")
+    units: list[Unit] = []
+    failures = []
+    seen = set()
+    for family in dict.fromkeys(names or modules):
         try:
-            module = import_module(f"minibert.kernels.{family}.gpu")
+            files = _files(modules[family])
         except Exception as error:  # whatever its writer did: the other families are still compiled
-            failures.append(f"kernels/{family}/gpu.py cannot be imported: {type(error).__name__}: {error}")
+            failures.append(f"{modules[family]} cannot be imported: {type(error).__name__}: {error}")
             continue
-        for file in vars(module).values():
-            if not isinstance(file, CudaFile) or Path(file.beside).parent.name != family:
-                continue
+        for file in files:
+            seen.add(file.path.resolve())
             units += units_of(family, file)
             failures += [
-                f"kernel {name} of kernels/{family}/{file.name} is never launched: add it to gpu.py, or delete it"
+                f"kernel {name} of {_shown(file.path)} is never launched: give it a line in {modules[family]}"
                 for name in file.signatures if name not in file.kernels
             ]  # fmt: skip
     if not names:
-        failures += [
-            f"kernels/{path.parent.name}/{path.name} has no gpu.py beside it, so nothing launches it"
-            for path in sorted(nvrtc.KERNELS.glob("*/*.cu")) if path.parent.name not in known
-        ]  # fmt: skip
+        root = nvrtc.KERNELS.parent
+        sources = sorted(path for folder in ("kernels", "backends") for path in (root / folder).rglob("*.cu"))
+        failures += [f"{_shown(path)} is in no launch table" for path in sources if path.resolve() not in seen]
     return units, failures
+
+
+def _files(module: str) -> list[CudaFile]:
+    """The CUDA files whose kernels a module launches: its variables are files, or kernels of one."""
+    loaded = import_module(module)
+    values = list(vars(loaded).values())
+    files = [value for value in values if isinstance(value, CudaFile)]
+    files += [value.file for value in values if isinstance(value, CudaKernel)]
+    return [file for file in dict.fromkeys(files) if file.beside == loaded.__file__]
+
+
+def _shown(path: Path) -> str:
+    return path.resolve().relative_to(nvrtc.KERNELS.parent).as_posix()
 
 
 def units_of(family: str, file: CudaFile) -> list[Unit]:
