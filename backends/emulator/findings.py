@@ -1,0 +1,189 @@
+"""What the emulator found in a launch, as a reader wants it: file and line, kernel, block, thread, both accesses."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SHIM = Path(__file__).parent / "include"
+
+Coordinates = tuple[int, int, int]
+
+
+class Line(NamedTuple):
+    """A line of source."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{short(self.file)}:{self.line}"
+
+
+class OtherAccess(NamedTuple):
+    """The earlier of two accesses, or the other thread of two that should have met."""
+
+    file: str
+    line: int
+    access: str
+    block: Coordinates | None
+    thread: Coordinates | None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One mistake of a kernel, with the number of times that it was seen."""
+
+    kind: str  # "race", "out of bounds", "uninitialised read", ...
+    file: str
+    line: int
+    kernel: str
+    block: Coordinates | None
+    thread: Coordinates | None
+    access: str  # "read", "write", "atomic write", or empty
+    space: str  # "global", "shared", or empty
+    other: OtherAccess | None
+    detail: str
+    count: int
+    bytes: int = 0
+    callers: tuple[Line, ...] = ()  # where `line` is in an inlined function: the calls, outermost last
+
+    def __str__(self) -> str:
+        by = f"thread {_show(self.thread)} of block {_show(self.block)}"
+        text = f"{short(self.file)}:{self.line}: {self.kind}"
+        text += f" in {self.space} memory" if self.space else ""
+        text += f": {self.access} of {self.bytes} bytes by {by}" if self.access else f": {by}"
+        if self.other is not None:
+            text += self._against(self.other)
+        text += f" ({self.detail})" if self.detail else ""
+        for caller in self.callers:
+            text += f", called at {caller}"
+        return text + f" [kernel {self.kernel}, seen {self.count} time{'s' if self.count > 1 else ''}]"
+
+    def _against(self, other: OtherAccess) -> str:
+        where = f"{short(other.file)}:{other.line}"
+        who = f"thread {_show(other.thread)}"
+        if other.block != self.block:
+            who += f" of block {_show(other.block)}"
+        return f" after an unordered {other.access} by {who} at {where}" if other.access else f" and {who} at {where}"
+
+
+@dataclass(frozen=True)
+class TrafficLine:
+    """What one line of source moved: summed over its requests, each by one warp."""
+
+    file: str
+    line: int
+    space: str  # "global" or "shared"
+    access: str  # "read" or "write"
+    requests: int
+    bytes: int  # distinct bytes that the lanes asked for
+    sectors: int  # of 32 bytes, moved; 0 for shared memory
+    ideal_sectors: int  # that would hold these bytes
+    bank_conflict_ways: float  # shared memory: passes over the banks for each that would do; else 1
+
+    def __str__(self) -> str:
+        text = f"{short(self.file)}:{self.line}: {self.space} {self.access}, {self.requests} requests, "
+        if self.space == "shared":
+            return text + f"{self.bytes} bytes, {self.bank_conflict_ways:.1f}-way bank conflicts"
+        return text + f"{self.bytes} bytes in {self.sectors} sectors (ideal {self.ideal_sectors})"
+
+
+def short(file: str) -> str:
+    """A file as messages show it: with its folder."""
+    return "/".join(Path(file).parts[-2:])
+
+
+def read_findings(reports: Iterable[Mapping[str, Any]], kernel: str) -> list[Finding]:
+    """The emulator's JSON -> findings; those of one line (an unrolled loop, two inlined copies) are one."""
+    reports = list(reports)
+    lines = find_lines(pc for report in reports for pc in (report["pc"], (report["other"] or {}).get("pc", "")))
+    merged: dict[tuple[Any, ...], Finding] = {}
+    for report in reports:
+        place = lines.get(report["pc"], ())
+        at = place[0] if place else Line("?", 0)
+        finding = Finding(
+            *(report["kind"], at.file, at.line, kernel, _coordinates(report["block"]), _coordinates(report["thread"])),
+            *(report["access"], report["space"], _other(report["other"], lines), report["detail"], report["count"]),
+            bytes=report["bytes"],
+            callers=place[1:],
+        )
+        other = finding.other
+        key = (finding.kind, finding.file, finding.line, finding.access, other and (other.file, other.line))
+        known = merged.get(key)
+        merged[key] = finding if known is None else replace(known, count=known.count + finding.count)
+    return list(merged.values())
+
+
+def read_traffic(reports: Iterable[Mapping[str, Any]]) -> list[TrafficLine]:
+    """The emulator's JSON -> traffic by source line, in the order of the source."""
+    reports = list(reports)
+    lines = find_lines(report["pc"] for report in reports)
+    summed: dict[tuple[Line, str, str], list[int]] = {}
+    for report in reports:
+        place = lines.get(report["pc"], ())
+        sums = summed.setdefault((place[0] if place else Line("?", 0), report["space"], report["access"]), [0] * 6)
+        for i, name in enumerate(("requests", "bytes", "sectors", "ideal_sectors", "passes", "ideal_passes")):
+            sums[i] += report[name]
+    return [
+        TrafficLine(at.file, at.line, space, access, *sums[:4], sums[4] / sums[5] if sums[5] else 1.0)
+        for (at, space, access), sums in sorted(summed.items())
+    ]
+
+
+def _other(report: Mapping[str, Any] | None, lines: Mapping[str, tuple[Line, ...]]) -> OtherAccess | None:
+    if report is None:
+        return None
+    at = (lines.get(report["pc"]) or (Line("?", 0),))[0]
+    return OtherAccess(
+        at.file, at.line, report["access"], _coordinates(report["block"]), _coordinates(report["thread"])
+    )
+
+
+def _coordinates(values: list[int] | None) -> Coordinates | None:
+    return None if values is None else (values[0], values[1], values[2])
+
+
+def _show(coordinates: Coordinates | None) -> str:
+    return "?" if coordinates is None else "({},{},{})".format(*coordinates)
+
+
+def find_lines(places: Iterable[str]) -> dict[str, tuple[Line, ...]]:
+    """Each "library+0x12" -> its line of source, then the lines that it was inlined at; the shim's own are left out."""
+    wanted: dict[str, list[str]] = {}
+    for place in set(places):
+        library, plus, offset = place.rpartition("+")
+        if plus:
+            wanted.setdefault(library, []).append(offset)
+    return {
+        f"{library}+{offset}": lines
+        for library, offsets in wanted.items()
+        for offset, lines in _look_up(library, tuple(sorted(offsets))).items()
+    }
+
+
+@functools.lru_cache(maxsize=256)
+def _look_up(library: str, offsets: tuple[str, ...]) -> dict[str, tuple[Line, ...]]:
+    """Ask addr2line. A return address is the one after the call: the byte before it is the call's."""
+    program = shutil.which("addr2line")
+    if program is None:
+        return {}
+    asked = "".join(f"{int(offset, 16) - 1:#x}\n" for offset in offsets)
+    command = [program, "-a", "-i", "-e", library]
+    told = subprocess.run(command, input=asked, capture_output=True, text=True, check=False).stdout
+    found: dict[str, list[Line]] = {}
+    here: list[Line] = []
+    for text in told.splitlines():
+        if re.fullmatch(r"0x[0-9a-f]+", text):
+            here = found.setdefault(f"{int(text, 16) + 1:#x}", [])
+            continue
+        line = re.fullmatch(r"(.+):(\d+)(?: \(discriminator \d+\))?", text)
+        if line and int(line[2]) and Path(line[1]).parent != SHIM:
+            here.append(Line(line[1], int(line[2])))
+    return {offset: tuple(found.get(f"{int(offset, 16):#x}", ())) for offset in offsets}

@@ -1,0 +1,66 @@
+// What kernels call by name apart from collectives: asynchronous copies, and ways to say that something is wrong.
+#include <cstdio>
+#include <cstring>
+
+#include "cuda_emulator_interface.h"
+#include "shadow.h"
+#include "threads.h"
+#include "watch.h"
+
+using emulator::current;
+
+extern "C" {
+
+// The bytes arrive when the thread waits for them: until then they count as never written, and are NaN.
+void cuda_emulator_copy_async(void* to, const void* from, unsigned bytes, unsigned zeros) {
+    const auto address = reinterpret_cast<uintptr_t>(to);
+    void* pc = __builtin_return_address(0);
+    if (address % bytes || reinterpret_cast<uintptr_t>(from) % bytes) {
+        emulator::report({"misaligned access", emulator::here(reinterpret_cast<uintptr_t>(pc), "write"), bytes,
+                          "shared", {}, "both addresses of an asynchronous copy must be multiples of its size"});
+    }
+    emulator::watch_write(to, bytes, pc);
+    for (emulator::Space* space : {&emulator::dynamic_space, &emulator::static_space}) {
+        if (address - space->base < space->bytes) {
+            emulator::set_bytes(*space, address - space->base, bytes, true, false);
+        }
+    }
+    std::memset(to, 0xff, bytes);
+    current->copies.push_back({to, from, bytes, zeros, pc});
+}
+
+void cuda_emulator_copy_async_commit() {
+    current->groups.push_back(current->copies);
+    current->copies.clear();
+}
+
+void cuda_emulator_copy_async_wait(unsigned groups_left) {
+    while (current->groups.size() > groups_left) {
+        for (const auto& copy : current->groups.front()) {
+            const unsigned copied = copy.bytes - copy.zeros;
+            emulator::watch_read(copy.from, copied, copy.pc);
+            emulator::watch_write(copy.to, copy.bytes, copy.pc);
+            std::memcpy(copy.to, copy.from, copied);
+            std::memset(static_cast<char*>(copy.to) + copied, 0, copy.zeros);
+        }
+        current->groups.erase(current->groups.begin());
+    }
+}
+
+void cuda_emulator_fail(const char* kind, const char* detail, void* pc) {
+    emulator::report({kind, emulator::here(reinterpret_cast<uintptr_t>(pc)), 0, "", {}, detail});
+}
+
+void cuda_emulator_trap() {
+    emulator::report({"trap", emulator::here(reinterpret_cast<uintptr_t>(__builtin_return_address(0))), 0, "", {},
+                      "the kernel gave up by __trap()"});
+    emulator::abandon_launch();
+}
+
+// assert() of a kernel: found here before the C library's, which would end the process.
+[[noreturn]] void __assert_fail(const char* expression, const char*, unsigned, const char*) noexcept {
+    emulator::report({"assertion failed", emulator::here(reinterpret_cast<uintptr_t>(__builtin_return_address(0))),
+                      0, "", {}, expression});
+    emulator::abandon_launch();
+}
+}

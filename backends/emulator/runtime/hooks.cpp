@@ -1,0 +1,278 @@
+// What the compiler calls before every load and store of a kernel (-fsanitize=thread, linked to these functions).
+#include <cstdio>
+#include <cstring>
+#include <string>
+
+#include "cuda_emulator_interface.h"
+#include "ordering.h"
+#include "regions.h"
+#include "shadow.h"
+#include "threads.h"
+#include "traffic.h"
+#include "watch.h"
+
+namespace emulator {
+namespace {
+
+enum class Kind { read, write, atomic };
+
+const char* name_of(Kind kind) {
+    return kind == Kind::read ? "read" : kind == Kind::write ? "write" : "atomic write";
+}
+
+[[gnu::noinline, gnu::cold]] void report_race(const Space& space, uint64_t before, const char* access_before,
+                                              Kind kind, unsigned bytes, uintptr_t pc) {
+    if (before & atomic_bit) {
+        access_before = "atomic write";
+    }
+    report({"race", here(pc, name_of(kind)), bytes, space.name, event_of_record(before, access_before), ""});
+}
+
+[[gnu::noinline, gnu::cold]] void report_access(const char* kind, const Space& space, Kind access, unsigned bytes,
+                                                uintptr_t pc, const std::string& detail = "") {
+    report({kind, here(pc, name_of(access)), bytes, space.name, {}, detail});
+}
+
+// Not every byte belongs to a region. What a launch would destroy by going on ends it.
+[[gnu::noinline, gnu::cold]] void outside(const Space& space, uintptr_t address, Kind kind, unsigned bytes,
+                                          uintptr_t pc) {
+    if (&space == &global_space) {
+        const Neighbour neighbour = nearest_region(address, bytes);
+        report_access(neighbour.freed ? "use of freed memory" : "out of bounds", space, kind, bytes, pc,
+                      neighbour.detail);
+        if (kind != Kind::read || !pages_accessible(address, bytes)) {
+            abandon_launch();
+        }
+        return;
+    }
+    const bool dynamic = &space == &dynamic_space;
+    const size_t size = dynamic ? launch.shared_bytes : modules[launch.kernel->module].shared_bytes;
+    char detail[160];
+    std::snprintf(detail, sizeof detail, "byte %zu of %zu bytes of %s shared memory", size_t(address - space.base),
+                  size, dynamic ? "dynamic" : "static");
+    report_access("out of bounds", space, kind, bytes, pc, detail);
+    if (!dynamic && kind != Kind::read) {
+        abandon_launch();
+    }
+}
+
+template <Kind kind>
+inline void check_order(const Space& space, size_t offset, unsigned bytes, uintptr_t pc, uint64_t bytes_of_cell) {
+    const uint64_t record = now.stamp | uint64_t(place_of(pc)) << place_shift |
+                            (kind == Kind::atomic ? atomic_bit : 0) | bytes_of_cell;
+    const uint64_t floor = space.of_block ? now.block_floor : now.launch_floor;
+    Cell* const first = space.cells + offset / 2;
+    Cell* const end = first + (bytes + 1) / 2;
+    uint64_t conflict = 0;
+    const char* access_before = "write";
+    for (Cell* cell = first; cell < end; cell++) {
+        if (races(cell->write, record, floor)) {
+            conflict = cell->write;
+        }
+        if (kind == Kind::read) {
+            const uint64_t last = cell->read;
+            if ((last ^ record) >> thread_shift != 0 && last >= floor) {
+                if (last < now.block_floor) {
+                    cell->stranger = last;
+                } else if (((last ^ record) >> (thread_shift + 5)) == 0) {
+                    cell->sibling = last;
+                } else if (cell->stranger < floor || cell->stranger >= now.block_floor) {
+                    cell->stranger = last;
+                }
+            }
+            cell->read = record;
+        } else {
+            for (const uint64_t read : {cell->stranger, cell->sibling, cell->read}) {
+                if (races(read, record, floor)) {
+                    conflict = read;
+                    access_before = "read";
+                }
+            }
+            cell->write = record;
+            if (bytes_of_cell == both_bytes) {
+                cell->read = cell->sibling = cell->stranger = 0;
+            }
+        }
+    }
+    if (__builtin_expect(conflict != 0, false)) {
+        report_race(space, conflict, access_before, kind, bytes, pc);
+    }
+}
+
+// An access of 1, 2, 4, 8 or 16 bytes to a watched space.
+template <unsigned bytes, Kind kind>
+inline void check(const Space& space, uintptr_t address, uintptr_t pc) {
+    const size_t offset = address - space.base;
+    if (__builtin_expect(address % bytes != 0, false)) {
+        char detail[80];
+        std::snprintf(detail, sizeof detail, "the address is %zu bytes past a multiple of %u",
+                      size_t(address % bytes), bytes);
+        report_access("misaligned access", space, kind, bytes, pc, detail);
+        if (&space != &global_space || !pages_accessible(address, bytes)) {
+            abandon_launch();
+        }
+        return;
+    }
+    uint16_t* const states = space.states + offset / 8;
+    uint32_t written = ((1u << (bytes < 8 ? bytes : 8)) - 1) << offset % 8;
+    uint32_t state = states[0];
+    if (bytes == 16) {
+        written |= written << 16;
+        state |= uint32_t(states[1]) << 16;
+    }
+    if (__builtin_expect((state >> 8 & written) != written, false)) {
+        outside(space, address, kind, bytes, pc);
+        return;
+    }
+    if (kind != Kind::write && __builtin_expect((state & written) != written, false)) {
+        report_access("uninitialised read", space, kind, bytes, pc);
+    }
+    if (kind != Kind::read) {
+        states[0] |= uint16_t(written);
+        if (bytes == 16) {
+            states[1] |= uint16_t(written >> 16);
+        }
+    }
+    check_order<kind>(space, offset, bytes, pc, bytes == 1 ? uint64_t(1) << offset % 2 : both_bytes);
+}
+
+inline bool holds(const Space& space, uintptr_t address) {
+    return address - space.base < space.bytes;
+}
+
+[[gnu::noinline, gnu::cold]] void wild(uintptr_t address, Kind kind, unsigned bytes, uintptr_t pc) {
+    const Module& module = modules[launch.kernel->module];
+    if (address - module.begin < module.end - module.begin || own_variable(address)) {
+        return;  // constants of the library
+    }
+    char detail[96];
+    std::snprintf(detail, sizeof detail, "address 0x%zx is no device memory%s", size_t(address),
+                  address < 4096 ? ": a null pointer" : "");
+    report({"out of bounds", here(pc, name_of(kind)), bytes, "", {}, detail});
+    abandon_launch();
+}
+
+template <unsigned bytes, Kind kind>
+inline void access(const volatile void* pointer, void* return_address) {
+    if (!watching) {
+        return;
+    }
+    const auto address = reinterpret_cast<uintptr_t>(pointer);
+    if (address - private_begin < private_bytes) {
+        return;
+    }
+    const auto pc = reinterpret_cast<uintptr_t>(return_address);
+    const Space* space = &global_space;
+    if (!holds(*space, address)) {
+        space = holds(dynamic_space, address)  ? &dynamic_space
+                : holds(static_space, address) ? &static_space
+                                               : &module_space;
+        if (!holds(*space, address)) {
+            wild(address, kind, bytes, pc);
+            return;
+        }
+    }
+    if (launch.sanitise) {
+        check<bytes, kind>(*space, address, pc);
+    }
+    if (launch.traffic) {
+        count_access(*space, address, bytes, kind != Kind::read, pc);
+    }
+}
+
+template <Kind kind>
+void access_any(const volatile void* pointer, size_t bytes, void* pc) {
+    auto* at = static_cast<const volatile char*>(pointer);
+    while (bytes > 0) {
+        const auto address = reinterpret_cast<uintptr_t>(at);
+        unsigned step = 1;
+        if (bytes >= 8 && address % 8 == 0) {
+            access<8, kind>(at, pc);
+            step = 8;
+        } else if (bytes >= 4 && address % 4 == 0) {
+            access<4, kind>(at, pc);
+            step = 4;
+        } else if (bytes >= 2 && address % 2 == 0) {
+            access<2, kind>(at, pc);
+            step = 2;
+        } else {
+            access<1, kind>(at, pc);
+        }
+        at += step;
+        bytes -= step;
+    }
+}
+
+}  // namespace
+
+void watch_read(const void* address, size_t bytes, void* pc) {
+    access_any<Kind::read>(address, bytes, pc);
+}
+
+void watch_write(void* address, size_t bytes, void* pc) {
+    access_any<Kind::write>(address, bytes, pc);
+}
+
+}  // namespace emulator
+
+using emulator::access;
+using emulator::Kind;
+
+#define CALLER __builtin_return_address(0)
+#define HOOKS(bytes)                                                                              \
+    void __tsan_read##bytes(void* address) { access<bytes, Kind::read>(address, CALLER); }            \
+    void __tsan_write##bytes(void* address) { access<bytes, Kind::write>(address, CALLER); }          \
+    void __tsan_unaligned_read##bytes(void* address) { access<bytes, Kind::read>(address, CALLER); }  \
+    void __tsan_unaligned_write##bytes(void* address) { access<bytes, Kind::write>(address, CALLER); }
+
+extern "C" {
+
+HOOKS(1)
+HOOKS(2)
+HOOKS(4)
+HOOKS(8)
+HOOKS(16)
+
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+
+void __tsan_read_range(void* address, long bytes) {
+    emulator::access_any<Kind::read>(address, size_t(bytes), CALLER);
+}
+
+void __tsan_write_range(void* address, long bytes) {
+    emulator::access_any<Kind::write>(address, size_t(bytes), CALLER);
+}
+
+void cuda_emulator_atomic(const volatile void* address, unsigned bytes, void* pc) {
+    switch (bytes) {
+        case 2:
+            return access<2, Kind::atomic>(address, pc);
+        case 4:
+            return access<4, Kind::atomic>(address, pc);
+        default:
+            return access<8, Kind::atomic>(address, pc);
+    }
+}
+
+// Libraries are linked with --wrap=memcpy and so on: what the compiler left as a call is watched too.
+void* __wrap_memcpy(void* to, const void* from, size_t bytes) {
+    emulator::access_any<Kind::read>(from, bytes, CALLER);
+    emulator::access_any<Kind::write>(to, bytes, CALLER);
+    return std::memmove(to, from, bytes);
+}
+
+void* __wrap_memmove(void* to, const void* from, size_t bytes) {
+    emulator::access_any<Kind::read>(from, bytes, CALLER);
+    emulator::access_any<Kind::write>(to, bytes, CALLER);
+    return std::memmove(to, from, bytes);
+}
+
+void* __wrap_memset(void* to, int value, size_t bytes) {
+    emulator::access_any<Kind::write>(to, bytes, CALLER);
+    return std::memset(to, value, bytes);
+}
+}

@@ -1,0 +1,11 @@
+// Accesses that the runtime makes for a kernel are watched as the kernel's own.
+#pragma once
+
+#include <cstddef>
+
+namespace emulator {
+
+void watch_read(const void* address, size_t bytes, void* pc);
+void watch_write(void* address, size_t bytes, void* pc);
+
+}  // namespace emulator

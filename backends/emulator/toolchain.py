@@ -1,0 +1,234 @@
+"""g++ for the emulator: its own program, and kernels as shared libraries, both kept in the user's cache.
+
+A .cu file goes through the preprocessor first, with the shim (include/cuda_emulator.h) before it. In what comes out,
+`__global__` tells the kernels, `__shared__` is given its place, and what the emulator does not know is refused with
+its line. Only then is it compiled; line numbers stay those of the source.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from minibert.backends.base import BackendUnavailable
+from minibert.errors import UserError
+
+INCLUDE = Path(__file__).parent / "include"
+RUNTIME = Path(__file__).parent / "runtime"
+
+LANGUAGE = ["-std=gnu++17"]
+KERNEL_FLAGS = [
+    *("-g", "-fPIC", "-w"),
+    "-ffp-contract=off",  # the same bits with and without the sanitiser
+    "-fno-strict-aliasing",  # device code reads floats as uint4
+    "-fno-threadsafe-statics",
+    "-fno-gnu-unique",  # a template's static belongs to its own library
+]
+# Copies of whole structs stay whole (no scalar replacement), so that the hooks see a float4 as one access.
+SANITIZED = ["-O1", "-fno-tree-sra", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
+FAST = ["-O2"]
+WRAPPED = [f"-Wl,--wrap={name}" for name in ("memcpy", "memmove", "memset")]
+PROGRAM_FLAGS = ["-O2", "-g", "-rdynamic"]
+
+# What the emulator does not do: a pattern in the preprocessed source, and why.
+REFUSED = (
+    (r"\b(?:__asm__|__asm|asm)\b", "inline PTX cannot run on a CPU: give it a twin under #ifdef CUDA_EMULATOR"),
+    (r"<<<", "a launch from the device (dynamic parallelism) is not emulated"),
+    (r"\bcp_async_bulk|\btma_|\bCUtensorMap\b", "TMA (cp.async.bulk) is not emulated: copy with cp.async or loads"),
+    (r"\bwgmma|\bwarpgroup_", "wgmma is not emulated: use mma.sync or wmma"),
+    (r"\b__cluster_dims__\b|\bclusterIdx\b|\bclusterDim\b", "thread block clusters are not emulated"),
+    (r"\bcooperative_groups\b|\bgrid_group\b", "cooperative groups are not emulated: use __syncthreads, __syncwarp"),
+    (r"\bcudaTextureObject_t\b|\bcudaSurfaceObject_t\b|\btex[123]D\w*\b", "textures and surfaces are not emulated"),
+    (r"\b__managed__\b", "managed variables are not emulated: pass an array"),
+    (r"\bcuda::(?:barrier|pipeline|atomic|std)\b", "libcu++ is not emulated"),
+)
+DYNAMIC_SHARED = re.compile(
+    r"\bextern\s+__shared__\s+((?:__attribute__\s*\(\([^;]*?\)\)\s+)?)((?:[\w:]+\s+)*?[\w:]+(?:\s*<[^;<>]*>)?)\s+"
+    r"((?:__attribute__\s*\(\([^;]*?\)\)\s*)?)(\w+)\s*\[\s*\]\s*;"
+)
+KERNEL = re.compile(r"\b__global__\b([^;{}()]*(?:\([^;{}()]*\)[^;{}()]*)*?)\b(\w+)\s*\(")
+LINE_MARKER = re.compile(r'^# (\d+) "((?:[^"\\]|\\.)*)"((?: \d+)*)')
+
+
+def compiler() -> str:
+    """The path of g++, or of what $CXX names. Raises BackendUnavailable where there is none, saying what to install."""
+    if not sys.platform.startswith("linux"):
+        raise BackendUnavailable(f"the emulator needs Linux, this is {sys.platform}: run it in a container")
+    name = os.environ.get("CXX") or "g++"
+    path = shutil.which(name)
+    if path is None:
+        raise BackendUnavailable(
+            f"the emulator needs a C++ compiler, and {name} is not found: "
+            "apt install g++ (Debian, Ubuntu), dnf install gcc-c++ (Fedora), pacman -S gcc (Arch)"
+        )
+    return path
+
+
+@functools.cache
+def _compiler_version(path: str) -> str:
+    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    if "clang" in version:
+        raise BackendUnavailable(f"the emulator needs GCC, and {path} is clang: unset CXX and install g++")
+    return version.partition("\n")[0]
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: `$MINIBERT_CACHE_DIR`, else `minibert` in the user's cache directory."""
+    if named := os.environ.get("MINIBERT_CACHE_DIR"):
+        base = Path(named)
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minibert"
+    folder = base / "emulator"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BackendUnavailable(
+            f"the emulator has no place for compiled kernels ({error}); set MINIBERT_CACHE_DIR to a folder"
+        ) from None
+    return folder
+
+
+def emulator_executable() -> Path:
+    """The emulator's program, built when its sources or the compiler have changed."""
+    path = compiler()
+    sources = sorted(RUNTIME.glob("*.cpp"))
+    flags = [*LANGUAGE, *PROGRAM_FLAGS, f"-I{INCLUDE}"]
+    digest = _digest([*sources, *sorted(RUNTIME.glob("*.h")), *sorted(INCLUDE.glob("*.h"))], [*flags, path])
+    target = cache_folder() / f"emulator-{digest}"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            built = Path(scratch) / "emulator"
+            _run([path, *flags, "-o", str(built), *map(str, sources), "-ldl"], "the emulator does not compile")
+            os.replace(built, target)
+    return target
+
+
+def compile_kernels(source: Path, defines: Mapping[str, str], include: Sequence[Path], *, sanitize: bool) -> Path:
+    """Compile a .cu file into a shared library that the emulator loads; from the cache where nothing has changed.
+
+    `defines` are passed as -D, `include` as -I; the headers in those folders and beside the source are part of the
+    cache's key. With `sanitize`, every load and store is watched.
+
+    Raises UserError with the compiler's first errors, or with the line of what the emulator does not do.
+    """
+    path = compiler()
+    source = source.absolute()
+    folders = [*include, source.parent]
+    headers = [h for folder in folders for suffix in ("*.h", "*.cuh") for h in sorted(Path(folder).glob(suffix))]
+    defined = [f"-D{name}={value}" for name, value in sorted(defines.items())]
+    flags = [*LANGUAGE, *KERNEL_FLAGS, *(SANITIZED if sanitize else FAST)]
+    shim = [Path(__file__), *sorted(INCLUDE.glob("*.h"))]
+    digest = _digest([source, *headers, *shim], [str(source), *map(str, include), *defined, *flags, *WRAPPED, path])
+    target = cache_folder() / f"{source.parent.name}-{source.stem}-{digest}.so"
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        where = [f"-I{INCLUDE}", *(f"-I{folder}" for folder in include), "-include", "cuda_emulator.h"]
+        preprocess = [path, "-E", *LANGUAGE, *defined, *where, "-x", "c++", str(source)]
+        text = translate(_run(preprocess, f"{_short(source)} does not compile for the emulator"), source)
+        translated, object_file, built = (Path(scratch) / f"kernels.{suffix}" for suffix in ("ii", "o", "so"))
+        translated.write_text(text, encoding="utf-8")
+        build = [path, *flags, "-c", "-x", "c++-cpp-output", str(translated), "-o", str(object_file)]
+        _run(build, f"{_short(source)} does not compile for the emulator")
+        # Linked apart, without -fsanitize: the hooks are the emulator's, not the thread sanitiser's own.
+        link = [path, "-shared", *WRAPPED, "-o", str(built), str(object_file)]
+        _run(link, f"{_short(source)} does not link for the emulator")
+        os.replace(built, target)
+    return target
+
+
+def translate(text: str, source: Path) -> str:
+    """Preprocessed CUDA C -> C++: kernels registered at the end, shared memory placed, the unknown refused."""
+    _refuse_unknown(text)
+    text = DYNAMIC_SHARED.sub(_place_dynamic_shared, text)
+    if found := re.search(r"\bextern\s+__shared__\b[^;]*", text):
+        raise UserError(
+            f"{_place(text, found.start())}: expected extern __shared__ TYPE name[];, got {_one_line(found[0])!r}"
+        )
+    kernels = []
+    for found in KERNEL.finditer(text):
+        before = text[max(0, found.start() - 400) : found.start()]
+        if re.search(r"\btemplate\s*<[^;{}]*>\s*$", before):
+            raise UserError(
+                f"{_place(text, found.start())}: kernel {found[2]} is a template; write an extern "
+                '"C" kernel that calls a template'
+            )
+        kernels.append(found[2])
+    text = re.sub(r"\b__global__\b", "__attribute__((noinline))", text)
+    text = re.sub(r"\b__shared__\b", "static thread_local __attribute__((aligned(16)))", text)
+    names = dict.fromkeys(kernels)  # a kernel may be declared before it is defined
+    return text + "\n" + "".join(_registration(name) for name in names)
+
+
+def _registration(kernel: str) -> str:
+    return (
+        f"__attribute__((constructor)) static void cuda_emulator_register_{kernel}() "
+        f'{{ cuda_emulator::register_kernel<{kernel}>("{kernel}", {kernel}); }}\n'
+    )
+
+
+def _place_dynamic_shared(found: re.Match[str]) -> str:
+    kind, name = found[2], found[4]
+    lines = "\n" * found[0].count("\n")
+    return f"{kind}* const {name} = reinterpret_cast<{kind}*>(cuda_emulator::dynamic_shared_address);{lines}"
+
+
+def _refuse_unknown(text: str) -> None:
+    """Look for what the emulator does not do, in lines that are neither the shim's nor the system's."""
+    pattern = re.compile("|".join(f"({pattern})" for pattern, _ in REFUSED))
+    file, line, foreign = "", 0, False
+    for content in text.split("\n"):
+        if marker := LINE_MARKER.match(content):
+            file, line = marker[2], int(marker[1])
+            foreign = "3" in marker[3].split() or Path(file).parent == INCLUDE
+            continue
+        if not foreign and (found := pattern.search(_without_strings(content))):
+            raise UserError(f"{_short(Path(file))}:{line}: {REFUSED[(found.lastindex or 1) - 1][1]}")
+        line += 1
+
+
+def _without_strings(line: str) -> str:
+    return re.sub(r'"(?:[^"\\]|\\.)*"', '""', line)
+
+
+def _place(text: str, offset: int) -> str:
+    """The file and line of an offset in preprocessed text."""
+    before = text[:offset].split("\n")
+    for back, content in enumerate(reversed(before)):
+        if marker := LINE_MARKER.match(content):
+            return f"{_short(Path(marker[2]))}:{int(marker[1]) + back - 1}"
+    return f"line {len(before)}"
+
+
+def _short(path: Path) -> str:
+    """A file as messages show it: with its folder."""
+    return "/".join(path.parts[-2:])
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _run(command: list[str], failure: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return done.stdout
+    errors = [line for line in done.stderr.splitlines() if re.search(r"\berror:|fatal|undefined reference", line)]
+    raise UserError(f"{failure}: " + " | ".join(errors[:3] or done.stderr.splitlines()[:3]))
+
+
+def _digest(files: Sequence[Path], words: Sequence[str]) -> str:
+    digest = hashlib.sha256(_compiler_version(words[-1]).encode())
+    for file in files:
+        content = file.read_bytes()
+        digest.update(f"\0{file.name}\0{len(content)}\0".encode() + content)
+    digest.update("\0".join(words).encode())
+    return digest.hexdigest()[:20]
