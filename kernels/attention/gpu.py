@@ -1,4 +1,4 @@
-"""Attention on a GPU: the launches of gpu.cu, and the shared memory that its tiles take."""
+"""Attention on a GPU: the launches of gpu.cu (float32) and gpu_tensor_core.cu (16 bits), and what their tiles take."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minibert.kernels.gpu_launch import Array, CudaFile, blocks_for, contiguous,
 from minibert.kernels.philox import NO_STREAM, Stream, threshold
 
 HEAD_SIZES = (32, 64, 128)  # that the kernels are compiled for; a head is padded to the next
-ROWS = 64  # of a tile, as in gpu_tile.cuh
+ROWS = 64  # of a tile, as in gpu_tile.cuh and gpu_fragment.cuh
 MOST_BLOCKS = 2**31 - 1
 ROWS_OF_DELTA = 16  # in a block of flash_grad_delta
 
@@ -21,6 +21,11 @@ flash_forward = cuda.kernel("flash_forward", block=128, variants=variants)
 flash_grad_delta = cuda.kernel("flash_grad_delta", block=128)
 flash_grad_query = cuda.kernel("flash_grad_query", block=128, variants=variants)
 flash_grad_key_value = cuda.kernel("flash_grad_key_value", block=128, variants=variants)
+
+tensor_cores = CudaFile(__file__, "gpu_tensor_core.cu")
+flash_forward_16 = tensor_cores.kernel("flash_forward_16", block=128, variants=variants)
+flash_grad_query_16 = tensor_cores.kernel("flash_grad_query_16", block=128, variants=variants)
+flash_grad_key_value_16 = tensor_cores.kernel("flash_grad_key_value_16", block=128, variants=variants)
 
 
 class Plan(NamedTuple):
@@ -47,8 +52,9 @@ def attention(
     plan = _plan(qkv, cu_seqlens, num_heads, rate, stream)
     y = qkv.device.empty((plan.rows, plan.heads * plan.size), qkv.dtype)
     lse = qkv.device.empty((plan.rows, plan.heads), np.float32)
-    shared = _shared(plan.padded, tiles_of_rows=1, tiles_of_columns=2)
-    flash_forward(qkv, plan.cu_seqlens, y, lse, *plan.arguments, grid=plan.grid, shared=shared, HEAD_SIZE=plan.padded)
+    kernel = flash_forward if qkv.itemsize == 4 else flash_forward_16
+    shared = _shared(plan.padded, qkv.itemsize, tiles_of_rows=1, tiles_of_columns=2)
+    kernel(qkv, plan.cu_seqlens, y, lse, *plan.arguments, grid=plan.grid, shared=shared, HEAD_SIZE=plan.padded)
     return y, lse
 
 
@@ -66,8 +72,11 @@ def attention_grad(
     dqkv = qkv.device.empty(qkv.shape, qkv.dtype)
     flash_grad_delta(g, y, delta, lse.size, plan.size, grid=blocks_for(lse.size, ROWS_OF_DELTA, qkv.device))
     arrays = g, qkv, lse, delta, plan.cu_seqlens, dqkv
-    shared = _shared(plan.padded, tiles_of_rows=2, tiles_of_columns=2)
-    for kernel in flash_grad_query, flash_grad_key_value:
+    kernels = flash_grad_query, flash_grad_key_value
+    if qkv.itemsize == 2:
+        kernels = flash_grad_query_16, flash_grad_key_value_16
+    shared = _shared(plan.padded, qkv.itemsize, tiles_of_rows=2, tiles_of_columns=2)
+    for kernel in kernels:
         kernel(*arrays, *plan.arguments, grid=plan.grid, shared=shared, HEAD_SIZE=plan.padded)
     return dqkv
 
@@ -101,8 +110,10 @@ def _plan(qkv: Array, cu_seqlens: Array, heads: int, rate: float, stream: Stream
     )  # fmt: skip
 
 
-def _shared(size: int, *, tiles_of_rows: int, tiles_of_columns: int) -> int:
-    """Bytes of shared memory: these tiles of heads of `size`, one of scores, and two numbers of each column."""
+def _shared(size: int, itemsize: int, *, tiles_of_rows: int, tiles_of_columns: int) -> int:
+    """Bytes of shared memory: these tiles of heads of `size`, in float32 one of scores, two floats for each column."""
     columns = 64 if size <= 64 else 32
-    elements = (tiles_of_rows * ROWS + tiles_of_columns * columns) * (size + 4) + ROWS * (columns + 4) + 2 * columns
-    return 4 * elements
+    pitch = size + 16 // itemsize
+    tiles = (tiles_of_rows * ROWS + tiles_of_columns * columns) * pitch * itemsize
+    scores = 4 * ROWS * (columns + 4) if itemsize == 4 else 0
+    return tiles + scores + 8 * columns

@@ -1,0 +1,229 @@
+// Tiles of 16-bit elements in shared memory, and the two products on them by tensor cores that attention and its
+// gradients are made of.
+//
+// A block of 4 warps works on ROWS x COLUMNS scores, 16 rows a warp. Scores and sums stay in registers, as D fragments
+// (gpu_ptx.cuh): of the 8 columns of part n a lane holds [n][0] and [n][1], columns 2 (lane % 4) and the next of row
+// lane / 4, and [n][2] and [n][3], the same columns of row lane / 4 + 8.
+//
+// The arrays' elements are exact as operands, and their products are summed in float32. Probabilities and gradients of
+// scores are float32: each is taken apart into TERMS numbers of 16 bits that sum to it but for 2^-22 (float16) or 2^-24
+// (bfloat16) of it, and every term is multiplied. So no rounding is coarser than float32's until the result is stored.
+// It costs one product more in float16 and two in bfloat16 where one of the operands is such: 3 instead of 2 and 4
+// instead of 2 forward, 10 and 13 instead of 7 backward.
+#pragma once
+
+#include "attention/gpu_work.cuh"
+#include "gpu_ptx.cuh"
+
+template <class T> struct TensorCoreType { using type = T; };
+template <> struct TensorCoreType<float> { using type = __half; };  // compiled, and never launched
+
+using Element = TensorCoreType<Storage>::type;
+
+template <class T> constexpr bool is_float16 = false;
+template <> constexpr bool is_float16<__half> = true;
+
+constexpr int TERMS = is_float16<Element> ? 2 : 3;
+constexpr int ROWS = 64;
+constexpr int COLUMNS = HEAD_SIZE > 64 ? 32 : 64;
+constexpr int SCORE_PARTS = COLUMNS / 8;
+constexpr int SIZE_PARTS = HEAD_SIZE / 8;
+constexpr int PITCH = HEAD_SIZE + 8;  // an odd number of 16 bytes: eight rows that follow one another share no bank
+
+// `count` rows of one head, `stride` elements apart -> a tile of TILE_ROWS; what the sequence or the head lacks is 0.
+template <int TILE_ROWS>
+__device__ __forceinline__ void load_tile(Element* tile, const Storage* source, long long stride, int count, int size,
+                                          bool packs) {
+    constexpr int PACK_SIZE = 16 / sizeof(Element);
+    constexpr int PACKS_A_ROW = HEAD_SIZE / PACK_SIZE;
+    const Element* elements = reinterpret_cast<const Element*>(source);
+    for (int i = threadIdx.x; i < TILE_ROWS * PACKS_A_ROW; i += blockDim.x) {
+        const int row = i / PACKS_A_ROW, column = i % PACKS_A_ROW * PACK_SIZE;
+        const Element* from = elements + row * stride + column;
+        union { uint4 bits; Element element[PACK_SIZE]; } pack;
+        pack.bits = make_uint4(0, 0, 0, 0);
+        if (row < count && packs && column < size) {
+            pack.bits = *reinterpret_cast<const uint4*>(from);
+        } else if (row < count) {
+#pragma unroll
+            for (int k = 0; k < PACK_SIZE; ++k) {
+                if (column + k < size) pack.element[k] = from[k];
+            }
+        }
+        *reinterpret_cast<uint4*>(tile + row * PITCH + column) = pack.bits;
+    }
+}
+
+// scores = a b': `a` at the warp's first row, the first `count` rows of `b` are real (the scores of others may be 0).
+__device__ __forceinline__ void dot_rows(const Element* a, const Element* b, int count,
+                                         float (&scores)[SCORE_PARTS][4]) {
+    const int lane = threadIdx.x % WARP;
+    a += lane % 16 * PITCH + lane / 16 * 8;
+    b += (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8;
+#pragma unroll
+    for (int n = 0; n < SCORE_PARTS; ++n) scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0;
+#pragma unroll
+    for (int d = 0; d < HEAD_SIZE; d += 16) {
+        unsigned x[4];
+        load_matrices(x, a + d);
+#pragma unroll
+        for (int n = 0; n < SCORE_PARTS; n += 2) {
+            if (n * 8 >= count) continue;
+            unsigned y[4];
+            load_matrices(y, b + n * 8 * PITCH + d);
+            mma<Element>(scores[n], x, y[0], y[1]);
+            mma<Element>(scores[n + 1], x, y[2], y[3]);
+        }
+    }
+}
+
+// Two neighbours of a fragment, as TERMS registers that sum to them; the largest first.
+__device__ __forceinline__ void take_apart(float low, float high, unsigned (&terms)[TERMS][4], int place) {
+#pragma unroll
+    for (int term = 0; term < TERMS; ++term) {
+        terms[term][place] = round_pair<Element>(low, high);
+        low -= half_of<Element>(terms[term][place], 0);
+        high -= half_of<Element>(terms[term][place], 1);
+    }
+}
+
+// sums += weights b, over the first `count` rows of `b`; weights of others must be 0.
+__device__ __forceinline__ void add_weighted(const float (&weights)[SCORE_PARTS][4], const Element* b, int count,
+                                             float (&sums)[SIZE_PARTS][4]) {
+    const int lane = threadIdx.x % WARP;
+    b += lane % 16 * PITCH + lane / 16 * 8;
+#pragma unroll
+    for (int k = 0; k < SCORE_PARTS; k += 2) {
+        if (k * 8 >= count) continue;
+        unsigned x[TERMS][4];
+        take_apart(weights[k][0], weights[k][1], x, 0);
+        take_apart(weights[k][2], weights[k][3], x, 1);
+        take_apart(weights[k + 1][0], weights[k + 1][1], x, 2);
+        take_apart(weights[k + 1][2], weights[k + 1][3], x, 3);
+#pragma unroll
+        for (int n = 0; n < SIZE_PARTS; n += 2) {
+            unsigned y[4];
+            load_matrices_transposed(y, b + k * 8 * PITCH + n * 8);
+#pragma unroll
+            for (int term = TERMS - 1; term >= 0; --term) {
+                mma<Element>(sums[n], x[term], y[0], y[1]);
+                mma<Element>(sums[n + 1], x[term], y[2], y[3]);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void clear(float (&sums)[SIZE_PARTS][4]) {
+#pragma unroll
+    for (int n = 0; n < SIZE_PARTS; ++n) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0;
+}
+
+// Over the four lanes that share rows.
+__device__ __forceinline__ float row_sum(float x) {
+    x += __shfl_xor_sync(ALL_LANES, x, 1);
+    return x + __shfl_xor_sync(ALL_LANES, x, 2);
+}
+
+__device__ __forceinline__ float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+}
+
+// float16 has few exponents: weights of any size are multiplied in units of a power of two for each row, which makes the
+// largest so far 2^14 or a little more. `sums`, in the unit so far, follow. bfloat16 has the exponents of float32.
+constexpr float SMALLEST_UNIT = 0x1p-100f;
+
+__device__ __forceinline__ void scale_to_unit(float (&weights)[SCORE_PARTS][4], float (&unit)[2],
+                                              float (&sums)[SIZE_PARTS][4]) {
+    if constexpr (is_float16<Element>) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float largest = 0;
+#pragma unroll
+            for (int n = 0; n < SCORE_PARTS; ++n) {
+                largest = fmaxf(largest, fmaxf(fabsf(weights[n][2 * half]), fabsf(weights[n][2 * half + 1])));
+            }
+            const float power = __uint_as_float(__float_as_uint(row_max(largest)) & 0x7f800000u);
+            const float next = fmaxf(unit[half], power * 0x1p-14f);
+            const float shrink = unit[half] / next, grow = 1 / next;
+            unit[half] = next;
+#pragma unroll
+            for (int n = 0; n < SIZE_PARTS; ++n) {
+                sums[n][2 * half] *= shrink;
+                sums[n][2 * half + 1] *= shrink;
+            }
+#pragma unroll
+            for (int n = 0; n < SCORE_PARTS; ++n) {
+                weights[n][2 * half] *= grow;
+                weights[n][2 * half + 1] *= grow;
+            }
+        }
+    }
+}
+
+// The rows that the warp has (`rows` in all), times `factor`, to memory: `out` at the warp's first row, of an array that
+// begins on a multiple of 4 bytes.
+__device__ __forceinline__ void store_rows(Storage* out, long long stride, int rows, int size,
+                                           const float (&sums)[SIZE_PARTS][4], const float (&factor)[2]) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = lane / 4 + 8 * half;
+        if (row >= rows) continue;
+#pragma unroll
+        for (int n = 0; n < SIZE_PARTS; ++n) {
+            const int column = 8 * n + lane % 4 * 2;
+            const float left = sums[n][2 * half] * factor[half], right = sums[n][2 * half + 1] * factor[half];
+            Storage* to = out + row * stride + column;
+            if (size % 2 == 0) {
+                if (column < size) *reinterpret_cast<unsigned*>(to) = round_pair<Element>(left, right);
+            } else {
+                if (column < size) store(to, left);
+                if (column + 1 < size) store(to + 1, right);
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------- dropout
+
+// Which of 4 keys a query keeps, as bits.
+__device__ __forceinline__ unsigned keep_bits(const Dropout& dropout, unsigned query, int quad) {
+    bool keep[4];
+    keep_four(dropout, query, quad, keep);
+    return keep[0] | keep[1] << 1 | keep[2] << 2 | keep[3] << 3;
+}
+
+// Rows are queries, from `row` of the sequence on, columns are keys from `start` on: bit 4 n + i of keep[half] tells of
+// scores[n][2 half + i]. Two lanes share the random words of two rows: each draws those of one.
+__device__ __forceinline__ void keep_keys(const Dropout& dropout, const Work& work, int heads, int row, int start,
+                                          int count, unsigned (&keep)[2]) {
+    const int lane = threadIdx.x % WARP, odd = lane % 2;
+    const unsigned query = query_of(work, row + lane / 4 + 8 * odd, heads);
+    unsigned mine = 0;
+#pragma unroll
+    for (int n = 0; n < SCORE_PARTS; ++n) {
+        if (n * 8 < count) mine |= keep_bits(dropout, query, start / 4 + 2 * n + lane % 4 / 2) << 4 * n;
+    }
+    const unsigned other = __shfl_xor_sync(ALL_LANES, mine, 1);
+    keep[0] = (odd ? other : mine) >> 2 * odd;
+    keep[1] = (odd ? mine : other) >> 2 * odd;
+}
+
+// Rows are keys, columns are queries: bit 4 n of keep[i] tells of scores[n][i]. Four lanes share the random words of
+// four keys against four queries: each draws those of one query.
+__device__ __forceinline__ void keep_queries(const Dropout& dropout, const Work& work, int heads, int row, int start,
+                                             int count, unsigned (&keep)[4]) {
+    const int lane = threadIdx.x % WARP, key = lane / 4, half = key % 4 / 2, odd = key % 2;
+    const int quad = row / 4 + 2 * half + key / 4;
+    unsigned mine = 0;
+#pragma unroll
+    for (int n = 0; n < SCORE_PARTS; ++n) {
+        const unsigned query = query_of(work, start + 8 * n + lane % 4 * 2 + odd, heads);
+        if (n * 8 < count) mine |= keep_bits(dropout, query, quad) << 4 * n;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        keep[i] = __shfl_sync(ALL_LANES, mine, (key / 4 * 4 + i) * 4 + lane % 4) >> key % 4;
+    }
+}
