@@ -49,35 +49,42 @@ class Row:
 # ----------------------------------------------------------------------------------------------------------- judging
 
 
-def judge(rows: Iterable[Row], budget: Budget, complete: bool = True) -> list[str]:
-    """A line for each spill, each excess over the budget and each kernel that it lacks, or that is no more."""
-    rows = list(rows)
-    failures = []
+def spills(rows: Iterable[Row]) -> list[str]:
+    """A line for each kernel that has too few registers for its values."""
+    return [
+        f"{row.kernel} {row.variant} on {arch} spills {used.spill_bytes} bytes with {used.registers} registers: keep "
+        f"fewer values alive in a thread, or allow it more registers by __launch_bounds__ ({row.threads} threads)"
+        for row in rows for arch, used in row.resources.items() if used.spill_bytes
+    ]  # fmt: skip
+
+
+def differences(rows: Sequence[Row], budget: Budget, complete: bool = True) -> list[str]:
+    """A line for each kernel that the budget lacks; if `rows` are all there are, for each that is no more."""
     known_archs = budgeted(budget)
-    for row in rows:
-        for arch, used in row.resources.items():
-            where = f"{row.kernel} {row.variant} on {arch}"
-            if used.spill_bytes:
-                failures.append(
-                    f"{where} spills {used.spill_bytes} bytes with {used.registers} registers: keep fewer values alive "
-                    f"in a thread, or let it have more registers by fewer threads in __launch_bounds__ ({row.threads})"
-                )
-            allowed = budget.get(row.kernel, {}).get(row.variant, {}).get(arch)
-            if allowed is not None:
-                failures += [f"{where} {excess}" for excess in _excesses(used, allowed)]
-            elif arch in known_archs:
-                failures.append(f"{where} is not in the budget: `{REFRESH}` adds it")
-    if complete:
-        present = {(row.kernel, row.variant) for row in rows}
-        gone = [(kernel, v) for kernel, variants in budget.items() for v in variants if (kernel, v) not in present]
-        failures += [
-            f"{kernel} {v} is in the budget but in no launch table: `{REFRESH}` drops it" for kernel, v in gone
-        ]
-    return failures
+    found = [
+        f"{row.kernel} {row.variant} on {arch} is not in the budget: `{REFRESH}` adds it"
+        for row in rows for arch in row.resources
+        if arch in known_archs and arch not in budget.get(row.kernel, {}).get(row.variant, {})
+    ]  # fmt: skip
+    present = {(row.kernel, row.variant) for row in rows}
+    named = [(kernel, variant) for kernel, variants in budget.items() for variant in variants]
+    gone = [name for name in named if name not in present] if complete else []
+    return found + [f"{kernel} {v} is in the budget but in no launch table: `{REFRESH}` drops it" for kernel, v in gone]
 
 
-def _excesses(used: Resources, allowed: dict[str, int]) -> list[str]:
-    found = []
+def excesses(rows: Iterable[Row], budget: Budget) -> list[str]:
+    """A line for each figure above the budget; of use with the NVRTC that it was written with, since others differ."""
+    return [
+        f"{row.kernel} {row.variant} on {arch} {excess}"
+        for row in rows for arch, used in row.resources.items()
+        for excess in _excesses(used, budget.get(row.kernel, {}).get(row.variant, {}).get(arch))
+    ]  # fmt: skip
+
+
+def _excesses(used: Resources, allowed: dict[str, int] | None) -> list[str]:
+    found: list[str] = []
+    if allowed is None:
+        return found
     if used.registers > _rounded(allowed["registers"]):
         found.append(
             f"takes {used.registers} registers, over the budget of {_rounded(allowed['registers'])}: keep fewer values "

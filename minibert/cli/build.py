@@ -24,10 +24,12 @@ from minibert.cli.budget import (
     BUDGET,
     Row,
     budgeted,
+    differences,
+    excesses,
     facts,
-    judge,
     markdown,
     read_budget,
+    spills,
     table,
     updated,
     write,
@@ -85,24 +87,35 @@ def build_command(
     wanted = list(dict.fromkeys(a.strip() for a in arch.split(",") if a.strip()))
     for each in wanted or [arch]:
         nvrtc.check_architecture(tools, each)
+    budget, written_with = read_budget(budget_file)
+    version = "{}.{}".format(*tools.version)
+    if update_budget and names and budget and written_with != version:
+        raise UserError(
+            f"the budget was written with NVRTC {written_with}, this is {version}: update it for all families"
+        )
     if output is not None:
         _make_folder(output)
-    budget, written_with = read_budget(budget_file)
     units, failures = plan(names or [])
     complete = not names and not failures
     rows = rows_of(units)
     failures += compile_units(units, wanted, output, threads or _cores())
 
-    version = "{}.{}".format(*tools.version)
     assembled = [a for a in wanted if a.startswith("sm_")]
     if update_budget:
-        budget = updated(budget, rows, complete)
+        budget, written_with = updated(budget if written_with == version else {}, rows, complete), version
         write_budget(budget_file, budget, version)
-    elif budget and written_with != version:
-        say(f"the budget was written with NVRTC {written_with}: {version} may give a kernel other registers")
+    failures += spills(rows) + differences(rows, budget, complete)
+    above = excesses(rows, budget)
+    if written_with == version:
+        failures += above
+    elif budget:
+        say(
+            f"the budget was written with NVRTC {written_with}, and only that is held to it; with {version} "
+            f"{len(above)} figures exceed it"
+        )
     if unknown := [a for a in assembled if a not in budgeted(budget)]:
         say(f"{budget_file} has no budget for {', '.join(unknown)}: only spills are judged there")
-    failures += judge(rows, budget, complete)
+
     if assembled:
         console.print(table(rows, assembled))
     if markdown_file is not None:
@@ -111,10 +124,11 @@ def build_command(
         write(json_file, json.dumps(facts(rows, failures, version), indent=1) + "\n")
     for failure in failures:
         console.print(f"[red]FAIL[/red] {escape(failure)}", highlight=False, soft_wrap=True)
-    verdict = f"{len(units)} files and variants for {', '.join(wanted)} with {tools.describe()}: {len(rows)} kernels"
-    told = f"{len(failures)} failures" if failures else "none spills, none is over its budget"
+    passed = "none spills" + (", none is over its budget" if written_with == version else "")
     console.print(
-        f"[{'red' if failures else 'green'}]{'FAIL' if failures else 'PASS'}[/] {escape(verdict)}, {told}",
+        f"[{'red' if failures else 'green'}]{'FAIL' if failures else 'PASS'}[/] {len(units)} compilations for each of "
+        f"{', '.join(wanted)} with {escape(tools.describe())}: {len(rows)} kernels in their variants, "
+        f"{f'{len(failures)} failures' if failures else passed}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     return 1 if failures else 0
