@@ -33,7 +33,6 @@ from minibert.kernels import OPS, Op
 from minibert.kernels.array_module import numpy_module
 from minibert.kernels.op import BertSize, Sample, outputs
 from minibert.kernels.readings import cost
-from minibert.pretrained import DTYPES
 
 if TYPE_CHECKING:
     from bench.peaks import Peaks
@@ -208,7 +207,7 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the same facts here.")] = None,
 ) -> int:
     """Time every op at its BERT shape on every backend."""
-    if dtype not in DTYPES:
+    if dtype not in Backend.dtypes:
         raise UserError(f"--dtype: expected float32 or float64, got {dtype!r}")
     if hidden % heads or predicted > batch * length:
         raise UserError("expected --hidden to be a multiple of --heads, and --predicted at most --batch times --length")

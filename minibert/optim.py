@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from minibert.backends.base import NARROW
 from minibert.errors import UserError
-from minibert.kernels.adamw import adamw, clip_scale, square_norm
+from minibert.kernels.adamw import adamw, adamw_shadow, clip_scale, square_norm
 from minibert.kernels.elementwise import add
 from minibert.kernels.op import Array
 from minibert.nn import Module, Parameter
@@ -18,13 +19,17 @@ from minibert.nn import Module, Parameter
 
 @dataclass
 class ParameterGroup:
-    """Parameters that share a weight decay, laid one after the other in flat arrays of `size` elements."""
+    """Parameters that share a weight decay, laid one after the other in flat arrays.
+
+    Where they are stored in 16 bits, `master` is the same in float32: it is what is updated, and `param` follows it.
+    """
 
     params: list[Parameter]
     weight_decay: float
     offsets: list[int] = field(default_factory=list)
     buffers: list[Any] = field(default_factory=list)  # each parameter's part of `grad`
     param: Array = None
+    master: Array = None
     grad: Array = None
     exp_avg: Array = None
     exp_avg_sq: Array = None
@@ -33,15 +38,24 @@ class ParameterGroup:
         """Move the parameters into one flat array, and have their gradients written into another."""
         first = self.params[0]
         self.offsets = np.cumsum([0, *(p.data.size for p in self.params)]).tolist()
+        narrow = first.dtype.name in NARROW
         flat = np.empty(self.offsets[-1], first.dtype)
+        zeros = np.zeros(flat.shape, np.float32 if narrow else first.dtype)
         self.param, self.grad, self.exp_avg, self.exp_avg_sq = (
-            first.backend.asarray(values) for values in (flat, flat.copy(), np.zeros_like(flat), np.zeros_like(flat))
+            first.backend.asarray(values) for values in (flat, flat.copy(), zeros, zeros.copy())
         )
         for p, start, stop in zip(self.params, self.offsets, self.offsets[1:], strict=False):
             self.param[start:stop] = p.data.reshape(-1)
             p.data = self.param[start:stop].reshape(p.declared_shape)
             p.grad_buffer = self.grad[start:stop].reshape(p.declared_shape)
             self.buffers.append(p.grad_buffer)
+        if narrow:
+            self.master = first.backend.asarray(self.param, dtype=np.float32)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """What a run must save to go on from."""
+        return ("exp_avg", "exp_avg_sq") if self.master is None else ("exp_avg", "exp_avg_sq", "master")
 
     def spans(self) -> list[slice]:
         """Where there are gradients, as long slices: usually one. A parameter without a gradient is left alone."""
@@ -115,36 +129,52 @@ class AdamW:
                 total = part if total is None else backend.run(add, total, part)
         return total
 
+    def clip_scale(self, square_norm: Array) -> Array:
+        """The factor of every gradient, a 0-d array: below 1 where their norm is above `max_grad_norm`."""
+        first = self.groups[0].params[0]
+        if self.max_grad_norm is None:
+            wide = "float32" if first.dtype.name in NARROW else first.dtype
+            return first.backend.asarray(1.0, dtype=wide)
+        return first.backend.run(clip_scale, square_norm, max_norm=self.max_grad_norm)
+
+    def check_norm(self, square_norm: Array) -> None:
+        """Note the norm of the gradients. Raises FloatingPointError where it is not finite."""
+        self.grad_norm = float(self.groups[0].params[0].backend.numpy(square_norm)) ** 0.5
+        if not math.isfinite(self.grad_norm):
+            raise FloatingPointError(f"AdamW: the gradient norm is {self.grad_norm}; nothing was updated")
+
     def step(self) -> None:
         """Update every parameter that has a gradient.
 
         Raises FloatingPointError, with nothing updated, where the gradients are clipped and their norm is not finite.
         """
-        backend = self.groups[0].params[0].backend
-        spans = [(group, span) for group in self.groups for span in group.spans()]
-        if not spans:
-            return
-        scale = backend.asarray(1.0, dtype=self.groups[0].params[0].dtype)
-        if self.max_grad_norm is not None:
-            total = self.square_norm()
-            self.grad_norm = float(backend.numpy(total)) ** 0.5
-            if not math.isfinite(self.grad_norm):
-                raise FloatingPointError(f"AdamW: the gradient norm is {self.grad_norm}; nothing was updated")
-            scale = backend.run(clip_scale, total, max_norm=self.max_grad_norm)
-        self.step_count += 1
-        for group, span in spans:
-            state = (group.param[span], group.grad[span], group.exp_avg[span], group.exp_avg_sq[span])
-            backend.run(
-                adamw, *state, scale,
-                lr=self.lr, step=self.step_count, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
-                weight_decay=group.weight_decay,
-            )  # fmt: skip
+        total = None if self.max_grad_norm is None else self.square_norm()
+        if total is not None:
+            self.check_norm(total)
+        if any(group.spans() for group in self.groups):
+            self.step_count += 1
+            self.update(self.clip_scale(total), self.lr, self.step_count)
+
+    def update(self, grad_scale: Array, lr: float, step: int) -> None:
+        """Queue the update alone: nothing is looked at, so that it can be part of a captured graph."""
+        for group in self.groups:
+            backend = group.params[0].backend
+            for span in group.spans():
+                state = (group.param, group.grad, group.exp_avg, group.exp_avg_sq)
+                op = adamw
+                if group.master is not None:
+                    op, state = adamw_shadow, (group.param, group.master, *state[1:])
+                backend.run(
+                    op, *(array[span] for array in state), grad_scale,
+                    lr=lr, step=step, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
+                    weight_decay=group.weight_decay,
+                )  # fmt: skip
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Both moments of every group, flat, and the number of steps."""
+        """Both moments of every group, flat, its float32 weights where it has some, and the number of steps."""
         state = {"step_count": np.asarray(self.step_count)}
         for i, group in enumerate(self.groups):
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in group.kept:
                 state[f"groups.{i}.{name}"] = np.array(group.params[0].backend.numpy(getattr(group, name)))
         return state
 
@@ -156,7 +186,7 @@ class AdamW:
             raise UserError(f"optimiser state: expected {expected}, got {given}; was it saved from another model?")
         self.step_count = int(state["step_count"])
         for i, group in enumerate(self.groups):
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in group.kept:
                 getattr(group, name)[...] = group.params[0].backend.asarray(state[f"groups.{i}.{name}"])
 
 

@@ -9,12 +9,10 @@ from typing import Any, Self
 import numpy as np
 
 from minibert import backends, checkpoint
-from minibert.backends.base import Backend
+from minibert.backends.base import Backend, dtype_of
 from minibert.config import BertConfig
 from minibert.errors import UserError
 from minibert.nn import Module, Parameter, Place
-
-DTYPES = ("float32", "float64")
 
 
 class PreTrained(Module):
@@ -25,8 +23,6 @@ class PreTrained(Module):
     seed: int
 
     def begin(self, config: BertConfig, backend: str | Backend, dtype: str, seed: int) -> Place:
-        if dtype not in DTYPES:
-            raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         if not isinstance(config, BertConfig):
             raise UserError(f"config: expected a BertConfig, got {type(config).__name__}; see BertConfig.from_dict")
         if not isinstance(backend, str | Backend):
@@ -34,7 +30,11 @@ class PreTrained(Module):
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise UserError(f"seed: expected a whole number from 0 to {2**32 - 1}, got {seed!r}")
         self.config, self.seed = config, seed
-        self.place = Place(backends.get(backend) if isinstance(backend, str) else backend, dtype)
+        found = backends.get(backend) if isinstance(backend, str) else backend
+        if dtype not in found.dtypes:
+            raise UserError(f"dtype: expected one of {', '.join(found.dtypes)} on {found.name}, got {dtype!r}")
+        dtype_of(dtype)  # says what to install where NumPy lacks it
+        self.place = Place(found, dtype)
         return self.place
 
     @property

@@ -39,11 +39,12 @@ from minibert.data import (
     split,
 )
 from minibert.errors import UserError
+from minibert.graphed import GraphedSteps
 from minibert.guard import FirstNonFinite, NonFiniteError
 from minibert.kernels.cross_entropy import cross_entropy
 from minibert.kernels.op import Array
 from minibert.optim import AdamW, linear_schedule, parameter_groups
-from minibert.packing import IGNORE
+from minibert.packing import IGNORE, pack
 from minibert.tensor import no_grad
 from minibert.training_config import TrainingConfig
 
@@ -53,6 +54,11 @@ SINCE = ("steps", "loss", "tokens", "seconds")  # sums since the last line of th
 
 Record = dict[str, Any]
 Kind = Literal["step", "log", "eval"]
+
+
+def demand_finite(loss: float) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss}")
 
 
 class Data(NamedTuple):
@@ -134,6 +140,7 @@ class Trainer:
         held_out = Batches(data.held_out, config.tokens_per_batch, config.seed ^ 0x5EED, rule)
         count = min(held_out.steps_in_epoch(0), -(-config.eval_tokens // config.tokens_per_batch))
         self.held_out = [held_out.batch(i) for i in range(count)]
+        self.graphed = GraphedSteps(model, self.optimizer, config.tokens_per_batch) if config.graph else None
         self.stop = False  # set it, from a signal handler say, and the run ends after the step
         # How far the run came, and sums since the last line of the log: plain numbers, saved as they are.
         self.progress: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "since": dict.fromkeys(SINCE, 0)}
@@ -178,10 +185,7 @@ class Trainer:
         learning_rate = config.learning_rate * linear_schedule(self.step, config.warmup, config.max_steps)
         self.optimizer.lr = learning_rate
         try:
-            loss, tokens = self.forward_backward()
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss}")
-            self.optimizer.step()
+            loss, tokens = self.update_by_graph() if self.graphed is not None else self.update()
         except FloatingPointError as error:
             raise NonFiniteError(self.explain(error)) from None
         seconds = time.perf_counter() - began
@@ -198,6 +202,29 @@ class Trainer:
             "tokens": tokens,
             "seconds": seconds,
         }
+
+    def update(self) -> tuple[float, int]:
+        """Op by op. Gives the loss, and how many tokens it is of; raises FloatingPointError, nothing updated."""
+        loss, tokens = self.forward_backward()
+        demand_finite(loss)
+        self.optimizer.step()
+        return loss, tokens
+
+    def update_by_graph(self) -> tuple[float, int]:
+        """The same, where the step's shape has come before, in two calls of the device."""
+        assert self.graphed is not None
+        self.model.train()
+        batch = self.batches.batch(self.step)
+        packed = pack(
+            self.model.config, batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids,
+            labels=batch.labels, cu_seqlens=batch.cu_seqlens,
+        )  # fmt: skip
+        loss, square_norm, recorded = self.graphed.gradients(packed, self.step)
+        value = float(self.model.backend.numpy(loss))
+        demand_finite(value)
+        self.optimizer.check_norm(square_norm)
+        self.graphed.update(recorded, square_norm)
+        return value, len(batch.input_ids)
 
     @np.errstate(all="ignore")  # the guard sees what NumPy would warn of, and says where it began
     def forward_backward(self) -> tuple[float, int]:

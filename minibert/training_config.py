@@ -34,6 +34,9 @@ class TrainingConfig:
     logging_steps: int = 10
     eval_steps: int = 250
     save_steps: int = 500
+    graph: bool = (
+        False  # replay steps as CUDA graphs: a launch from Python costs more than a small kernel
+    )
     seed: int = 0  # of weights, split, order, masks and dropout
 
     def __post_init__(self) -> None:
@@ -57,6 +60,9 @@ class TrainingConfig:
         self._require(self.warmup_steps >= 0, "warmup_steps", "0 or more")
         self._require(0 <= self.warmup_ratio <= 1, "warmup_ratio", "from 0 to 1")
         self._require(0 <= self.seed < 2**32, "seed", f"from 0 to {2**32 - 1}")
+
+        alone = self.gradient_accumulation_steps == 1 and not self.next_sentence
+        self._require(alone or not self.graph, "graph", "False with gradient accumulation or next_sentence")
 
     @property
     def warmup(self) -> int:

@@ -31,6 +31,7 @@ LAYERS = (
     ("pretrained", "outputs"),
     ("bert",),
     ("optim", "data", "judge", "guard", "training_config"),
+    ("graphed",),
     ("train", "check", "compare"),
     ("__init__",),
     ("cli",),

@@ -204,9 +204,7 @@ class EmulatorDriver:
         def run() -> bool:
             left, right = (self._operand(product, matrix, a) for matrix, a in ((product.a, True), (product.b, False)))
             result = np.matmul(left, right)
-            nbytes = (
-                (product.batch - 1) * product.out.batch_stride + product.m * product.n
-            ) * product.dtype.itemsize
+            nbytes = ((product.batch - 1) * product.out.batch_stride + product.m * product.n) * product.dtype.itemsize
             if product.epilogue is not None:
                 result = result + self._vector(product.bias, product.n, product.dtype)
             if product.epilogue == "gelu":

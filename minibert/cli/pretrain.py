@@ -82,9 +82,10 @@ def pretrain(
     logging_steps: int = setting("logging_steps", "Steps between lines of the log.", "--log-every"),
     eval_steps: int = setting("eval_steps", "Steps between evaluations.", "--eval-every"),
     save_steps: int = setting("save_steps", "Steps between checkpoints.", "--save-every"),
+    graph: bool = typer.Option(None, "--graph", help="Replay steps as CUDA graphs (cupy, emulator)."),
     seed: int = setting("seed", "Of weights, order, masks and dropout."),
     backend: str = typer.Option(None, show_default="the fastest here", help="See `minibert backends`."),
-    dtype: str = typer.Option(None, show_default="float32", help="float32 or float64."),
+    dtype: str = typer.Option(None, show_default="float32", help="float32, float64; on a GPU float16, bfloat16."),
     threads: int = typer.Option(
         None, min=1, max=MOST_THREADS, show_default="all cores", help="Threads of kernels and BLAS."
     ),
