@@ -20,7 +20,7 @@
 constexpr int BLOCK = 256;        // of the kernels that take rows of any length
 constexpr int WARPS_BLOCK = 128;  // of the kernels that give each row to a warp
 constexpr int GRAD_BLOCK = 128;
-constexpr int GRAD_BLOCKS = 4;    // on a multiprocessor at once: 48 KiB in flight at 768 columns, 128 registers
+constexpr int GRAD_BLOCKS = 4;    // on a multiprocessor at once: 48 KiB in flight at 768 columns
 constexpr int GRAD_WARPS = GRAD_BLOCK / WARP;
 constexpr int GRAD_PACKS = 1024 / GRAD_BLOCK / PACK;  // that a thread owns: rows of up to 1024 columns
 constexpr int GRAD_ROWS = PACK / 2;                   // taken at once: 2, or 4 of 16-bit elements
@@ -86,8 +86,10 @@ extern "C" __global__ void __launch_bounds__(WARPS_BLOCK)
     bool aligned = in_packs(columns, x, weight, bias, y);
 
     for (long long row = warp; row < rows; row += warps) {
+        Pack packs[WARP_PACKS];
         float values[WARP_PACKS][PACK];
-        load_row<WARP, WARP_PACKS>(x + row * columns, columns, aligned, 0.0f, values);
+        read_row<WARP>(x + row * columns, columns, aligned, 0.0f, packs);
+        to_floats(packs, values);
         normalise_row(values, weight, bias, y + row * columns, mean + row, rstd + row, columns, eps, aligned);
     }
 }
@@ -105,9 +107,12 @@ extern "C" __global__ void __launch_bounds__(WARPS_BLOCK)
 
     for (long long row = warp; row < rows; row += warps) {
         long long start = row * columns;
+        Pack packs[WARP_PACKS], added_packs[WARP_PACKS];
+        read_row<WARP>(x + start, columns, aligned, 0.0f, packs);
+        read_row<WARP>(residual + start, columns, aligned, 0.0f, added_packs);
         float values[WARP_PACKS][PACK], added[WARP_PACKS][PACK];
-        load_row<WARP, WARP_PACKS>(x + start, columns, aligned, 0.0f, values);
-        load_row<WARP, WARP_PACKS>(residual + start, columns, aligned, 0.0f, added);
+        to_floats(packs, values);
+        to_floats(added_packs, added);
 #pragma unroll
         for (int k = 0; k < WARP_PACKS; ++k) {
             int column = (k * WARP + lane) * PACK;
@@ -184,33 +189,38 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 
 // ------------------------------------------------------------------------------------------------------------ backward
 
-// One pack of n = (z - mean) rstd and h = g weight, from z and g; adds to the gradients (g n and g) and the sums.
-__device__ __forceinline__ void normalise(const float (&weight)[PACK], float mean, float rstd, float (&z)[PACK],
-                                          float (&g)[PACK], float (&dweight)[PACK], float (&dbias)[PACK], float& sum_h,
-                                          float& sum_hn) {
+// What one pack adds: g n to dweight, g to dbias, h and h n to the sums over its row, with n = (z - mean) rstd and
+// h = g weight.
+__device__ __forceinline__ void add_up(const float (&z)[PACK], const float (&g)[PACK], const float (&weight)[PACK],
+                                       float mean, float rstd, float (&dweight)[PACK], float (&dbias)[PACK],
+                                       float& sum_h, float& sum_hn) {
 #pragma unroll
     for (int i = 0; i < PACK; ++i) {
-        z[i] = (z[i] - mean) * rstd;
-        dweight[i] += g[i] * z[i];
+        float n = (z[i] - mean) * rstd;
+        float h = g[i] * weight[i];
+        dweight[i] += g[i] * n;
         dbias[i] += g[i];
-        g[i] *= weight[i];
-        sum_h += g[i];
-        sum_hn += g[i] * z[i];
+        sum_h += h;
+        sum_hn += h * n;
     }
 }
 
-// One pack of dz = (h - mean h - n mean(h n)) rstd, and of dx = dropout(dz) where `dx` is not null. Overwrites h.
-__device__ __forceinline__ void store_gradient(Storage* __restrict__ dz, Storage* __restrict__ dx,
-                                               const Dropout& dropout, float mean_h, float mean_hn, float rstd,
-                                               long long first, int left, bool aligned, const float (&n)[PACK],
-                                               float (&h)[PACK]) {
+// One pack of dz = (h - mean h - n mean(h n)) rstd, and of dx = dropout(dz) where `dx` is not null.
+__device__ __forceinline__ void store_gradient(const float (&z)[PACK], const float (&g)[PACK],
+                                               const float (&weight)[PACK], float mean, float rstd, float mean_h,
+                                               float mean_hn, Storage* __restrict__ dz, Storage* __restrict__ dx,
+                                               const Dropout& dropout, long long first, int left, bool aligned) {
     if (left <= 0) return;
+    float values[PACK];
 #pragma unroll
-    for (int i = 0; i < PACK; ++i) h[i] = (h[i] - mean_h - n[i] * mean_hn) * rstd;
-    store_part(dz + first, left, aligned, h);
+    for (int i = 0; i < PACK; ++i) {
+        float n = (z[i] - mean) * rstd;
+        values[i] = (g[i] * weight[i] - mean_h - n * mean_hn) * rstd;
+    }
+    store_part(dz + first, left, aligned, values);
     if (dx == nullptr) return;
-    drop(dropout, first, h);
-    store_part(dx + first, left, aligned, h);
+    drop(dropout, first, values);
+    store_part(dx + first, left, aligned, values);
 }
 
 // A pack of sums, in float32 whatever Storage is.
@@ -248,8 +258,10 @@ extern "C" __global__ void __launch_bounds__(GRAD_BLOCK, GRAD_BLOCKS)
     int chunks = (rows - 1) / chunk_rows + 1;
     int turn = 0;
 
+    Pack weights[GRAD_PACKS];
     float scales[GRAD_PACKS][PACK];
-    load_row<GRAD_BLOCK, GRAD_PACKS>(weight, columns, aligned, 0.0f, scales);
+    read_row<GRAD_BLOCK>(weight, columns, aligned, 0.0f, weights);
+    to_floats(weights, scales);
 
     for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
         float dweight[GRAD_PACKS][PACK] = {}, dbias[GRAD_PACKS][PACK] = {};
@@ -257,23 +269,26 @@ extern "C" __global__ void __launch_bounds__(GRAD_BLOCK, GRAD_BLOCKS)
         int present = min(chunk_rows, rows - first);
 
         for (int done = 0; done < present; done += GRAD_ROWS) {
-            float n[GRAD_ROWS][GRAD_PACKS][PACK], h[GRAD_ROWS][GRAD_PACKS][PACK];
-            float row_rstd[GRAD_ROWS], total[2 * GRAD_ROWS] = {};
+            Pack z_packs[GRAD_ROWS][GRAD_PACKS], g_packs[GRAD_ROWS][GRAD_PACKS];  // kept: in 16 bits half of the floats
+            float row_mean[GRAD_ROWS], row_rstd[GRAD_ROWS], total[2 * GRAD_ROWS] = {};
             long long start = static_cast<long long>(first + done) * columns;
 #pragma unroll
             for (int r = 0; r < GRAD_ROWS; ++r) {
                 int own_columns = done + r < present ? columns : 0;  // of a row after the last one: nothing, so zeros
-                load_row<GRAD_BLOCK, GRAD_PACKS>(z + start + r * columns, own_columns, aligned, 0.0f, n[r]);
-                load_row<GRAD_BLOCK, GRAD_PACKS>(g + start + r * columns, own_columns, aligned, 0.0f, h[r]);
+                read_row<GRAD_BLOCK>(z + start + r * columns, own_columns, aligned, 0.0f, z_packs[r]);
+                read_row<GRAD_BLOCK>(g + start + r * columns, own_columns, aligned, 0.0f, g_packs[r]);
             }
 #pragma unroll
             for (int r = 0; r < GRAD_ROWS; ++r) {
-                float row_mean = done + r < present ? mean[first + done + r] : 0.0f;
+                row_mean[r] = done + r < present ? mean[first + done + r] : 0.0f;
                 row_rstd[r] = done + r < present ? rstd[first + done + r] : 0.0f;
 #pragma unroll
                 for (int k = 0; k < GRAD_PACKS; ++k) {
-                    normalise(scales[k], row_mean, row_rstd[r], n[r][k], h[r][k], dweight[k], dbias[k], total[2 * r],
-                              total[2 * r + 1]);
+                    float z_values[PACK], g_values[PACK];
+                    to_floats(z_packs[r][k], z_values);
+                    to_floats(g_packs[r][k], g_values);
+                    add_up(z_values, g_values, scales[k], row_mean[r], row_rstd[r], dweight[k], dbias[k], total[2 * r],
+                           total[2 * r + 1]);
                 }
             }
 
@@ -298,8 +313,11 @@ extern "C" __global__ void __launch_bounds__(GRAD_BLOCK, GRAD_BLOCKS)
 #pragma unroll
                 for (int k = 0; k < GRAD_PACKS; ++k) {
                     int column = (k * GRAD_BLOCK + threadIdx.x) * PACK;
-                    store_gradient(dz, dx, dropout, mean_h, mean_hn, row_rstd[r], start + r * columns + column,
-                                   own_columns - column, aligned, n[r][k], h[r][k]);
+                    float z_values[PACK], g_values[PACK];
+                    to_floats(z_packs[r][k], z_values);
+                    to_floats(g_packs[r][k], g_values);
+                    store_gradient(z_values, g_values, scales[k], row_mean[r], row_rstd[r], mean_h, mean_hn, dz, dx,
+                                   dropout, start + r * columns + column, own_columns - column, aligned);
                 }
             }
         }
@@ -334,19 +352,19 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
         for (int row = first; row < first + present; ++row) {
             long long start = static_cast<long long>(row) * columns;
             float row_mean = mean[row], row_rstd = rstd[row];
-            float n[PACK], h[PACK], scales[PACK];
+            float z_values[PACK], g_values[PACK], scales[PACK];
 
             float sum_h = 0, sum_hn = 0;
             for (int column = first_column; column < columns; column += stride) {
                 int left = columns - column;
                 int known = row > first ? left : 0;  // nothing was summed up before the first row
                 float dweight[PACK], dbias[PACK];
-                load_part(z + start + column, left, aligned, 0.0f, n);
-                load_part(g + start + column, left, aligned, 0.0f, h);
+                load_part(z + start + column, left, aligned, 0.0f, z_values);
+                load_part(g + start + column, left, aligned, 0.0f, g_values);
                 load_part(weight + column, left, aligned, 0.0f, scales);
                 load_sums(chunk_sums + column, known, dweight);
                 load_sums(chunk_sums + columns + column, known, dbias);
-                normalise(scales, row_mean, row_rstd, n, h, dweight, dbias, sum_h, sum_hn);
+                add_up(z_values, g_values, scales, row_mean, row_rstd, dweight, dbias, sum_h, sum_hn);
                 store_sums(chunk_sums + column, left, aligned, dweight);
                 store_sums(chunk_sums + columns + column, left, aligned, dbias);
             }
@@ -354,15 +372,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 
             for (int column = first_column; column < columns; column += stride) {
                 int left = columns - column;
-                load_part(z + start + column, left, aligned, 0.0f, n);
-                load_part(g + start + column, left, aligned, 0.0f, h);
+                load_part(z + start + column, left, aligned, 0.0f, z_values);
+                load_part(g + start + column, left, aligned, 0.0f, g_values);
                 load_part(weight + column, left, aligned, 0.0f, scales);
-#pragma unroll
-                for (int i = 0; i < PACK; ++i) {
-                    n[i] = (n[i] - row_mean) * row_rstd;
-                    h[i] *= scales[i];
-                }
-                store_gradient(dz, dx, dropout, mean_h, mean_hn, row_rstd, start + column, left, aligned, n, h);
+                store_gradient(z_values, g_values, scales, row_mean, row_rstd, mean_h, mean_hn, dz, dx, dropout,
+                               start + column, left, aligned);
             }
         }
     }

@@ -17,7 +17,7 @@ __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff80
 
 // ------------------------------------------------------------------------------------------------------ a warp per row
 
-template <int ROWS, int PACKS>
+template <int ROWS, int OWN>
 __device__ __forceinline__ void softmax_by_warps(const Storage* __restrict__ x, Storage* __restrict__ y, int rows,
                                                  int columns) {
     int lane = threadIdx.x % WARP;
@@ -26,40 +26,42 @@ __device__ __forceinline__ void softmax_by_warps(const Storage* __restrict__ x, 
     bool aligned = in_packs(columns, x, y);
 
     for (long long first = warp * ROWS; first < rows; first += warps * ROWS) {
-        float values[ROWS][PACKS][PACK];
+        Pack packs[ROWS][OWN];
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             int present = first + r < rows ? columns : 0;  // of a row after the last one: nothing
-            load_row<WARP, PACKS>(x + (first + r) * columns, present, aligned, minus_infinity(), values[r]);
+            read_row<WARP>(x + (first + r) * columns, present, aligned, minus_infinity(), packs[r]);
         }
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-            float top = values[r][0][0];
+            float values[OWN][PACK];
+            to_floats(packs[r], values);
+            float top = values[0][0];
 #pragma unroll
-            for (int k = 0; k < PACKS; ++k) {
+            for (int k = 0; k < OWN; ++k) {
 #pragma unroll
-                for (int i = 0; i < PACK; ++i) top = fmaxf(top, values[r][k][i]);
+                for (int i = 0; i < PACK; ++i) top = fmaxf(top, values[k][i]);
             }
             top = warp_max(top);
 
             float total = 0;
 #pragma unroll
-            for (int k = 0; k < PACKS; ++k) {
+            for (int k = 0; k < OWN; ++k) {
 #pragma unroll
                 for (int i = 0; i < PACK; ++i) {
-                    values[r][k][i] = expf(values[r][k][i] - top);
-                    total += values[r][k][i];
+                    values[k][i] = expf(values[k][i] - top);
+                    total += values[k][i];
                 }
             }
             float share = 1.0f / warp_sum(total);
 
             int present = first + r < rows ? columns : 0;
 #pragma unroll
-            for (int k = 0; k < PACKS; ++k) {
+            for (int k = 0; k < OWN; ++k) {
                 int column = (k * WARP + lane) * PACK;
 #pragma unroll
-                for (int i = 0; i < PACK; ++i) values[r][k][i] *= share;
-                store_part(y + (first + r) * columns + column, present - column, aligned, values[r][k]);
+                for (int i = 0; i < PACK; ++i) values[k][i] *= share;
+                store_part(y + (first + r) * columns + column, present - column, aligned, values[k]);
             }
         }
     }
@@ -75,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) softmax_warp(const Storage* 
     softmax_by_warps<1, WARP_PACKS>(x, y, rows, columns);
 }
 
-template <int ROWS, int PACKS>
+template <int ROWS, int OWN>
 __device__ __forceinline__ void softmax_grad_by_warps(const Storage* __restrict__ g, const Storage* __restrict__ y,
                                                       Storage* __restrict__ dx, int rows, int columns) {
     int lane = threadIdx.x % WARP;
@@ -84,30 +86,33 @@ __device__ __forceinline__ void softmax_grad_by_warps(const Storage* __restrict_
     bool aligned = in_packs(columns, g, y, dx);
 
     for (long long first = warp * ROWS; first < rows; first += warps * ROWS) {
-        float gradient[ROWS][PACKS][PACK], value[ROWS][PACKS][PACK];
+        Pack gradients[ROWS][OWN], outputs[ROWS][OWN];
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             int present = first + r < rows ? columns : 0;
-            load_row<WARP, PACKS>(g + (first + r) * columns, present, aligned, 0.0f, gradient[r]);
-            load_row<WARP, PACKS>(y + (first + r) * columns, present, aligned, 0.0f, value[r]);
+            read_row<WARP>(g + (first + r) * columns, present, aligned, 0.0f, gradients[r]);
+            read_row<WARP>(y + (first + r) * columns, present, aligned, 0.0f, outputs[r]);
         }
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
+            float gradient[OWN][PACK], value[OWN][PACK];
+            to_floats(gradients[r], gradient);
+            to_floats(outputs[r], value);
             float total = 0;
 #pragma unroll
-            for (int k = 0; k < PACKS; ++k) {
+            for (int k = 0; k < OWN; ++k) {
 #pragma unroll
-                for (int i = 0; i < PACK; ++i) total += gradient[r][k][i] * value[r][k][i];
+                for (int i = 0; i < PACK; ++i) total += gradient[k][i] * value[k][i];
             }
             total = warp_sum(total);
 
             int present = first + r < rows ? columns : 0;
 #pragma unroll
-            for (int k = 0; k < PACKS; ++k) {
+            for (int k = 0; k < OWN; ++k) {
                 int column = (k * WARP + lane) * PACK;
 #pragma unroll
-                for (int i = 0; i < PACK; ++i) gradient[r][k][i] = value[r][k][i] * (gradient[r][k][i] - total);
-                store_part(dx + (first + r) * columns + column, present - column, aligned, gradient[r][k]);
+                for (int i = 0; i < PACK; ++i) gradient[k][i] = value[k][i] * (gradient[k][i] - total);
+                store_part(dx + (first + r) * columns + column, present - column, aligned, gradient[k]);
             }
         }
     }
