@@ -174,6 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             }
             write_pack(y_row + j, a_pack[p]);
         }
+#pragma unroll 1
         for (long long j = max(start, packed) + lane; j < min(start + CHUNK, inner); j += WARP) {
             y_row[j] = condition_row[j * condition_inner] ? a_row[j * a_inner] : b_row[j * b_inner];
         }
