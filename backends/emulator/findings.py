@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 SHIM = Path(__file__).parent / "include"
 
+COUNTS = ("requests", "bytes", "sectors", "ideal_sectors", "passes", "ideal_passes")  # of TrafficLine
+
 Coordinates = tuple[int, int, int]
 
 
@@ -86,7 +88,18 @@ class TrafficLine:
     bytes: int  # distinct bytes that the lanes asked for
     sectors: int  # of 32 bytes, moved; 0 for shared memory
     ideal_sectors: int  # that would hold these bytes
-    bank_conflict_ways: float  # shared memory: passes over the banks for each that would do; else 1
+    passes: int = 0  # shared memory: over the banks; each gives one word in a pass
+    ideal_passes: int = 0  # without conflicts
+
+    @property
+    def bank_conflict_ways(self) -> float:
+        """Passes over the banks for each that would do: 1 without conflicts, and for global memory."""
+        return self.passes / self.ideal_passes if self.ideal_passes else 1.0
+
+    def plus(self, other: TrafficLine) -> TrafficLine:
+        """The sum with what another launch moved at the same line."""
+        summed = {name: getattr(self, name) + getattr(other, name) for name in COUNTS}
+        return replace(self, **summed)
 
     def __str__(self) -> str:
         text = f"{short(self.file)}:{self.line}: {self.space} {self.access}, {self.requests} requests, "
@@ -125,16 +138,13 @@ def read_traffic(reports: Iterable[Mapping[str, Any]]) -> list[TrafficLine]:
     """The emulator's JSON -> traffic by source line, in the order of the source."""
     reports = list(reports)
     lines = find_lines(report["pc"] for report in reports)
-    summed: dict[tuple[Line, str, str], list[int]] = {}
+    summed: dict[tuple[Line, str, str], TrafficLine] = {}
     for report in reports:
-        place = lines.get(report["pc"], ())
-        sums = summed.setdefault((place[0] if place else Line("?", 0), report["space"], report["access"]), [0] * 6)
-        for i, name in enumerate(("requests", "bytes", "sectors", "ideal_sectors", "passes", "ideal_passes")):
-            sums[i] += report[name]
-    return [
-        TrafficLine(at.file, at.line, space, access, *sums[:4], sums[4] / sums[5] if sums[5] else 1.0)
-        for (at, space, access), sums in sorted(summed.items())
-    ]
+        at = (lines.get(report["pc"]) or (Line("?", 0),))[0]
+        key = (at, report["space"], report["access"])
+        line = TrafficLine(*at, report["space"], report["access"], **{name: report[name] for name in COUNTS})
+        summed[key] = summed[key].plus(line) if key in summed else line
+    return [line for _, line in sorted(summed.items(), key=lambda item: item[0])]
 
 
 def _other(report: Mapping[str, Any] | None, lines: Mapping[str, tuple[Line, ...]]) -> OtherAccess | None:

@@ -22,6 +22,9 @@ CUDA_EMULATOR_INLINE void __syncwarp(unsigned mask = cuda_emulator_all_lanes, CU
     cuda_emulator_synchronise_warp(mask, file, line);
 }
 
+// Of what a warp does together only __syncwarp orders memory (CUDA C++ guide, "Warp Shuffle Functions"): what one lane
+// wrote another may read after a __syncwarp or a __syncthreads, not after a shuffle or a vote.
+
 // Memory takes effect at once here; the compiler must not move accesses across a fence.
 CUDA_EMULATOR_INLINE void __threadfence() { __asm__ __volatile__("" ::: "memory"); }
 CUDA_EMULATOR_INLINE void __threadfence_block() { __asm__ __volatile__("" ::: "memory"); }
@@ -107,6 +110,9 @@ unsigned __activemask() __attribute__((error("the emulator has no __activemask: 
 namespace cuda_emulator {
 
 CUDA_EMULATOR_INLINE unsigned lane() { return cuda_emulator_lane(); }
+
+// All lanes of the warp wait for each other; no memory is ordered.
+CUDA_EMULATOR_INLINE void meet(CUDA_EMULATOR_PLACE) { cuda_emulator_ballot(cuda_emulator_all_lanes, 1, file, line); }
 
 // Every lane of the mask gives a value, and gets those of all: [lane] is undefined for lanes outside of the mask.
 // The values stay until this lane's next collective or barrier.

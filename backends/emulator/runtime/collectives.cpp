@@ -182,7 +182,9 @@ bool release(unsigned number, Thread& waiting) {
     }
     check_meeting(lanes, warp, taking_part);
     compute_results(lanes, taking_part);
-    warp.meet(taking_part);
+    if (waiting.request.collective == Collective::synchronise) {
+        warp.meet(taking_part);  // CUDA C++ guide: shuffles, votes and matches order no memory
+    }
     if (warp.epoch_of(waiting.lane) >= most_epochs) {
         begin_interval();  // the counter is full: what lies before is taken for ordered
         for (Warp& other : warps) {

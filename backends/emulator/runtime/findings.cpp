@@ -24,17 +24,6 @@ struct Counted {
 std::vector<Counted> found;
 std::map<Key, size_t> numbers;
 
-// "path of the library+0x1234": what addr2line understands.
-std::string place(uintptr_t pc) {
-    Dl_info library;
-    if (pc == 0 || dladdr(reinterpret_cast<void*>(pc), &library) == 0 || library.dli_fname == nullptr) {
-        return "";
-    }
-    char offset[32];
-    std::snprintf(offset, sizeof offset, "+0x%zx", size_t(pc - reinterpret_cast<uintptr_t>(library.dli_fbase)));
-    return library.dli_fname + std::string(offset);
-}
-
 std::string coordinates(uint32_t index, const Extent& extent) {
     if (index == nobody) {
         return "null";
@@ -46,7 +35,7 @@ std::string coordinates(uint32_t index, const Extent& extent) {
 }
 
 std::string event_json(const Event& event) {
-    return "\"pc\":" + json_text(place(event.pc)) + ",\"access\":" + json_text(event.access) +
+    return "\"pc\":" + json_text(place_text(event.pc)) + ",\"access\":" + json_text(event.access) +
            ",\"block\":" + coordinates(event.block, launch.grid) +
            ",\"thread\":" + coordinates(event.thread, launch.block);
 }
@@ -86,6 +75,16 @@ std::string findings_json(const Finding* crash) {
         list += (list.empty() ? "" : ",") + finding_json(*crash, 1);
     }
     return "[" + list + "]";
+}
+
+std::string place_text(uintptr_t pc) {
+    Dl_info library;
+    if (pc == 0 || dladdr(reinterpret_cast<void*>(pc), &library) == 0 || library.dli_fname == nullptr) {
+        return "";
+    }
+    char offset[32];
+    std::snprintf(offset, sizeof offset, "+0x%zx", size_t(pc - reinterpret_cast<uintptr_t>(library.dli_fbase)));
+    return library.dli_fname + std::string(offset);
 }
 
 std::string json_text(const std::string& text) {

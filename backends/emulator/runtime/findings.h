@@ -30,6 +30,10 @@ void forget_findings();
 
 // A JSON array; ends with `crash`, if there is one, so that a signal handler can hand over what is known.
 std::string findings_json(const Finding* crash = nullptr);
+
+// "path of the library+0x1234": what addr2line understands.
+std::string place_text(uintptr_t pc);
+
 std::string json_text(const std::string& text);
 
 }  // namespace emulator

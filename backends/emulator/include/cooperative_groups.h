@@ -1,0 +1,1 @@
+#error "cooperative groups are not emulated: use __syncthreads, __syncwarp and the shuffles"
