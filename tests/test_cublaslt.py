@@ -85,6 +85,20 @@ def test_a_plan_is_made_once_for_a_kind_of_product_and_again_for_another_alignme
     assert library.offered == 2
 
 
+def test_epilogues_of_one_shape_have_plans_of_their_own_and_write_where_each_call_says() -> None:
+    library, case = ColumnMajor(), Case(epilogue="gelu")
+    lt = CublasLt(library, case.host.allocate, case.host.copy)
+    for epilogue in ("bias", None):
+        lt.matmul(STREAM, case.product._replace(epilogue=epilogue))
+        np.testing.assert_allclose(case.out, case.expected_before - (0 if epilogue else _bias(case)), atol=1e-5)
+    lt.matmul(STREAM, case.product)
+    case.compare()
+    elsewhere = case.host.place(np.full((6, 8), np.nan, np.float32))
+    lt.matmul(STREAM, case.product._replace(before=elsewhere.ctypes.data))
+    np.testing.assert_allclose(elsewhere, case.expected_before[0], atol=1e-5)
+    assert library.offered == 3
+
+
 def _bias(case: Case) -> np.ndarray:
     return np.frombuffer((ctypes.c_char * (4 * case.n)).from_address(case.product.bias), np.float32)
 

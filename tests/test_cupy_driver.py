@@ -21,8 +21,9 @@ from minibert.backends.base import BackendUnavailable
 from minibert.backends.cuda import cublaslt, cupy_driver, nvrtc
 from minibert.backends.cuda.cupy_driver import CupyDriver, matmul_any
 from minibert.backends.cuda.driver import DeviceMemoryExhausted
+from minibert.backends.emulator.driver import EmulatorDriver
 from minibert.errors import UserError
-from minibert.kernels.gpu_launch import CudaFile
+from minibert.kernels.gpu_launch import STORAGE, CudaFile
 from tests.column_major import Case, ColumnMajor
 from tests.imagined_cupy import Api, FakeCupy, FakeEvent, FakeStream, Runtime, RuntimeFailure
 
@@ -249,43 +250,63 @@ def test_compiled_parameters_are_held_against_the_launchs(
         cupy_driver.check_parameters(7, mixed)
 
 
-@pytest.mark.parametrize("epilogue", [None, "bias", "gelu"])
 def test_products_go_to_the_library_and_what_it_refuses_to_a_kernel(
-    cupy: FakeCupy, device: CupyDriver, mixed: Any, epilogue: str | None
+    cupy: FakeCupy, device: CupyDriver, mixed: Any
 ) -> None:
-    case = Case(epilogue=epilogue, bias_offset=4)
+    case = Case(epilogue="bias", bias_offset=4)
     device.multiply(case.product)
     case.compare()
-    case = Case(m=300, n=7, k=3, batch=2, epilogue=epilogue, b_transposed=True)
-    device._products._library.heuristic_status = cublaslt.NOT_SUPPORTED
-    sizes = [cupy_driver.size_of(parameter) for parameter in matmul_any.signature.parameters]
-    cupy.cuda.driver.sizes = sizes
-    device.multiply(case.product)
+    assert cupy.cuda.driver.launched == []
+    refused = Case(m=300, n=7, k=3, batch=2, epilogue="gelu").product  # rows of 7 elements
+    cupy.cuda.driver.sizes = [cupy_driver.size_of(parameter) for parameter in matmul_any.signature.parameters]
+    device.multiply(refused)
     _, grid, block, _, _, values, _ = cupy.cuda.driver.launched[0]
     assert (grid, block) == ((17, 1, 1), (256, 1, 1))  # 4200 elements
-    assert [len(value) for value in values] == sizes
-    by_kernel(*(int.from_bytes(value, "little") for value in values))
-    case.compare()
+    assert values == cupy_driver.matmul_arguments(refused)
+    assert b"matmul.cu {'STORAGE': 'float'}" in cupy.cuda.driver.loaded[0]
 
 
-def by_kernel(
-    a: int, b: int, bias: int, before: int, out: int, m: int, n: int, k: int, batch: int, *strides: int
+@pytest.fixture(scope="module")
+def emulator() -> Any:
+    try:
+        return EmulatorDriver()
+    except BackendUnavailable as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.parametrize("epilogue", [None, "bias", "gelu"])
+@pytest.mark.parametrize("a_transposed, b_transposed, shared", [(0, 0, "a"), (0, 1, "b"), (1, 0, ""), (1, 1, "")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_kernel_for_what_the_library_refuses_multiplies(
+    emulator: EmulatorDriver, epilogue: str | None, a_transposed: int, b_transposed: int, shared: str, dtype: str
 ) -> None:
-    """What matmul.cu does, in NumPy, on float32."""
-    a_batch, a_row, a_column, b_batch, b_row, b_column, out_batch, out_row = strides
+    held = np.dtype(dtype if dtype == "float32" else pytest.importorskip("ml_dtypes").bfloat16)
+    case = Case(
+        5, 7, 9, batch=2, a_transposed=bool(a_transposed), b_transposed=bool(b_transposed), shared=shared, dtype=held,
+        epilogue=epilogue, padding=3, bias_offset=held.itemsize,
+    )  # fmt: skip
+    moved = {}  # address on the host -> on the emulated device
+    for room in case.host.held:
+        address = emulator.allocate(room.nbytes)
+        emulator.recycle(address, room.nbytes)
+        buffer = emulator.host_buffer(room.nbytes)
+        buffer[: room.nbytes] = room
+        emulator.upload(buffer[: room.nbytes], address)
+        emulator.synchronize()
+        moved[room.ctypes.data] = address
 
-    def at(address: int, shape: tuple[int, ...], steps: tuple[int, ...]) -> np.ndarray:
-        extent = 1 + sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
-        memory = np.frombuffer((ctypes.c_char * (4 * extent)).from_address(address), np.float32)
-        return np.lib.stride_tricks.as_strided(memory, shape, tuple(4 * step for step in steps))
+    def there(address: int) -> int:
+        start = max((a for a in moved if a <= address), default=address)
+        return moved[start] + address - start if address else 0
 
-    x, y = at(a, (batch, m, k), (a_batch, a_row, a_column)), at(b, (batch, k, n), (b_batch, b_row, b_column))
-    result = x.astype(np.float64) @ y
-    result += at(bias, (n,), (1,)) if bias else 0
-    if before:
-        at(before, (batch, m, n), (out_batch, out_row, 1))[...] = result
-        result = 0.5 * result * (1 + np.tanh(np.sqrt(2 / np.pi) * (result + 0.044715 * result**3)))
-    at(out, (batch, m, n), (out_batch, out_row, 1))[...] = result
+    product = case.product
+    a, b, out = (x._replace(address=there(x.address)) for x in (product.a, product.b, product.out))
+    product = product._replace(a=a, b=b, out=out, bias=there(product.bias), before=there(product.before))
+    arguments = cupy_driver.matmul_arguments(product)
+    emulator.launch(matmul_any, {"STORAGE": STORAGE[dtype]}, (1, 1, 1), 0, arguments, "product")
+    for room in case.host.held:
+        room[...] = emulator.download(moved[room.ctypes.data], room.nbytes)
+    case.compare(roundings=32 if dtype == "float32" else 1)  # float32: those of the sum as well
 
 
 # --------------------------------------------------------------------------------------------- streams and graphs
