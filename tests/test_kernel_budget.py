@@ -153,6 +153,8 @@ def test_a_budget_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert sorted(budget.updated({"b/k": BUDGET["a/k"]}, rows, complete=False)) == ["a/x", "a/y", "b/k"]
     assert sorted(budget.updated({"b/k": BUDGET["a/k"]}, rows, complete=True)) == ["a/x", "a/y"]
     assert judge(rows, made) == []
+    one = budget.updated(made, [budget.Row("a/x", "any", 32, {"sm_90": PLAIN._replace(registers=9)})], complete=False)
+    assert {arch: figures["registers"] for arch, figures in one["a/x"]["any"].items()} == {"sm_80": 40, "sm_90": 9}
 
 
 @pytest.mark.parametrize(
@@ -242,6 +244,18 @@ def test_a_spill_fails_the_build(command: Command, tmp_path: Path, monkeypatch: 
         code, out, _ = command("--arch", "sm_90", "--budget", tmp_path / "b.json", *update)
         (line,) = [line for line in out.splitlines() if line.startswith("FAIL greedy/hoard")]
         assert code == 1 and "any on sm_90 spills" in line and "with 32 registers: keep fewer values" in line
+
+
+@NEEDS_NVRTC
+def test_a_spill_in_a_called_function_fails_the_build(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = SPILLING.replace('extern "C" __global__ void __launch_bounds__(1024, 2)', "__device__ __noinline__ void")
+    source += 'extern "C" __global__ void __launch_bounds__(1024, 2) k(float* x, int n) { hoard(x, n); }\n'
+    use_family(monkeypatch, tmp_path / "greedy", source, {"k": {"block": 1024}})
+    code, out, _ = command("--arch", "sm_90", "--budget", tmp_path / "b.json")
+    (line,) = [line for line in out.splitlines() if line.startswith("FAIL greedy float32 on sm_90: function ")]
+    assert code == 1 and "hoard" in line and "make it __forceinline__" in line
 
 
 @NEEDS_NVRTC

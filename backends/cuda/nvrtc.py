@@ -140,7 +140,7 @@ def _places() -> Iterator[tuple[Path, tuple[Path, ...]]]:
 
 
 def _libraries(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.glob("libnvrtc.so*")) if ".alt." not in path.name]
+    return sorted(folder.glob("libnvrtc.so*"))
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
