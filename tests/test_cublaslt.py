@@ -176,8 +176,6 @@ def test_alignment_is_the_power_of_two_that_divides_an_address() -> None:
 
 def test_a_library_that_is_not_there_is_named_with_the_wheel_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cublaslt, "find_spec", lambda name: None)
-    monkeypatch.delenv("CUDA_PATH", raising=False)
-    monkeypatch.delenv("CUDA_HOME", raising=False)
     with pytest.raises(BackendUnavailable, match=r"libcublasLt\.so\.99 .*pip install \"nvidia-cublas==99\.\*\""):
         cublaslt.load(99)
 
@@ -191,7 +189,8 @@ def test_wheels_and_toolkits_are_looked_through(folder: str, tmp_path: Path, mon
     path.touch()
     opened = []
     monkeypatch.setattr(cublaslt.ctypes, "CDLL", lambda name: opened.append(name) or ColumnMajorLike())
-    cublaslt.load(98, str(tmp_path / "toolkit"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    cublaslt.load(98)
     assert opened == [str(path)]
 
 

@@ -19,8 +19,9 @@ import pytest
 
 from minibert.backends.base import BackendUnavailable
 from minibert.backends.cuda import cublaslt, cupy_driver, nvrtc
-from minibert.backends.cuda.cupy_driver import CupyDriver, matmul_any
+from minibert.backends.cuda.cupy_driver import CupyDriver
 from minibert.backends.cuda.driver import DeviceMemoryExhausted
+from minibert.backends.cuda.matmul import gelu_arguments, gelu_rows, matmul_any, matmul_arguments
 from minibert.backends.emulator.driver import EmulatorDriver
 from minibert.errors import UserError
 from minibert.kernels.gpu_launch import STORAGE, CudaFile
@@ -224,7 +225,10 @@ def test_a_launch_that_fails_names_op_and_kernel(cupy: FakeCupy, device: CupyDri
         device.launch(mixed, {}, (9, 1, 1), 0, ARGUMENTS, "gelu")
 
 
-@pytest.mark.parametrize("sizes, message", [([8, 4, 8, 4, 1, 24], ""), ([8, 4, 8, 4, 1, 16], "16"), ([8, 4], "8, 4")])
+@pytest.mark.parametrize(
+    "sizes, message",
+    [([8, 4, 8, 4, 1, 24], ""), ([8, 4, 8, 4, 1, 16], "16"), ([8, 4], "8, 4"), ([8, 4, 8, 4, 1, 24, 4], "4")],
+)
 def test_compiled_parameters_are_held_against_the_launchs(
     mixed: Any, sizes: list[int], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,13 +261,25 @@ def test_products_go_to_the_library_and_what_it_refuses_to_a_kernel(
     device.multiply(case.product)
     case.compare()
     assert cupy.cuda.driver.launched == []
-    refused = Case(m=300, n=7, k=3, batch=2, epilogue="gelu").product  # rows of 7 elements
-    cupy.cuda.driver.sizes = [cupy_driver.size_of(parameter) for parameter in matmul_any.signature.parameters]
-    device.multiply(refused)
-    _, grid, block, _, _, values, _ = cupy.cuda.driver.launched[0]
-    assert (grid, block) == ((17, 1, 1), (256, 1, 1))  # 4200 elements
-    assert values == cupy_driver.matmul_arguments(refused)
-    assert b"matmul.cu {'STORAGE': 'float'}" in cupy.cuda.driver.loaded[0]
+    assert not device.refusals
+
+    def launched(refused: Case, kernel: Any) -> tuple[Any, ...]:
+        cupy.cuda.driver.sizes = [cupy_driver.size_of(parameter) for parameter in kernel.signature.parameters]
+        device.multiply(refused.product)
+        return cupy.cuda.driver.launched[-1][1:]
+
+    stream = device._stream.ptr
+    whole = Case(m=300, n=7, k=3, batch=2, epilogue="gelu")  # 4200 elements in rows of 7, which AUX cannot take
+    assert launched(whole, gelu_rows) == (
+        (17, 1, 1), (256, 1, 1), 0, stream, gelu_arguments(whole.product), 0,
+    )  # fmt: skip
+    np.testing.assert_allclose(whole.before, whole.expected_before, atol=1e-5)  # by the library
+    rounded = Case(m=300, n=7, k=3, batch=2, epilogue="gelu", dtype=np.float16)
+    assert launched(rounded, matmul_any)[4] == matmul_arguments(rounded.product)
+    assert [image.split(b" sm")[0] for image in cupy.cuda.driver.loaded] == [
+        f"matmul.cu {{'STORAGE': '{storage}'}}".encode() for storage in ("float", "__half")
+    ]
+    assert len(device.refusals) == 2 and device.describe().endswith("which refused 2 kinds of product")
 
 
 @pytest.fixture(scope="module")
@@ -302,11 +318,22 @@ def test_the_kernel_for_what_the_library_refuses_multiplies(
     product = case.product
     a, b, out = (x._replace(address=there(x.address)) for x in (product.a, product.b, product.out))
     product = product._replace(a=a, b=b, out=out, bias=there(product.bias), before=there(product.before))
-    arguments = cupy_driver.matmul_arguments(product)
+    arguments = matmul_arguments(product)
     emulator.launch(matmul_any, {"STORAGE": STORAGE[dtype]}, (1, 1, 1), 0, arguments, "product")
-    for room in case.host.held:
-        room[...] = emulator.download(moved[room.ctypes.data], room.nbytes)
-    case.compare(roundings=32 if dtype == "float32" else 1)  # float32: those of the sum as well
+    roundings = 32 if dtype == "float32" else 1  # float32: those of the sum as well
+
+    def fetch() -> None:
+        for room in case.host.held:
+            room[...] = emulator.download(moved[room.ctypes.data], room.nbytes)
+
+    fetch()
+    case.compare(roundings)
+    if epilogue == "gelu" and dtype == "float32":  # GELU by itself, from what is before it
+        emulator.fill(product.out.address, case.out.nbytes, 0xFF)
+        arguments = gelu_arguments(product)
+        emulator.launch(gelu_rows, {"STORAGE": STORAGE[dtype]}, (1, 1, 1), 0, arguments, "product")
+        fetch()
+        case.compare(roundings)
 
 
 # --------------------------------------------------------------------------------------------- streams and graphs

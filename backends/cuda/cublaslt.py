@@ -99,7 +99,7 @@ class NoAlgorithm(CublasError):
     """cuBLASLt cannot do this product in one call; the message says what it answered."""
 
 
-def load(major: int, cuda_path: str | None = None) -> ctypes.CDLL:
+def load(major: int) -> Any:
     """libcublasLt for CUDA `major`: of NVIDIA's wheels, of a CUDA toolkit, or of the system.
 
     Raises BackendUnavailable, with the wheel to install.
@@ -107,7 +107,8 @@ def load(major: int, cuda_path: str | None = None) -> ctypes.CDLL:
     name = f"libcublasLt.so.{major}"
     wheels = getattr(find_spec("nvidia"), "submodule_search_locations", None) or ()
     folders = [Path(wheel, *part, "lib") for wheel in wheels for part in ((f"cu{major}",), ("cublas",))]
-    toolkits = (cuda_path, os.environ.get("CUDA_PATH"), os.environ.get("CUDA_HOME"), f"/usr/local/cuda-{major}")
+    named = [os.environ.get(name) for name in ("CUDA_PATH", "CUDA_HOME", "CONDA_PREFIX")]
+    toolkits = (*named, "/usr/local/cuda", f"/usr/local/cuda-{major}")
     folders += [Path(toolkit, lib) for toolkit in toolkits if toolkit for lib in ("lib64", "lib")]
     tried = [str(folder / name) for folder in folders if (folder / name).is_file()]
     reason = ""

@@ -15,22 +15,19 @@ from typing import Any
 import numpy as np
 
 from minibert.backends.base import BackendUnavailable
-from minibert.backends.cuda import cublaslt, nvrtc
+from minibert.backends.cuda import cublaslt, matmul, nvrtc
 from minibert.backends.cuda.driver import DeviceMemoryExhausted, Event, Graph, Product, Stream
 from minibert.errors import UserError
-from minibert.kernels.gpu_launch import STORAGE, STRUCTS, TYPES, WAVES, CudaFile, CudaKernel, Parameter, Raw
+from minibert.kernels.gpu_launch import STORAGE, STRUCTS, TYPES, WAVES, CudaKernel, Parameter
 
 OLDEST = 80  # compute capability: the kernels copy asynchronously and multiply bfloat16 on tensor cores
 SHARED_UNASKED = 48 * 1024  # bytes of dynamic shared memory that every kernel may have
-THREADS = 256
 
 # cudaError_t and CUresult, where CuPy gives them no name
 MEMORY_ALLOCATION, INSUFFICIENT_DRIVER, NO_DEVICE, NOT_READY = 2, 35, 100, 600
 INVALID_VALUE = 1
 
 LATER = "an earlier kernel may be the cause: CUDA_LAUNCH_BLOCKING=1 stops at the one that fails"
-
-matmul_any = CudaFile(__file__, "matmul.cu").kernel("matmul_any", block=THREADS)
 
 
 # ------------------------------------------------------------------------------------------------- can it run here?
@@ -139,16 +136,19 @@ class CupyDriver:
         self._modules: dict[tuple[Any, ...], int] = {}
         self._functions: dict[tuple[Any, ...], int] = {}
         self._shared: dict[int, int] = {}  # function -> dynamic shared memory that it was allowed
+        self.refusals: set[str] = set()  # by cuBLASLt: these products are slow
         self._products = cublaslt.CublasLt(
             cublaslt.load(self._runtime_version // 1000), self.allocate, self._copy_on_device
         )
 
     def describe(self) -> str:
         p = self._properties
+        slow = f", which refused {len(self.refusals)} kinds of product" if self.refusals else ""
         return (
             f"{p['name'].decode()} (compute capability {p['major']}.{p['minor']}), driver of CUDA "
             f"{_dotted(self._driver_version)}, CUDA {_dotted(self._runtime_version)}, CuPy {self._cupy.__version__}, "
-            f"NVRTC {'.'.join(map(str, nvrtc.toolkit(self._newest).version))}, cuBLASLt {self._products.version()}"
+            f"NVRTC {'.'.join(map(str, nvrtc.toolkit(self._newest).version))}, cuBLASLt "
+            f"{self._products.version()}{slow}"
         )
 
     # ------------------------------------------------------------------------------------------------- memory
@@ -229,10 +229,19 @@ class CupyDriver:
     def multiply(self, product: Product) -> None:
         try:
             self._products.matmul(self._stream.ptr, product)
-        except cublaslt.NoAlgorithm:
-            grid = (min(-(-product.batch * product.m * product.n // THREADS), WAVES * self.multiprocessors), 1, 1)
-            defines = {"STORAGE": STORAGE[product.dtype.name]}
-            self.launch(matmul_any, defines, grid, 0, matmul_arguments(product), "product")
+        except cublaslt.NoAlgorithm as refusal:
+            self.refusals.add(str(refusal))
+            self._multiply_otherwise(product)
+
+    def _multiply_otherwise(self, product: Product) -> None:
+        """What the library refuses: it may still do the product without GELU, where no rounding comes in between."""
+        kernel, arguments = matmul.matmul_any, matmul.matmul_arguments(product)
+        if product.epilogue == "gelu" and product.dtype == np.float32:
+            before = product.out._replace(address=product.before)
+            self.multiply(product._replace(epilogue="bias", out=before, before=0))
+            kernel, arguments = matmul.gelu_rows, matmul.gelu_arguments(product)
+        grid = (min(-(-product.batch * product.m * product.n // matmul.THREADS), WAVES * self.multiprocessors), 1, 1)
+        self.launch(kernel, {"STORAGE": STORAGE[product.dtype.name]}, grid, 0, arguments, "product")
 
     def _load(self, kernel: CudaKernel, defines: Mapping[str, Any], op: str) -> int:
         """The kernel's function; its file is compiled and loaded on first use."""
@@ -367,19 +376,3 @@ def size_of(parameter: Parameter) -> int:
     if parameter.is_pointer:
         return 8
     return STRUCTS[parameter.type] if parameter.type in STRUCTS else struct.calcsize(f"<{TYPES[parameter.type][1]}")
-
-
-def matmul_arguments(product: Product) -> list[bytes]:
-    """What `matmul_any` takes for a product."""
-
-    def strides(batch: int, leading: int, transposed: bool) -> tuple[int, int, int]:
-        return (batch, 1, leading) if transposed else (batch, leading, 1)
-
-    a, b, out = product.a, product.b, product.out
-    pointers = (a.address, b.address, product.bias, product.before, out.address)
-    arguments = (
-        *map(Raw, pointers), product.m, product.n, product.k, product.batch,
-        *strides(a.batch_stride, a.leading, a.transposed), *strides(b.batch_stride, b.leading, b.transposed),
-        out.batch_stride, out.leading,
-    )  # fmt: skip
-    return matmul_any.pack(arguments)[0]

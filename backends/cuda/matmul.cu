@@ -1,6 +1,7 @@
-// out = a b, then bias and GELU: for what cuBLASLt refuses. Any strides, any alignment, any grid; slow.
+// For what cuBLASLt refuses: any strides, any alignment, any grid.
 //
-// A thread sums each of its elements in float32, one term after the other.
+// matmul_any: out = a b, then bias and GELU. A thread sums each of its elements, one term after the other: slow.
+// gelu_rows:  GELU by itself, beside a product that the library does do. Bound by memory.
 #include "gpu_common.cuh"
 
 constexpr float SQRT_2_OVER_PI = 0.7978845608028654f;
@@ -34,5 +35,17 @@ extern "C" __global__ void __launch_bounds__(256) matmul_any(
             sum = gelu(sum);
         }
         store(out + at, sum);
+    }
+}
+
+// out = GELU(before), rows of both laid out alike.
+extern "C" __global__ void __launch_bounds__(256) gelu_rows(const Storage* __restrict__ before,
+                                                            Storage* __restrict__ out, int m, int n, int batch,
+                                                            long long out_batch, long long out_row) {
+    const long long count = static_cast<long long>(batch) * m * n;
+    const long long step = static_cast<long long>(gridDim.x) * blockDim.x;
+    for (long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
+        const long long at = i / n / m * out_batch + i / n % m * out_row + i % n;
+        store(out + at, gelu(load(before + at)));
     }
 }
