@@ -93,9 +93,9 @@ def available() -> list[Status]:
 
 
 def usual() -> list[Backend]:
-    """Every backend that runs here, but for those that must be named."""
+    """Every backend that runs here, but for those that only play one, which must be named."""
     found = [status.backend for status in available() if status.backend is not None]
-    return [backend for backend in found if not backend.only_if_named]
+    return [backend for backend in found if not backend.emulated]
 
 
 def _threads(value: object, source: str) -> int:

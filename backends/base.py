@@ -48,7 +48,7 @@ class Backend:
     """
 
     dtypes: tuple[str, ...] = ("float32", "float64")  # that its arrays may hold, the usual one first
-    only_if_named = False  # left out where commands take all backends: too slow, or not a real machine
+    emulated = False  # it plays another machine: its times are not that machine's, and commands run it only if named
 
     def __init__(self, name: str, xp: Any, kernel_files: str | None = None) -> None:
         self.name = name

@@ -55,6 +55,13 @@ class Parameter(NamedTuple):
     is_pointer: bool
     is_const: bool
 
+    @property
+    def nbytes(self) -> int:
+        """Of the argument."""
+        if self.is_pointer:
+            return 8
+        return STRUCTS.get(self.type) or struct.calcsize(f"<{TYPES[self.type][1]}")
+
 
 class Signature(NamedTuple):
     """What a kernel takes, and how many threads its __launch_bounds__ allow."""

@@ -160,7 +160,7 @@ class AdamW:
         for group in self.groups:
             backend = group.params[0].backend
             for span in group.spans():
-                state = (group.param, group.grad, group.exp_avg, group.exp_avg_sq)
+                state: tuple[Array, ...] = (group.param, group.grad, group.exp_avg, group.exp_avg_sq)
                 op = adamw
                 if group.master is not None:
                     op, state = adamw_shadow, (group.param, group.master, *state[1:])

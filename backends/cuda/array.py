@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
-
-if TYPE_CHECKING:
-    from minibert.backends.cuda.backend import CudaBackend
-    from minibert.backends.cuda.pool import Block
 
 
 class DeviceArray:
@@ -24,7 +20,7 @@ class DeviceArray:
     __slots__ = ("address", "block", "device", "host", "layout")
 
     def __init__(
-        self, device: CudaBackend, block: Block, address: int, layout: np.ndarray, host: np.ndarray | None = None
+        self, device: Any, block: Any, address: int, layout: np.ndarray, host: np.ndarray | None = None
     ) -> None:
         self.device, self.block, self.address, self.layout, self.host = device, block, address, layout, host
 

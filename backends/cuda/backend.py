@@ -137,16 +137,15 @@ class CudaBackend(Backend):
             return self.asarray(self.numpy(x), dtype)
         host = np.asarray(x, dtype=dtype)
         made = self.empty(host.shape, host.dtype)
-        capturing = self.capture is not None  # then the buffer stays with the graph, which reads it again
-        size = max(1, host.nbytes)
-        buffer = self.driver.host_buffer(size) if capturing else self.host_buffers.take(size)
+        size = max(1, host.nbytes)  # a graph keeps its buffers: it reads them again
+        buffer = self.host_buffers.take(size) if self.capture is None else self.driver.host_buffer(size)
         if host.size:
             np.copyto(buffer[: host.nbytes].view(host.dtype).reshape(host.shape), host)
             self.driver.upload(buffer[: host.nbytes], made.address)
         if host.dtype.kind in "iub":
             made.host = host.copy()
             made.host.flags.writeable = False
-        if capturing:
+        if self.capture is not None:
             self.capture.uploaded(buffer[: host.nbytes], x, made.host)
         else:
             self.host_buffers.give_back(buffer)
@@ -198,6 +197,7 @@ class CudaBackend(Backend):
         """A number for the graph that is being captured, to be changed (`current`) before each replay."""
         live = LiveInt(value)
         live.current = value
+        assert self.capture is not None, "within `with backend.capturing():`"
         live.array = self.capture.derived(lambda n: np.array(n, np.uint32), (live,))
         return live
 

@@ -7,15 +7,12 @@ that came from the host, what the host derives from them, and numbers (a step, a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minibert.backends.cuda.array import DeviceArray
 from minibert.backends.cuda.pool import Pool
-
-if TYPE_CHECKING:
-    from minibert.backends.cuda.backend import CudaBackend
 
 
 class LiveInt(int):
@@ -53,7 +50,7 @@ class Derived(NamedTuple):
 class Capture:
     """What was queued within `with backend.capturing() as capture:`, to be replayed."""
 
-    def __init__(self, backend: CudaBackend) -> None:
+    def __init__(self, backend: Any) -> None:
         self.backend = backend
         self.pool = Pool(backend.driver)  # its blocks belong to the graph as long as that lives
         self.graph: Any = None

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from minibert.backends.cuda.array import DeviceArray
 from minibert.backends.cuda.driver import Matrix, Product
 
-if TYPE_CHECKING:
-    from minibert.backends.cuda.backend import CudaBackend
-
 
 def multiply(
-    device: CudaBackend, a: DeviceArray, b: DeviceArray, bias: DeviceArray | None, epilogue: str | None,
+    device: Any, a: DeviceArray, b: DeviceArray, bias: DeviceArray | None, epilogue: str | None,
     out: DeviceArray | None,
 ) -> Any:  # fmt: skip
     """a @ b as `CudaBackend.gemm` says. Raises ValueError for shapes, and TypeError for dtypes, that do not fit."""

@@ -11,7 +11,7 @@ from minibert.backends.emulator.driver import SCHEDULES, EmulatorDriver
 
 
 class EmulatorBackend(CudaBackend):
-    only_if_named = True  # its times are no machine's
+    emulated = True
 
     def __init__(self, driver: EmulatorDriver) -> None:
         super().__init__(driver)

@@ -84,6 +84,7 @@ class EmulatorDriver:
         self._blocks: dict[int, int] = {}  # address -> bytes
         self._holds: dict[int, int] = {}  # address -> bytes that the block holds now
         self._released: dict[int, list[int]] = {}
+        self._compared: set[tuple[Path, str]] = set()
         self._random = random.Random(0)
 
     @property
@@ -182,6 +183,7 @@ class EmulatorDriver:
         settings, name = self.settings, kernel.signature.name
         library = compile_kernels(kernel.file.path, text, [KERNELS], sanitize=settings.sanitize or settings.traffic)
         packed = list(arguments)
+        self._compare_signatures(kernel, library)
 
         def run() -> bool:
             report = self.process.launch(
@@ -195,6 +197,17 @@ class EmulatorDriver:
             return True
 
         self._queue(run)
+
+    def _compare_signatures(self, kernel: CudaKernel, library: Path) -> None:
+        """What was read from the source is what the compiler saw: else arguments would be packed wrongly."""
+        if (library, kernel.signature.name) in self._compared:
+            return
+        compiled = self.process.load(library)[kernel.signature.name]
+        read = [("pointer", 8) if p.is_pointer else ("value", p.nbytes) for p in kernel.signature.parameters]
+        seen = [("pointer" if a.kind == "pointer" else "value", a.bytes) for a in compiled]
+        if read != seen:
+            raise TypeError(f"kernel {kernel.signature.name}: its source reads as {read}, the compiler saw {seen}")
+        self._compared.add((library, kernel.signature.name))
 
     def _count(self, line: TrafficLine) -> None:
         key = line.file, line.line, line.space, line.access

@@ -65,13 +65,13 @@ def _add_layer_norm_vjp(
 
 
 def _rows(rng: np.random.Generator) -> Iterator[tuple[np.ndarray, ...]]:
-    for rows, columns, offset in [(3, 7, 0), (1, 2, 0), (37, 1031, 0), (70, 129, 0), (4, 33, 100)]:
+    for rows, columns, offset in [(3, 7, 0), (1, 2, 0), (37, 1031, 0), (70, 129, 0), (4, 33, 100), (37, 768, 0)]:
         yield (rng.standard_normal((rows, columns)) + offset, *rng.standard_normal((2, columns)))
 
 
 def _streams(rng: np.random.Generator) -> Iterator[tuple[tuple[np.ndarray, ...], dict[str, Any]]]:
     for i, arrays in enumerate(_rows(rng)):
-        yield arrays, {"rate": (0.5, 0.1, 0.1, 0.0, 0.5)[i], "stream": Stream(3, 17, 2, i)}
+        yield arrays, {"rate": (0.5, 0.1, 0.1, 0.0, 0.5, 0.1)[i], "stream": Stream(3, 17, 2, i)}
 
 
 def _samples(rng: np.random.Generator) -> Iterator[Sample]:

@@ -50,7 +50,7 @@ def compare_command(
     tokens: int = typer.Option(1024, min=8, help="Tokens in the batch."),
     max_seq_length: int = typer.Option(128, min=8, help="Longest sequence."),
     kernel: list[str] = typer.Option([], help=HELP),
-    dtype: str = typer.Option("float32", help="float32 or float64."),
+    dtype: str = typer.Option("float32", help="float32, float64; on a GPU or the emulator float16, bfloat16."),
     threads: int = typer.Option(None, min=1, max=MOST_THREADS, help="Threads of every backend."),
     seed: int = typer.Option(0, min=0, help="Seed of weights, masks and dropout."),
     json_file: Path = typer.Option(None, "--json", help="Write the facts to this file as JSON."),

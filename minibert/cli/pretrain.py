@@ -36,7 +36,7 @@ from minibert.kernels import Op
 from minibert.train import STATE, Record, State, Trainer, prepare, read_state
 from minibert.training_config import TrainingConfig
 
-FASTEST_FIRST = ("numba", "numpy")
+FASTEST_FIRST = ("cupy", "numba", "numpy")
 DEFAULT = TrainingConfig()
 # What may change when a run is resumed: nothing here enters the arithmetic of a step, but max_steps by the schedule.
 CHANGEABLE = {"max_steps", "logging_steps", "eval_steps", "save_steps"}

@@ -27,6 +27,9 @@ def _speed(found: Comparison, runs: list[Run]) -> Rows:
     reference = found.runs[0]
     header = ["op", "calls"]
     for run in runs:
+        if run.backend.emulated:
+            header += [f"{run.backend.name} by", "not GPU speed: ms"]
+            continue
         ratio = [] if run is reference else [f"x {reference.backend.name}"]
         header += [f"{run.backend.name} by", "ms", *ratio, "share", "GFLOP/s", "GB/s"]
     rows = []
@@ -35,6 +38,9 @@ def _speed(found: Comparison, runs: list[Run]) -> Rows:
         for run in runs:
             record = run.ops[op]
             seconds = record.median_seconds
+            if run.backend.emulated:
+                row += [run.backend.by(op), f"{seconds * 1e3:.0f}"]
+                continue
             ratio = [] if run is reference else [f"{_ratio(reference.ops[op].median_seconds, seconds):.2f}"]
             row += [
                 run.backend.by(op), f"{seconds * 1e3:.3f}", *ratio, f"{seconds / run.step_seconds:.1%}",
@@ -43,6 +49,9 @@ def _speed(found: Comparison, runs: list[Run]) -> Rows:
         rows.append(row)
     total = ["step", str(sum(r.calls for r in reference.ops.values()))]
     for run in runs:
+        if run.backend.emulated:
+            total += ["", f"{run.step_seconds * 1e3:.0f}"]
+            continue
         ratio = [] if run is reference else [f"{_ratio(reference.step_seconds, run.step_seconds):.2f}"]
         work = [r.cost for r in run.ops.values()]
         total += [
@@ -80,7 +89,7 @@ def _error_cells(record: OpRecord) -> list[str]:
 
 
 def _stages(found: Comparison, runs: list[Run]) -> Rows:
-    header = ["stage"]
+    header, runs = ["stage"], [run for run in runs if not run.backend.emulated]
     for run in runs:
         header += [f"{run.backend.name} ms/sample", "us/token", "peak MB"]
     tokens = len(found.batch.input_ids)
@@ -113,7 +122,7 @@ def tables(found: Comparison, console: Console) -> Iterator[Table]:
         if Measurement.get(console, console.options.update(width=1000), together).maximum <= console.width:
             yield together
         else:
-            yield from (_table(section(found, [run])) for run in found.runs)
+            yield from (_table(rows) for run in found.runs if len((rows := section(found, [run])).header) > 1)
 
 
 def _table(rows: Rows) -> Table:
@@ -142,9 +151,11 @@ def verdict(found: Comparison) -> str:
     speeds = [
         f"{run.backend.name} {_ratio(reference.step_seconds, run.step_seconds):.2f}x {reference.backend.name}"
         for run in others
+        if not run.backend.emulated
     ]
     apart = max(found.loss_distance(run) for run in others)
-    return f"{passed}; losses within {apart:.1g} of each other; speed of a step: {', '.join(speeds)}"
+    passed += f"; losses within {apart:.1g} of each other"
+    return f"{passed}; speed of a step: {', '.join(speeds)}" if speeds else passed
 
 
 def markdown(found: Comparison, config: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
