@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,8 @@ def fastest_or(name: str | None, threads: int | None) -> Backend:
             try:
                 return backends.get(candidate)
             except BackendUnavailable as error:
-                say(str(error))
+                if candidate != "cupy" or find_spec("cupy"):  # most machines have no GPU: that is no news
+                    say(str(error))
     raise UserError("no backend runs here: see minibert backends")
 
 
