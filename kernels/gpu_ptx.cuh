@@ -12,20 +12,15 @@
 
 #ifdef CUDA_EMULATOR
 
-union Pair {
-    unsigned bits;
-    unsigned short half[2];
-};
-
 // The lower or upper half of a register, as a number.
-template <class T> inline float half_of(unsigned bits, int upper) {
-    Pair pair{bits};
+template <class T> __device__ __forceinline__ float half_of(unsigned bits, int upper) {
+    const unsigned short half = static_cast<unsigned short>(upper ? bits >> 16 : bits);
     T x;
-    memcpy(&x, &pair.half[upper], sizeof x);
+    memcpy(&x, &half, sizeof x);
     return to_float(x);
 }
 
-template <class T> inline unsigned round_pair(float low, float high) {
+template <class T> __device__ __forceinline__ unsigned round_pair(float low, float high) {
     const T pair[2] = {from_float<T>(low), from_float<T>(high)};
     unsigned bits;
     memcpy(&bits, pair, sizeof bits);
@@ -33,45 +28,51 @@ template <class T> inline unsigned round_pair(float low, float high) {
 }
 
 struct MmaOperands {
-    unsigned a[4], b[2];
+    float a[4][2], b[2][2];
 };
 
-template <class T> inline void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    const MmaOperands mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
-    const void* given = cuda_emulator_exchange(ALL_LANES, &mine, sizeof mine, __FILE__, __LINE__);
-    const MmaOperands* lanes = static_cast<const MmaOperands*>(given);
-    const int g = cuda_emulator_lane() / 4, t = cuda_emulator_lane() % 4;
+template <class T> CUDA_EMULATOR_RAW void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    MmaOperands mine;
+    for (int upper = 0; upper < 2; ++upper) {
+        for (int i = 0; i < 4; ++i) mine.a[i][upper] = half_of<T>(a[i], upper);
+        mine.b[0][upper] = half_of<T>(b0, upper);
+        mine.b[1][upper] = half_of<T>(b1, upper);
+    }
+    const MmaOperands(&lanes)[WARP] = cuda_emulator::warp_exchange(ALL_LANES, mine);
+    const int g = cuda_emulator::lane() / 4, t = cuda_emulator::lane() % 4;
     for (int q = 0; q < 4; ++q) {  // the four lanes that share a row of A, a column of B
         const MmaOperands &row = lanes[4 * g + q], &left = lanes[8 * t + q], &right = lanes[8 * t + 4 + q];
-        for (int k = 0; k < 4; ++k) {  // the four elements that each of them holds
-            const float top = half_of<T>(row.a[k / 2 * 2], k % 2), below = half_of<T>(row.a[k / 2 * 2 + 1], k % 2);
-            const float x = half_of<T>(left.b[k / 2], k % 2), y = half_of<T>(right.b[k / 2], k % 2);
-            d[0] += top * x;
-            d[1] += top * y;
-            d[2] += below * x;
-            d[3] += below * y;
+        for (int k = 0; k < 2; ++k) {
+            for (int upper = 0; upper < 2; ++upper) {
+                d[0] += row.a[2 * k][upper] * left.b[k][upper];
+                d[1] += row.a[2 * k][upper] * right.b[k][upper];
+                d[2] += row.a[2 * k + 1][upper] * left.b[k][upper];
+                d[3] += row.a[2 * k + 1][upper] * right.b[k][upper];
+            }
         }
     }
 }
 
-inline void load_matrices(unsigned (&x)[4], const void* row) {
-    const unsigned long long mine = reinterpret_cast<unsigned long long>(row);
-    const void* given = cuda_emulator_exchange(ALL_LANES, &mine, sizeof mine, __FILE__, __LINE__);
-    const unsigned long long* rows = static_cast<const unsigned long long*>(given);
-    const int g = cuda_emulator_lane() / 4, t = cuda_emulator_lane() % 4;
-    for (int m = 0; m < 4; ++m) x[m] = reinterpret_cast<const unsigned*>(rows[8 * m + g])[t];
+// Of four matrices: the rows `first` and `first` + 1 that lanes named. Reading them is left to who is watched.
+CUDA_EMULATOR_RAW static void matrix_rows(const void* row, int first, const unsigned short* (&rows)[4][2]) {
+    const void* const(&given)[WARP] = cuda_emulator::warp_exchange(ALL_LANES, row);
+    for (int m = 0; m < 4; ++m) {
+        for (int i = 0; i < 2; ++i) rows[m][i] = static_cast<const unsigned short*>(given[8 * m + (first + i) % 8]);
+    }
 }
 
-inline void load_matrices_transposed(unsigned (&x)[4], const void* row) {
-    const unsigned long long mine = reinterpret_cast<unsigned long long>(row);
-    const void* given = cuda_emulator_exchange(ALL_LANES, &mine, sizeof mine, __FILE__, __LINE__);
-    const unsigned long long* rows = static_cast<const unsigned long long*>(given);
-    const int g = cuda_emulator_lane() / 4, t = cuda_emulator_lane() % 4;
-    for (int m = 0; m < 4; ++m) {
-        const unsigned low = reinterpret_cast<const unsigned short*>(rows[8 * m + 2 * t])[g];
-        const unsigned high = reinterpret_cast<const unsigned short*>(rows[8 * m + 2 * t + 1])[g];
-        x[m] = low | high << 16;
-    }
+__device__ __forceinline__ void load_matrices(unsigned (&x)[4], const void* row) {
+    const unsigned short* rows[4][2];
+    matrix_rows(row, cuda_emulator::lane() / 4, rows);
+    const int t = cuda_emulator::lane() % 4;
+    for (int m = 0; m < 4; ++m) x[m] = reinterpret_cast<const unsigned*>(rows[m][0])[t];
+}
+
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&x)[4], const void* row) {
+    const unsigned short* rows[4][2];
+    matrix_rows(row, 2 * (cuda_emulator::lane() % 4), rows);
+    const int g = cuda_emulator::lane() / 4;
+    for (int m = 0; m < 4; ++m) x[m] = rows[m][0][g] | static_cast<unsigned>(rows[m][1][g]) << 16;
 }
 
 #else

@@ -24,6 +24,7 @@ template <class T> constexpr bool is_float16 = false;
 template <> constexpr bool is_float16<__half> = true;
 
 constexpr int TERMS = is_float16<Element> ? 2 : 3;
+constexpr int THREADS = 128;
 constexpr int ROWS = 64;
 constexpr int COLUMNS = HEAD_SIZE > 64 ? 32 : 64;
 constexpr int SCORE_PARTS = COLUMNS / 8;
@@ -34,23 +35,24 @@ constexpr int PITCH = HEAD_SIZE + 8;  // an odd number of 16 bytes: eight rows t
 template <int TILE_ROWS>
 __device__ __forceinline__ void load_tile(Element* tile, const Storage* source, long long stride, int count, int size,
                                           bool packs) {
-    constexpr int PACK_SIZE = 16 / sizeof(Element);
-    constexpr int PACKS_A_ROW = HEAD_SIZE / PACK_SIZE;
+    constexpr int PACK_SIZE = 16 / sizeof(Element), PACKS_A_ROW = HEAD_SIZE / PACK_SIZE;
+    static_assert(TILE_ROWS * PACKS_A_ROW % THREADS == 0, "the block loads whole rounds of packs");
     const Element* elements = reinterpret_cast<const Element*>(source);
-    for (int i = threadIdx.x; i < TILE_ROWS * PACKS_A_ROW; i += blockDim.x) {
-        const int row = i / PACKS_A_ROW, column = i % PACKS_A_ROW * PACK_SIZE;
+#pragma unroll
+    for (int round = 0; round < TILE_ROWS * PACKS_A_ROW / THREADS; ++round) {
+        const int pack = round * THREADS + threadIdx.x, row = pack / PACKS_A_ROW, column = pack % PACKS_A_ROW * PACK_SIZE;
         const Element* from = elements + row * stride + column;
-        union { uint4 bits; Element element[PACK_SIZE]; } pack;
-        pack.bits = make_uint4(0, 0, 0, 0);
-        if (row < count && packs && column < size) {
-            pack.bits = *reinterpret_cast<const uint4*>(from);
-        } else if (row < count) {
+        union { uint4 bits; Element element[PACK_SIZE]; } values;
+        values.bits = make_uint4(0, 0, 0, 0);
+        if (packs) {
+            if (row < count && column < size) values.bits = *reinterpret_cast<const uint4*>(from);
+        } else {
 #pragma unroll
             for (int k = 0; k < PACK_SIZE; ++k) {
-                if (column + k < size) pack.element[k] = from[k];
+                if (row < count && column + k < size) values.element[k] = from[k];
             }
         }
-        *reinterpret_cast<uint4*>(tile + row * PITCH + column) = pack.bits;
+        *reinterpret_cast<uint4*>(tile + row * PITCH + column) = values.bits;
     }
 }
 

@@ -7,6 +7,7 @@
 
 #include "attention/gpu_work.cuh"
 
+constexpr int THREADS = 128;
 constexpr int SIDE_BY_SIDE = 8;   // threads that share their rows
 constexpr int ROWS_A_THREAD = 4;  // a Philox block, where rows are keys
 constexpr int ROWS = 64;
@@ -36,16 +37,18 @@ template <int TILE_ROWS, bool IN_SLOTS>
 __device__ __forceinline__ void load_tile(float* tile, const Storage* source, long long stride, int count, int size,
                                           bool packs) {
     constexpr int PACKS_A_ROW = HEAD_SIZE / PACK;
-    for (int i = threadIdx.x; i < TILE_ROWS * PACKS_A_ROW; i += blockDim.x) {
-        int row = i / PACKS_A_ROW, column = i % PACKS_A_ROW * PACK;
+    static_assert(TILE_ROWS * PACKS_A_ROW % THREADS == 0, "the block loads whole rounds of packs");
+#pragma unroll 2
+    for (int round = 0; round < TILE_ROWS * PACKS_A_ROW / THREADS; ++round) {
+        const int pack = round * THREADS + threadIdx.x, row = pack / PACKS_A_ROW, column = pack % PACKS_A_ROW * PACK;
         const Storage* from = source + row * stride + column;
         float values[PACK] = {};
-        if (row < count && packs && column < size) {
-            load_pack(from, values);
-        } else if (row < count) {
+        if (packs) {
+            if (row < count && column < size) load_pack(from, values);
+        } else {
 #pragma unroll
             for (int k = 0; k < PACK; ++k) {
-                if (column + k < size) values[k] = load(from + k);
+                if (row < count && column + k < size) values[k] = load(from + k);
             }
         }
         float* to = tile + (IN_SLOTS ? slot_of(row) : row) * PITCH + column;
