@@ -114,7 +114,10 @@ def short(file: str) -> str:
 
 
 def read_findings(reports: Iterable[Mapping[str, Any]], kernel: str) -> list[Finding]:
-    """The emulator's JSON -> findings; those of one line (an unrolled loop, two inlined copies) are one."""
+    """The emulator's JSON -> findings; those of one line (an unrolled loop, two inlined copies) are one.
+
+    Races come first: an unwritten read may be one's consequence.
+    """
     reports = list(reports)
     lines = find_lines(pc for report in reports for pc in (report["pc"], (report["other"] or {}).get("pc", "")))
     merged: dict[tuple[Any, ...], Finding] = {}
@@ -131,7 +134,7 @@ def read_findings(reports: Iterable[Mapping[str, Any]], kernel: str) -> list[Fin
         key = (finding.kind, finding.file, finding.line, finding.access, other and (other.file, other.line))
         known = merged.get(key)
         merged[key] = finding if known is None else replace(known, count=known.count + finding.count)
-    return list(merged.values())
+    return sorted(merged.values(), key=lambda finding: finding.kind != "race")
 
 
 def read_traffic(reports: Iterable[Mapping[str, Any]]) -> list[TrafficLine]:

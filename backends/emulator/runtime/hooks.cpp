@@ -46,10 +46,11 @@ const char* name_of(Kind kind) {
         return;
     }
     const bool dynamic = &space == &dynamic_space;
-    const size_t size = dynamic ? launch.shared_bytes : modules[launch.kernel->module].shared_bytes;
-    char detail[160];
-    std::snprintf(detail, sizeof detail, "byte %zu of %zu bytes of %s shared memory", size_t(address - space.base),
-                  size, dynamic ? "dynamic" : "static");
+    char detail[160] = "outside of every __shared__ variable of the kernel";
+    if (dynamic) {
+        std::snprintf(detail, sizeof detail, "byte %zu of %u bytes of dynamic shared memory",
+                      size_t(address - space.base), launch.shared_bytes);
+    }
     report_access("out of bounds", space, kind, bytes, pc, detail);
     if (!dynamic && kind != Kind::read) {
         abandon_launch();
@@ -175,7 +176,7 @@ inline void access(const volatile void* pointer, void* return_address) {
     if (launch.sanitise) {
         check<bytes, kind>(*space, address, pc);
     }
-    if (launch.traffic) {
+    if (launch.traffic && !(space == &static_space && launch.kernel->owns_guard(address - space->base))) {
         count_access(*space, address, bytes, kind != Kind::read, pc);
     }
 }

@@ -91,7 +91,10 @@ void watch_shared() {
     set_bytes(dynamic_space, 0, dynamic_bytes, false, false);
     dynamic_bytes = launch.shared_bytes;
     set_bytes(dynamic_space, 0, dynamic_bytes, true, false);
-    set_bytes(static_space, 0, module.shared_bytes, true, false);
+    set_bytes(static_space, 0, static_space.bytes, false, false);
+    for (const SharedVariable& variable : launch.kernel->shared) {
+        set_bytes(static_space, variable.offset, variable.bytes, true, variable.is_guard());
+    }
     std::memset(reinterpret_cast<void*>(dynamic_space.base), 0xff, dynamic_bytes);
     std::memset(reinterpret_cast<void*>(module.shared), 0xff, module.shared_bytes);
 }
@@ -100,7 +103,7 @@ std::string refusal() {
     char text[200] = "";
     const Extent& grid = launch.grid;
     const Extent& block = launch.block;
-    const size_t shared = launch.shared_bytes + modules[launch.kernel->module].shared_bytes;
+    const size_t shared = launch.shared_bytes + launch.kernel->shared_bytes;
     if (block.count() < 1 || block.count() > most_threads || block.z > 64) {
         std::snprintf(text, sizeof text, "a block of %u x %u x %u threads: expected 1 to 1024, at most 64 along z",
                       block.x, block.y, block.z);
@@ -110,11 +113,25 @@ std::string refusal() {
     } else if (shared > cuda_emulator::shared_bytes_limit) {
         std::snprintf(text, sizeof text, "%zu bytes of shared memory: a block has at most %zu", shared,
                       cuda_emulator::shared_bytes_limit);
-    } else if (modules[launch.kernel->module].shared_bytes > 48 * 1024) {
+    } else if (launch.kernel->shared_bytes > 48 * 1024) {
         std::snprintf(text, sizeof text, "%zu bytes of static shared memory: at most 49152, more only as dynamic",
-                      modules[launch.kernel->module].shared_bytes);
+                      launch.kernel->shared_bytes);
     }
     return text;
+}
+
+// A library's kernels share one block of static memory; each may use its own variables and those of no kernel.
+void find_shared_variables(const std::string& path, size_t first) {
+    for (const SharedVariable& variable : shared_variables(path)) {
+        const auto owns = [&](const Kernel& kernel) { return is_local_to(variable, kernel.name); };
+        const bool owned = std::any_of(kernels.begin() + long(first), kernels.end(), owns);
+        for (size_t id = first; id < kernels.size(); id++) {
+            if (!owned || owns(kernels[id])) {
+                kernels[id].shared.push_back(variable);
+                kernels[id].shared_bytes += variable.is_guard() ? 0 : variable.bytes;
+            }
+        }
+    }
 }
 
 std::vector<uint32_t> block_order(uint64_t count) {
@@ -132,6 +149,11 @@ std::vector<uint32_t> block_order(uint64_t count) {
 
 }  // namespace
 
+bool Kernel::owns_guard(size_t offset) const {
+    const auto guards = [&](const SharedVariable& variable) { return variable.is_guard() && variable.offset == offset; };
+    return std::any_of(shared.begin(), shared.end(), guards);
+}
+
 std::string load_module(const std::string& path) {
     const size_t before = kernels.size();
     modules.emplace_back();
@@ -146,6 +168,7 @@ std::string load_module(const std::string& path) {
         return "the loaded library " + path + " is not to be found in memory";
     }
     modules.back() = search.module;
+    find_shared_variables(path, before);
     return "";
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda_emulator_interface.h"
+#include "symbols.h"
 
 namespace emulator {
 
@@ -34,7 +35,7 @@ struct Module {
     uintptr_t end = 0;
     uintptr_t data = 0;  // writable: __device__ and __constant__ variables
     size_t data_bytes = 0;
-    uintptr_t shared = 0;  // static __shared__ variables
+    uintptr_t shared = 0;  // static __shared__ variables of all its kernels
     size_t shared_bytes = 0;
 };
 
@@ -43,6 +44,9 @@ struct Kernel {
     cuda_emulator::KernelEntry entry;
     std::vector<Argument> arguments;
     size_t module;
+    std::vector<SharedVariable> shared = {};  // static ones that it may use
+    size_t shared_bytes = 0;                  // of these
+    bool owns_guard(size_t offset) const;
 };
 
 enum class Schedule : uint32_t { forward, reverse, random };
