@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
@@ -143,6 +143,9 @@ class Backend:
     def numpy(self, x: Array) -> np.ndarray:
         """A copy, or on a CPU the array itself, as NumPy."""
         return np.asarray(x)
+
+    def upload_ahead(self, arrays: Sequence[np.ndarray]) -> None:
+        """Begin to bring here what `asarray` will be asked for next: these very arrays. Nothing to do in one memory."""
 
     def synchronize(self) -> None:
         """Wait until all that was launched has run."""

@@ -44,7 +44,7 @@ from minibert.guard import FirstNonFinite, NonFiniteError
 from minibert.kernels.cross_entropy import cross_entropy
 from minibert.kernels.op import Array
 from minibert.optim import AdamW, linear_schedule, parameter_groups
-from minibert.packing import IGNORE, pack
+from minibert.packing import IGNORE, Packed, pack
 from minibert.tensor import no_grad
 from minibert.training_config import TrainingConfig
 
@@ -141,6 +141,7 @@ class Trainer:
         count = min(held_out.steps_in_epoch(0), -(-config.eval_tokens // config.tokens_per_batch))
         self.held_out = [held_out.batch(i) for i in range(count)]
         self.graphed = GraphedSteps(model, self.optimizer, config.tokens_per_batch) if config.graph else None
+        self.ahead: tuple[int, tuple[PackedBatch, Packed]] | None = None  # the next batch, made early
         self.stop = False  # set it, from a signal handler say, and the run ends after the step
         # How far the run came, and sums since the last line of the log: plain numbers, saved as they are.
         self.progress: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "since": dict.fromkeys(SINCE, 0)}
@@ -214,12 +215,9 @@ class Trainer:
         """The same, where the step's shape has come before, in two calls of the device."""
         assert self.graphed is not None
         self.model.train()
-        batch = self.batches.batch(self.step)
-        packed = pack(
-            self.model.config, batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids,
-            labels=batch.labels, cu_seqlens=batch.cu_seqlens,
-        )  # fmt: skip
+        batch, packed = self.packed(self.step)
         loss, square_norm, recorded = self.graphed.gradients(packed, self.step)
+        self.ahead = self.step + 1, self.packed(self.step + 1)  # a graph uploads its inputs itself
         value = float(self.model.backend.numpy(loss))
         demand_finite(value)
         self.optimizer.check_norm(square_norm)
@@ -234,22 +232,34 @@ class Trainer:
         self.optimizer.zero_grad()
         loss, tokens = 0.0, 0
         for number in range(self.step * passes, (self.step + 1) * passes):
-            batch = self.batches.batch(number)
+            batch, packed = self.packed(number)
             self.model.step = number  # names the dropout masks
-            out = self.forward(batch, labels=batch.labels)
+            sentences = batch.next_sentence_label
+            out = self.model(packed) if sentences is None else self.model(packed, next_sentence_label=sentences)
             (out.loss if passes == 1 else out.loss * (1 / passes)).backward()
+            self.prepare(number + 1)
             loss += out.loss.item() / passes
             tokens += len(batch.input_ids)
         return loss, tokens
 
-    def forward(self, batch: PackedBatch, labels: np.ndarray | None = None) -> Any:
-        more = {}
-        if labels is not None and batch.next_sentence_label is not None:
-            more["next_sentence_label"] = batch.next_sentence_label
-        return self.model(
-            batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids,
-            cu_seqlens=batch.cu_seqlens, labels=labels, **more,
+    def packed(self, number: int) -> tuple[PackedBatch, Packed]:
+        """The batch of a pass as the model takes it."""
+        if self.ahead is not None and self.ahead[0] == number:
+            return self.ahead[1]
+        batch = self.batches.batch(number)
+        return batch, self.pack(batch, batch.labels)
+
+    def pack(self, batch: PackedBatch, labels: np.ndarray | None) -> Packed:
+        return pack(
+            self.model.config, batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids,
+            labels=labels, cu_seqlens=batch.cu_seqlens,
         )  # fmt: skip
+
+    def prepare(self, number: int) -> None:
+        """Make a batch, and begin to upload it, while the device is still at work on the one before."""
+        if number < self.config.max_steps * self.config.gradient_accumulation_steps:
+            self.ahead = number, self.packed(number)
+            self.model.backend.upload_ahead([a for a in self.ahead[1][1] if isinstance(a, np.ndarray)])
 
     def explain(self, error: FloatingPointError) -> str:
         """Run the step again, with an eye on every op, to find where it went wrong."""
@@ -275,7 +285,7 @@ class Trainer:
         follows: list[np.ndarray] = []
         with no_grad():
             for batch in self.held_out:
-                out = self.forward(batch)
+                out = self.model(self.pack(batch, None))
                 index = np.flatnonzero(batch.labels != IGNORE)
                 labels = batch.labels[index]
                 logits = out.logits_at(index)

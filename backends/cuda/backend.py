@@ -12,7 +12,7 @@ from minibert.backends.base import Backend
 from minibert.backends.cuda.array import DeviceArray, NotOnDevice, ghost
 from minibert.backends.cuda.driver import Driver
 from minibert.backends.cuda.graph import Capture, LiveInt
-from minibert.backends.cuda.pool import HostBuffers, Pool
+from minibert.backends.cuda.pool import HostBuffers, Pool, SharedPool
 from minibert.backends.cuda.product import multiply
 from minibert.errors import UserError
 from minibert.kernels.array_module import numpy_module
@@ -65,6 +65,10 @@ class CudaBackend(Backend):
         self.host_buffers = HostBuffers(driver)
         self.product_mode = PRODUCT_MODES[0]
         self.capture: Capture | None = None  # the graph that is being captured
+        self._ahead: dict[int, tuple[np.ndarray, DeviceArray]] = {}  # uploaded early, by the id of what it came from
+        self._ahead_event: Any = None
+        self._ahead_stream: Any = None
+        self._ahead_pool: Pool = self.pool
         self._op = "an array"  # that runs now: for errors
 
     # --------------------------------------------------------------------------------------------------- ops
@@ -131,6 +135,9 @@ class CudaBackend(Backend):
 
     def asarray(self, x: Any, dtype: Any = None) -> DeviceArray:
         """An array here; one that came from the host is uploaded, and if it holds integers remembered."""
+        if id(x) in self._ahead and dtype is None and self.capture is None:
+            self.driver.wait(self._ahead_event)
+            return self._ahead.pop(id(x))[1]
         if isinstance(x, DeviceArray):
             if dtype is None or np.dtype(dtype) == x.dtype:
                 return x
@@ -150,6 +157,19 @@ class CudaBackend(Backend):
         else:
             self.host_buffers.give_back(buffer)
         return made
+
+    def upload_ahead(self, arrays: Sequence[np.ndarray]) -> None:
+        """Upload on a stream of its own, while kernels run on the other; `asarray` finds these very arrays."""
+        if self._ahead_stream is None:
+            self._ahead_stream, self._ahead_pool = self.driver.new_stream(), SharedPool(self.driver)
+        before, self.pool = self.pool, self._ahead_pool
+        try:
+            with self.driver.on(self._ahead_stream):
+                self._ahead = {}
+                self._ahead = {id(x): (x, self.asarray(x)) for x in arrays}
+                self._ahead_event = self.driver.record()
+        finally:
+            self.pool = before
 
     def numpy(self, x: Any) -> np.ndarray:
         """A copy on the host, once all that was queued has run."""

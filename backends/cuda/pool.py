@@ -45,13 +45,16 @@ class Pool:
     def allocate(self, nbytes: int, op: str) -> Block:
         """A block for `nbytes`, made for `op`; raises DeviceMemoryExhausted with what takes up the memory."""
         size = rounded(nbytes)
-        address = self._free[size].pop() if self._free[size] else self._new(size, nbytes, op)
+        address = self._reuse(size) if self._free[size] else self._new(size, nbytes, op)
         self.driver.recycle(address, nbytes)
         block = Block(self, address, size, nbytes, op)
         self._live.add(block)
         self.used += nbytes
         self.peak = max(self.peak, self.used)
         return block
+
+    def _reuse(self, size: int) -> int:
+        return self._free[size].pop()
 
     def _new(self, size: int, nbytes: int, op: str) -> int:
         try:
@@ -84,6 +87,24 @@ class Pool:
     def _give_back(self, block: Block) -> None:
         self.used -= block.nbytes
         self.driver.recycle(block.address, 0)
+        self._free[block.size].append(block.address)
+
+
+class SharedPool(Pool):
+    """Blocks that one stream fills and others read: filled again after what was queued when they were given back."""
+
+    def __init__(self, driver: Driver) -> None:
+        super().__init__(driver)
+        self._given_back: dict[int, Event] = {}
+
+    def _reuse(self, size: int) -> int:
+        address = self._free[size].pop(0)
+        self.driver.wait(self._given_back.pop(address))
+        return address
+
+    def _give_back(self, block: Block) -> None:
+        self.used -= block.nbytes
+        self._given_back[block.address] = self.driver.record()
         self._free[block.size].append(block.address)
 
 

@@ -60,6 +60,7 @@ void make_space(Space& space, const char* name, uintptr_t base, size_t bytes, bo
     space = {base, (bytes + 63) / 64 * 64, nullptr, nullptr, name, of_block};
     if (space.bytes) {
         space.cells = static_cast<Cell*>(reserve(cell_bytes(space)));
+        madvise(space.cells, cell_bytes(space), MADV_HUGEPAGE);
         space.states = static_cast<uint16_t*>(reserve(space.bytes / 4));
     }
 }

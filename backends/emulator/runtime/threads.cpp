@@ -109,7 +109,9 @@ void start_block(uint32_t block) {
         thread.snapshot = nullptr;
         thread.copies.clear();
         thread.groups.clear();
-        thread.stack_pointer = prepare_fiber(thread.stack, stack_bytes, run_thread);
+        // Not at the same offset of every stack: all their tops would share a few lines of the cache.
+        const size_t unused = index * 448 % (32 * 1024);
+        thread.stack_pointer = prepare_fiber(thread.stack, stack_bytes - unused, run_thread);
         warps[thread.warp].exist |= 1u << thread.lane;
     }
     for (unsigned number = 0; number < warp_count; number++) {
