@@ -42,11 +42,11 @@ def rounded(name: str, arrays: list[np.ndarray], dtype: str) -> list[np.ndarray]
     return [a if kind is None else a.astype(kind) for a, kind in zip(arrays, kinds, strict=True)]
 
 
-def off_the_grid(backend: Backend, array: np.ndarray) -> Any:
-    """On the device, contiguous, one element behind a multiple of 16 bytes."""
-    longer = np.zeros(array.size + 1, array.dtype)
-    longer[1:] = array.reshape(-1)
-    return backend.asarray(longer)[1:].reshape(array.shape)
+def off_the_grid(backend: Backend, array: np.ndarray, by: int = 1) -> Any:
+    """On the device, contiguous, `by` elements behind a multiple of 16 bytes."""
+    longer = np.zeros(array.size + by, array.dtype)
+    longer[by:] = array.reshape(-1)
+    return backend.asarray(longer)[by:].reshape(array.shape)
 
 
 def assert_within_bounds(
@@ -62,7 +62,7 @@ def assert_within_bounds(
 
 
 @pytest.mark.parametrize("dtype", STORED)
-@pytest.mark.parametrize("columns", [3, 67, 2050])
+@pytest.mark.parametrize("columns", [3, 67, 9001])
 def test_rows_of_logits_that_begin_between_packs(
     emulator: Backend, rng: np.random.Generator, dtype: str, columns: int
 ) -> None:
@@ -174,16 +174,19 @@ def test_the_bits_of_a_table_gradient_do_not_depend_on_the_device(
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("by", [0, 1])
 @pytest.mark.parametrize("dtype", STORED)
-def test_tables_that_begin_between_packs(emulator: Backend, rng: np.random.Generator, dtype: str) -> None:
+def test_tables_that_begin_on_packs_and_between_them(
+    emulator: Backend, rng: np.random.Generator, dtype: str, by: int
+) -> None:
     tables = [rng.standard_normal((n, 40)) for n in (9, 8, 2)]
     ids = [rng.integers(0, n, 21).astype(np.int32) for n in (9, 8, 2)]
     arrays = rounded("embedding", [*tables, *ids], dtype)
-    given = [off_the_grid(emulator, a) for a in arrays]
+    given = [off_the_grid(emulator, a, by) for a in arrays]
     assert_within_bounds(emulator, "embedding", arrays, given)
     assert_within_bounds(emulator, "gather_rows", [arrays[0], ids[0]], [given[0], given[3]], skip=4)
     rows = rounded("scatter_rows", [rng.standard_normal((21, 40)), ids[0]], dtype)
-    given = [off_the_grid(emulator, a) for a in rows]
+    given = [off_the_grid(emulator, a, by) for a in rows]
     assert_within_bounds(emulator, "scatter_rows", rows, given, num_rows=9)
 
 
