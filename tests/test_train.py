@@ -144,7 +144,7 @@ def test_evaluation_repeats_and_matches_the_plain_loss(data: Data, tmp_path: Pat
     assert run.evaluate() == once, "the same masks, dropout off"
     run.model.eval()
     batch = run.held_out[0]
-    out = run.forward(batch, labels=batch.labels)
+    out = run.model(run.pack(batch, batch.labels))
     index = np.flatnonzero(batch.labels != IGNORE)
     logits = out.logits.numpy()[index].astype(np.float64)
     np.testing.assert_allclose(out.logits_at(index).numpy(), logits, rtol=0, atol=1e-5)
