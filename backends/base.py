@@ -48,6 +48,8 @@ class Backend:
     """
 
     dtypes: tuple[str, ...] = ("float32", "float64")  # that its arrays may hold, the usual one first
+    product_modes: tuple[str, ...] = ("float32",)  # how products of float32 may be computed
+    product_mode = "float32"  # one of these
     emulated = False  # it plays another machine: its times are not that machine's, and commands run it only if named
 
     def __init__(self, name: str, xp: Any, kernel_files: str | None = None) -> None:

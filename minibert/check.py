@@ -53,7 +53,7 @@ class Case:
     seed: int
 
     def inputs(self, seed_offset: int = 0) -> tuple[Input, ...]:
-        return _inputs(self.op, self.dtype, self.seed + seed_offset)
+        return _inputs(self.op, self.dtype, self.seed + seed_offset, self.backend.product_mode)
 
     def upload(self, arrays: Iterable[np.ndarray]) -> list[Array]:
         return [self.backend.asarray(a.copy()) for a in arrays]
@@ -83,13 +83,13 @@ class CheckResult:
 
 
 @lru_cache(maxsize=6)
-def _inputs(op: Op, dtype: str, seed: int) -> tuple[Input, ...]:
+def _inputs(op: Op, dtype: str, seed: int, products: str) -> tuple[Input, ...]:
     """The samples of one op, with their bounds: kept for the next checks of the same op."""
     made = []
     for number, (arrays, params) in enumerate(op.samples(np.random.default_rng(seed))):
         kinds = stored_as(op, arrays, dtype)
         rounded = tuple(np.asarray(a, kind) for a, kind in zip(arrays, kinds, strict=True))
-        made.append(Input(number, rounded, dict(params), expect(op, rounded, params, dtype)))
+        made.append(Input(number, rounded, dict(params), expect(op, rounded, params, dtype, products)))
     return tuple(made)
 
 
@@ -281,10 +281,12 @@ def gradient_rounding(case: Case, tally: Tally) -> None:
     """Every op that the gradient calls, on the arrays it really gets (views, broadcasts), lies under its bound."""
     assert case.op.vjp is not None
 
+    backend = case.backend
+
     def watch(op: Op, arrays: tuple[Array, ...], params: Any, call: Callable[[], Any]) -> Any:
         before = [a.copy() for a in case.download(arrays)]
         result = call()
-        judgement = judge(op, before, params, case.download(outputs(result)), case.dtype)
+        judgement = judge(op, before, params, case.download(outputs(result)), case.dtype, backend.product_mode)
         tally.add(judgement, f"{where}: its gradient calls {op.name}, {_describe(one.number, before, params)}")
         return result
 

@@ -300,7 +300,7 @@ def _judge_on(backend: Backend, op: Op, inputs: tuple[np.ndarray, ...], params: 
             return [Judgement(np.inf, np.inf, np.inf, False, None, raised, 0)]
     dtype = str(next(a.dtype for a in inputs if holds_floats(a)))
     if not op.writes:
-        return [judge(op, inputs, params, got, dtype)]
+        return [judge(op, inputs, params, got, dtype, backend.product_mode)]
     size = max(a.size for a in inputs)
     pieces = [slice(start, start + JUDGED_PIECE) for start in range(0, size, JUDGED_PIECE)]
     return [

@@ -59,25 +59,31 @@ def stored_as(op: Op, arrays: Sequence[Array], dtype: str) -> list[np.dtype[Any]
     return [k if holds_floats(a) else None for k, a in zip(kept, arrays, strict=True)]
 
 
-def expect(op: Op, arrays: Sequence[Array], params: Mapping[str, Any], dtype: str) -> list[Bound]:
+def expect(
+    op: Op, arrays: Sequence[Array], params: Mapping[str, Any], dtype: str, products: str = "float32"
+) -> list[Bound]:
     """What `op` should give on these NumPy arrays, with the bound for an evaluation in `dtype`.
 
-    In 16 bits arrays are stored, and results rounded once; arithmetic is in float32.
+    In 16 bits arrays are stored, and results rounded once; arithmetic is in float32. `products` is the backend's
+    `product_mode`.
 
     For an op that writes in place: the arrays as they were before.
     """
     precision, storage = ("float32", dtype) if dtype in NARROW else (dtype, None)
     widened = 1 + PRECISIONS["float64"].roundoff / PRECISIONS[precision].roundoff
-    found = bound(op, *arrays, precision=precision, storage=storage, **params)
+    products = products if dtype == "float32" else "float32"
+    found = bound(op, *arrays, precision=precision, storage=storage, products=products, **params)
     return [b._replace(error=b.error * widened) for b in found]
 
 
-def judge(op: Op, arrays: Sequence[Array], params: Mapping[str, Any], got: Any, dtype: str) -> Judgement:
+def judge(
+    op: Op, arrays: Sequence[Array], params: Mapping[str, Any], got: Any, dtype: str, products: str = "float32"
+) -> Judgement:
     """Judge what a backend returned (as NumPy: one array, or a tuple with the residuals) for one call of `op`.
 
     For an op that writes in place `arrays` are those from before the call, and `got` those that it wrote.
     """
-    return judge_against(expect(op, arrays, params, dtype), got)
+    return judge_against(expect(op, arrays, params, dtype, products), got)
 
 
 def judge_against(expected: Sequence[Bound], got: Any) -> Judgement:

@@ -34,9 +34,7 @@ class TrainingConfig:
     logging_steps: int = 10
     eval_steps: int = 250
     save_steps: int = 500
-    graph: bool = (
-        False  # replay steps as CUDA graphs: a launch from Python costs more than a small kernel
-    )
+    graph: bool = False  # replay steps as CUDA graphs: a launch from Python costs more than a small kernel
     seed: int = 0  # of weights, split, order, masks and dropout
 
     def __post_init__(self) -> None:

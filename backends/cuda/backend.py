@@ -20,8 +20,6 @@ from minibert.kernels.gpu_launch import CudaKernel, on_host
 from minibert.kernels.op import Array, Op, outputs
 from minibert.kernels.view.gpu import copy_strided
 
-PRODUCT_MODES = ("float32", "tf32")
-
 
 class DeviceModule:
     """What a formula that moves elements and computes nothing needs of an array module."""
@@ -57,13 +55,13 @@ class CudaBackend(Backend):
     """Arrays of one device. It is also what a gpu.py reaches as `x.device`."""
 
     dtypes = ("float32", "float16", "bfloat16")
+    product_modes = ("float32", "tf32")
 
     def __init__(self, driver: Driver) -> None:
         super().__init__(driver.name, DeviceModule(self), kernel_files="gpu")
         self.driver = driver
         self.pool = Pool(driver)
         self.host_buffers = HostBuffers(driver)
-        self.product_mode = PRODUCT_MODES[0]
         self.capture: Capture | None = None  # the graph that is being captured
         self._ahead: dict[int, tuple[np.ndarray, DeviceArray]] = {}  # uploaded early, by the id of what it came from
         self._ahead_event: Any = None

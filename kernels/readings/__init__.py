@@ -23,19 +23,20 @@ class Bound(NamedTuple):
     dtype: str  # in which it is stored
 
 
-def bound(op: Op, *arrays: Array, precision: str = "float32", storage: str | None = None, **params: Any) -> list[Bound]:
+def bound(
+    op: Op, *arrays: Array, precision: str = "float32", storage: str | None = None, products: str = "float32",
+    **params: Any,
+) -> list[Bound]:  # fmt: skip
     """The outputs of `op` in float64, each with its bound for an evaluation in `precision`.
 
     `storage` (float16, bfloat16) adds the rounding of what is computed in `precision` and stored in fewer bits: every
     output but the op's `wide_outputs`, and what its formula calls `stored`. Float arrays are read as they are, already
-    rounded to what the backend sees.
+    rounded to what the backend sees. `products` "tf32": on tensor cores, which round their operands.
     """
-    module = bounded_module(precision, storage)
+    module = bounded_module(precision, storage, products)
     lift = module.reading.lift
     with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
-        results = op.formula(
-            module, *(lift(a) if holds_floats(a) else a for a in map(np.asarray, arrays)), **params
-        )
+        results = op.formula(module, *(lift(a) if holds_floats(a) else a for a in map(np.asarray, arrays)), **params)
     bounds = []
     for k, result in enumerate(map(lift, outputs(results))):
         wide = storage is None or k in op.wide_outputs

@@ -42,12 +42,16 @@ PRECISIONS = {
 }
 
 
+PRODUCTS = {"float32": 0.0, "tf32": 2.0**-11}  # what an operand of a product loses first, by the mode of products
+
+
 class Bounded(Reading):
-    """value, error, S; `precision` and `storage` are set by `bounded_module`."""
+    """value, error, S; `precision`, `storage` and `operand_roundoff` are set by `bounded_module`."""
 
     width = 3
     precision: Precision
     storage: Precision | None  # in which results, and what the formula calls `stored`, are kept
+    operand_roundoff: float  # of the operands of a product, on tensor cores
 
     def stored(self) -> Self:
         """What memory gives back: rounded, where it keeps fewer bits than the arithmetic has."""
@@ -120,7 +124,8 @@ class Bounded(Reading):
         a, b = abs(self.value), abs(other.value)
         k = self.shape[-1]
         terms = a @ b
-        inherited = a @ other.error + self.error @ (b + other.error)
+        r = self.operand_roundoff
+        inherited = (a @ other.error + self.error @ (b + other.error)) * (1 + r) ** 2 + r * (2 + r) * terms
         error = inherited + self.gamma(k) * (terms + inherited) + k * self.precision.tiny
         return type(self)(self.value @ other.value, error, np.maximum(self.terms @ b, a @ other.terms))
 
@@ -194,11 +199,12 @@ class BoundedModule(ReadingModule):
 
 
 @cache
-def bounded_module(precision: str, storage: str | None = None) -> ReadingModule:
+def bounded_module(precision: str, storage: str | None = None, products: str = "float32") -> ReadingModule:
     """The array module that bounds an evaluation in `precision`: float64, float32, float16 or bfloat16.
 
-    `storage` (float16, bfloat16): in fewer bits is kept what the formula calls `stored`.
+    `storage` (float16, bfloat16): in fewer bits is kept what the formula calls `stored`. `products` "tf32": operands of
+    products are rounded to 10 bits of mantissa.
     """
     kept = None if storage is None else PRECISIONS[storage]
-    name = f"Bounded_{precision}" if storage is None else f"Bounded_{precision}_in_{storage}"
-    return BoundedModule(type(name, (Bounded,), {"precision": PRECISIONS[precision], "storage": kept}))
+    parts = {"precision": PRECISIONS[precision], "storage": kept, "operand_roundoff": PRODUCTS[products]}
+    return BoundedModule(type(f"Bounded_{precision}_{storage or ''}_{products}", (Bounded,), parts))

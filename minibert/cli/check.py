@@ -23,7 +23,7 @@ from minibert.cli.emulator import (
     traffic_table,
 )
 from minibert.cli.kernels import HELP, load_kernels
-from minibert.cli.options import chosen_backends, console, notes, plain_table
+from minibert.cli.options import PRODUCTS_HELP, chosen_backends, console, notes, plain_table, set_products
 from minibert.errors import UserError
 from minibert.kernels import OPS
 
@@ -38,6 +38,7 @@ def check_command(
     kernel: list[str] = typer.Option([], help=HELP),
     seed: int = typer.Option(0, min=0, help="Seed of the inputs."),
     threads: int = typer.Option(None, min=1, max=MOST_THREADS, help="Threads of every backend."),
+    products: str = typer.Option("float32", help=PRODUCTS_HELP),
     schedules: str = typer.Option(None, help=SCHEDULES_HELP),
     sanitize: bool = typer.Option(True, help=SANITIZE_HELP),
     traffic: bool = typer.Option(False, help=TRAFFIC_HELP),
@@ -50,6 +51,7 @@ def check_command(
     """
     kernels = load_kernels(kernel)
     compared = chosen_backends(backend, threads)
+    set_products(compared, products)
     ops = [find_op(name) for name in names] if names else list(kernels) or list(OPS.values())
     if kernels and not set(kernels) <= set(ops):
         raise UserError(

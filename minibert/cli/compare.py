@@ -17,7 +17,15 @@ from minibert.bert import BertForMaskedLM
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
 from minibert.cli.kernels import HELP, load_kernels, refuse_uncalled
-from minibert.cli.options import chosen_backends, console, machine, notes, refuse_unwritable
+from minibert.cli.options import (
+    PRODUCTS_HELP,
+    chosen_backends,
+    console,
+    machine,
+    notes,
+    refuse_unwritable,
+    set_products,
+)
 from minibert.cli.report import markdown, tables, verdict
 from minibert.compare import Comparison, compare, facts
 from minibert.config import NAMED, BertConfig
@@ -51,6 +59,7 @@ def compare_command(
     max_seq_length: int = typer.Option(128, min=8, help="Longest sequence."),
     kernel: list[str] = typer.Option([], help=HELP),
     dtype: str = typer.Option("float32", help="float32, float64; on a GPU or the emulator float16, bfloat16."),
+    products: str = typer.Option("float32", help=PRODUCTS_HELP),
     threads: int = typer.Option(None, min=1, max=MOST_THREADS, help="Threads of every backend."),
     seed: int = typer.Option(0, min=0, help="Seed of weights, masks and dropout."),
     json_file: Path = typer.Option(None, "--json", help="Write the facts to this file as JSON."),
@@ -64,6 +73,7 @@ def compare_command(
     refuse_unwritable(json_file, markdown_file)
     kernels = load_kernels(kernel)
     compared = chosen_backends(backends, threads)
+    set_products(compared, products)
     folder = None if config in NAMED else Path(config)
     tokenizer = load_tokenizer(folder if folder and tokenizer_files(folder) else SHIPPED_VOCABULARY)
     model_config = _config(config, tokenizer.get_vocab_size())

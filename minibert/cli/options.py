@@ -57,6 +57,21 @@ def chosen_backends(names: str | None, threads: int | None) -> list[Backend]:
     return [backends.get(name) for name in wanted]
 
 
+PRODUCTS_HELP = "How products of float32 are computed: float32, or on a GPU and the emulator tf32 (tensor cores)."
+
+
+def set_products(places: list[Backend], mode: str) -> None:
+    """Set the mode of products on the backends that have it. Raises UserError where none has."""
+    able = [place for place in places if mode in place.product_modes]
+    if not able:
+        known = sorted({m for place in places for m in place.product_modes})
+        raise UserError(
+            f"--products: expected {' or '.join(known)} on {', '.join(p.name for p in places)}, got {mode!r}"
+        )
+    for place in able:
+        place.product_mode = mode
+
+
 def machine() -> dict[str, Any]:
     """What a figure was measured on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -20,7 +20,7 @@ from minibert.bert import BertForMaskedLM, BertForPreTraining
 from minibert.checkpoint import WEIGHTS, read_config
 from minibert.cli import app, kernels
 from minibert.cli.compiling import show_compiling
-from minibert.cli.options import console
+from minibert.cli.options import PRODUCTS_HELP, console, set_products
 from minibert.config import NAMED, BertConfig
 from minibert.data import (
     SHIPPED_TEXT,
@@ -87,6 +87,7 @@ def pretrain(
     seed: int = setting("seed", "Of weights, order, masks and dropout."),
     backend: str = typer.Option(None, show_default="the fastest here", help="See `minibert backends`."),
     dtype: str = typer.Option(None, show_default="float32", help="float32, float64; on a GPU float16, bfloat16."),
+    products: str = typer.Option("float32", help=PRODUCTS_HELP),
     threads: int = typer.Option(
         None, min=1, max=MOST_THREADS, show_default="all cores", help="Threads of kernels and BLAS."
     ),
@@ -111,6 +112,7 @@ def pretrain(
         options = resumed(state.options, options)
     options = {**options, "config": options["config"] or "mini", "dtype": options["dtype"] or "float32"}
     place = fastest_or(options["backend"], threads)
+    set_products([place], products)
     options["backend"] = place.name
     if not options["texts"]:
         say(f"no TEXT given: training on the one that ships with minibert, {SHIPPED_TEXT.name}")
