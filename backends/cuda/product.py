@@ -10,6 +10,8 @@ import numpy as np
 from minibert.backends.cuda.array import DeviceArray
 from minibert.backends.cuda.driver import Matrix, Product
 
+EPILOGUES = (None, "bias", "gelu")
+
 
 def multiply(
     device: Any, a: DeviceArray, b: DeviceArray, bias: DeviceArray | None, epilogue: str | None,
@@ -20,19 +22,26 @@ def multiply(
         raise TypeError(f"a product takes two arrays of one dtype ({', '.join(device.dtypes)}): {a.dtype}, {b.dtype}")
     if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
         raise ValueError(f"product of shapes {a.shape} and {b.shape}: expected (..., m, k) and (..., k, n)")
-    if b.ndim == 2 and a.ndim > 2:  # every row counts alike
-        return _unfolded(multiply(device, a.reshape(-1, a.shape[-1]), b, bias, epilogue, out), a.shape[:-1])
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
     lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     shape = (*lead, m, n)
+    if epilogue not in EPILOGUES or (bias is not None) != (epilogue is not None):
+        raise ValueError(f"epilogue {epilogue!r} and bias {bias}: expected neither, or 'bias' or 'gelu' and a bias")
+    if bias is not None and (bias.shape, bias.dtype) != ((n,), a.dtype):
+        raise ValueError(f"expected a bias of shape ({n},), {a.dtype}, got {bias}")
     if out is None:
         out = device.empty(shape, a.dtype)
+    elif (out.shape, out.dtype, out.is_contiguous) != (shape, a.dtype, True):
+        raise ValueError(f"expected a contiguous `out` of shape {shape}, {a.dtype}, got {out}")
+    if b.ndim == 2 and a.ndim > 2:  # every row counts alike
+        rows = prod(a.shape[:-1])
+        flat = multiply(device, a.reshape(rows, k), b, bias, epilogue, out.reshape(rows, n))
+        return tuple(x.reshape(shape) for x in flat) if isinstance(flat, tuple) else flat.reshape(shape)
     before = device.empty(shape, a.dtype) if epilogue == "gelu" else None
-    if out.size and k == 0:
-        device.driver.fill(out.address, out.nbytes, 0)
-        if epilogue is not None:
-            raise ValueError("a product over no elements has no epilogue")
-    elif out.size:
+    if out.size:
+        if k == 0:  # over no elements: as over a zero
+            k = 1
+            a, b = (device.zeros(s, out.dtype) for s in ((*a.shape[:-1], k), (*b.shape[:-2], k, n)))
         if bias is not None:
             bias = bias.contiguous()
         a, left = _operand(a, lead)
@@ -55,13 +64,6 @@ def multiply(
             )
         )
     return out if before is None else (out, before)
-
-
-def _unfolded(result: Any, lead: tuple[int, ...]) -> Any:
-    """The rows of one large product, in the axes they came from."""
-    if isinstance(result, tuple):
-        return tuple(_unfolded(r, lead) for r in result)
-    return result.reshape(*lead, result.shape[-1])
 
 
 def _operand(x: DeviceArray, lead: tuple[int, ...]) -> tuple[DeviceArray, Matrix]:
@@ -91,7 +93,7 @@ def _as_it_lies(x: DeviceArray, lead: tuple[int, ...]) -> Matrix | None:
 
 
 def _batch_stride(x: DeviceArray, lead: tuple[int, ...]) -> int | None:
-    """Elements from one matrix to the next, 0 where there is one for all; None where no single number says it."""
+    """Elements from one matrix to the next, 0 where there is one for all; None where no single such number says it."""
     if prod(lead) == 1:
         return 0
     layout = np.broadcast_to(x.layout, (*lead, *x.shape[-2:]))
@@ -101,6 +103,8 @@ def _batch_stride(x: DeviceArray, lead: tuple[int, ...]) -> int | None:
             continue
         if expected is None:
             found = stride
+            if stride < 0:  # a batch taken backwards: no library reads that
+                return None
         elif stride != expected:
             return None
         expected = stride * size
