@@ -13,13 +13,12 @@ COPIES = {size: cuda.kernel(f"copy_{size}", block=THREADS) for size in (1, 2, 4,
 
 
 def copy_strided(source: Array, target: Array) -> None:
-    """Copy `source` to `target`, of the same shape and element size, whatever their strides.
-
-    Raises ValueError for more than 6 axes that cannot be merged.
-    """
+    """Copy `source` to `target`, of the same shape and element size, whatever their strides."""
     axes = _merged(list(zip(target.shape, source.strides, target.strides, strict=True)))
     if len(axes) > DIMENSIONS:
-        raise ValueError(f"a copy takes at most {DIMENSIONS} axes, got shape {target.shape}")
+        for i in range(target.shape[0]):
+            copy_strided(source[i], target[i])
+        return
     used = max(1, len(axes))  # a single element has none
     filled = [*reversed(axes), *[(1, 0, 0)] * (DIMENSIONS - len(axes))]
     sizes, froms, tos = zip(*filled, strict=True)
