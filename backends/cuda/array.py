@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -43,11 +42,14 @@ class DeviceArray:
 
     def __getitem__(self, index: Any) -> DeviceArray:
         parts = index if isinstance(index, tuple) else (index,)
-        if any(isinstance(part, DeviceArray) for part in parts):
-            raise NotOnDevice("rows by an array of indices take a kernel: op gather_rows")
-        if not all(isinstance(part, slice | int | np.integer) or part in (None, Ellipsis) for part in parts):
-            raise TypeError(f"a device array takes slices and whole numbers as an index, got {index!r:.80}")
-        return self._view(self.layout[(*parts,)] if Ellipsis in parts else self.layout[(*parts, ...)])
+        for part in parts:
+            whole = isinstance(part, int | np.integer) and not isinstance(part, bool)
+            if not (whole or isinstance(part, slice) or part is None or part is Ellipsis):
+                raise NotOnDevice(
+                    f"a device array takes slices and whole numbers as an index, got {part!r:.80}: rows by an array of "
+                    f"indices take a kernel, op gather_rows"
+                )
+        return self._view(self.layout[parts if any(part is Ellipsis for part in parts) else (*parts, ...)])
 
     def __setitem__(self, index: Any, value: Any) -> None:
         target = self if index is Ellipsis else self[index]
@@ -60,7 +62,7 @@ class DeviceArray:
         try:
             view = self._view(np.reshape(self.layout, wanted, copy=False))
         except ValueError:
-            if -1 not in wanted and prod(wanted) != self.size:
+            if self.is_contiguous:  # then every shape of as many elements is a view
                 raise
             return self.copy().reshape(wanted)
         view.host = None if self.host is None else self.host.reshape(wanted)
@@ -96,7 +98,21 @@ class DeviceArray:
         }  # fmt: skip
 
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
-        raise TypeError("an array on a device does not turn into a NumPy array by itself: use backend.numpy(x)")
+        raise NotOnDevice("an array on a device does not turn into a NumPy array by itself: use backend.numpy(x)")
+
+    def __array_ufunc__(self, *args: Any, **kwargs: Any) -> Any:  # NumPy's numbers * x, np.exp(x)
+        return self.__array__()
+
+    def extent(self) -> tuple[int, int]:
+        """Addresses that the elements lie between: of the first byte, and after the last."""
+        steps = [(count - 1) * stride for count, stride in zip(self.shape, self.layout.strides, strict=True)]
+        low, high = (sum(step for step in steps if (step > 0) == up) for up in (False, True))
+        return self.address + low, self.address + high + self.itemsize
+
+    def overlaps(self, other: DeviceArray) -> bool:
+        """Whether the two may share elements."""
+        (low, high), (other_low, other_high) = self.extent(), other.extent()
+        return bool(self.size and other.size) and low < other_high and other_low < high
 
     def __len__(self) -> int:
         return len(self.layout)
@@ -117,8 +133,9 @@ def _refused(name: str) -> Any:
 
 
 for _name in (
-    "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "matmul", "rmatmul", "neg", "abs",
-    "lt", "le", "gt", "ge", "eq", "ne", "getattr", "invert", "and", "or",
+    "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod",
+    "pow", "rpow", "matmul", "rmatmul", "neg", "pos", "abs", "lt", "le", "gt", "ge", "eq", "ne", "getattr", "invert",
+    "and", "rand", "or", "ror", "xor", "rxor", "bool", "int", "float", "contains",
 ):  # fmt: skip
     setattr(DeviceArray, f"__{_name}__", _refused(f"__{_name}__"))
 DeviceArray.__hash__ = object.__hash__  # type: ignore[method-assign]

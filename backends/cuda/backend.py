@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minibert.backends.base import Backend
+from minibert.backends.base import NARROW, Backend
 from minibert.backends.cuda.array import DeviceArray, NotOnDevice, ghost
 from minibert.backends.cuda.driver import Driver
 from minibert.backends.cuda.graph import Capture, LiveInt
@@ -17,7 +17,7 @@ from minibert.backends.cuda.product import multiply
 from minibert.errors import UserError
 from minibert.kernels.array_module import numpy_module
 from minibert.kernels.gpu_launch import CudaKernel, on_host
-from minibert.kernels.op import Array, Op, outputs
+from minibert.kernels.op import Array, Op, holds_floats, outputs
 from minibert.kernels.view.gpu import copy_strided
 
 
@@ -37,9 +37,15 @@ class DeviceModule:
         return x.broadcast_to(shape)
 
     def concatenate(self, arrays: Sequence[DeviceArray], axis: int = 0) -> DeviceArray:
-        first, axis = arrays[0], axis % arrays[0].ndim
-        length = sum(a.shape[axis] for a in arrays)
-        out = self.device.empty((*first.shape[:axis], length, *first.shape[axis + 1 :]), first.dtype)
+        first = arrays[0]
+        if not -first.ndim <= axis < first.ndim:
+            raise ValueError(f"concatenate: no axis {axis} in an array of shape {first.shape}")
+        axis %= first.ndim
+        before, after = first.shape[:axis], first.shape[axis + 1 :]
+        if any((a.shape[:axis], a.shape[axis + 1 :]) != (before, after) for a in arrays):
+            shapes = ", ".join(str(a.shape) for a in arrays)
+            raise ValueError(f"concatenate along axis {axis}: shapes differ elsewhere: {shapes}")
+        out = self.device.empty((*before, sum(a.shape[axis] for a in arrays), *after), first.dtype)
         start = 0
         for a in arrays:
             part = (slice(None),) * axis + (slice(start, start + a.shape[axis]),)
@@ -90,12 +96,29 @@ class CudaBackend(Backend):
                     f"op {op.name} has no CUDA kernel: its formula runs on the host, which a graph cannot hold; write "
                     f"a kernel, or leave --graph out"
                 ) from None
-            computed = outputs(op.formula(numpy_module, *map(self.numpy, arrays), **params))
-            result = tuple(self.asarray(r, dtype=arrays[0].dtype) for r in computed)
-            result = result if len(result) > 1 else result[0]
+            result = op.formula(numpy_module, *map(self._computable, arrays), **params)
+        stored = tuple(self._stored(op, arrays, i, r) for i, r in enumerate(outputs(result)))
+        result = stored if isinstance(result, tuple) else stored[0]
         for written, value in zip(op.writes, outputs(result), strict=False):
             arrays[written][...] = value
         return result
+
+    def _computable(self, x: Array) -> np.ndarray:
+        """On the host; 16 bits are for memory alone, arithmetic is in float32."""
+        host = self.numpy(x)
+        return host.astype(np.float32) if host.dtype.name in NARROW else host
+
+    def _stored(self, op: Op, arrays: tuple[Array, ...], number: int, result: Any) -> DeviceArray:
+        """Output `number` of a formula, on the device, in the dtype that a kernel would have given it."""
+        if isinstance(result, DeviceArray):
+            return result
+        host = np.asarray(result)
+        if not holds_floats(host):
+            return self.asarray(host)
+        floats = (a.dtype for i, a in enumerate(arrays) if holds_floats(a) and i not in op.wide_inputs)
+        storage = next(floats, np.dtype(np.float32))
+        wide = storage.name in NARROW and number in op.wide_outputs
+        return self.asarray(host, dtype=np.float32 if wide else storage)
 
     def launch(
         self, kernel: CudaKernel, grid: tuple[int, ...], shared: int, arguments: Sequence[bytes],
@@ -141,6 +164,9 @@ class CudaBackend(Backend):
                 return x
             return self.asarray(self.numpy(x), dtype)
         host = np.asarray(x, dtype=dtype)
+        if host.dtype.kind not in "biufV":
+            raise TypeError(f"a device holds numbers: expected integers, floats or booleans, got {host.dtype}")
+        host = host.astype(host.dtype.newbyteorder("="), copy=False)
         made = self.empty(host.shape, host.dtype)
         size = max(1, host.nbytes)  # a graph keeps its buffers: it reads them again
         buffer = self.host_buffers.take(size) if self.capture is None else self.driver.host_buffer(size)
@@ -182,7 +208,16 @@ class CudaBackend(Backend):
         """target[...] = source, which broadcasts. Raises TypeError for another dtype: nothing is converted unasked."""
         if source.dtype != target.dtype:
             raise TypeError(f"expected {target.dtype}, got {source.dtype}: convert with backend.asarray(x, dtype)")
-        copy_strided(source.broadcast_to(target.shape), target)
+        if not target.size:
+            source.broadcast_to(target.shape)  # raises where the shapes do not fit
+            return
+        if any(count > 1 and stride == 0 for count, stride in zip(target.shape, target.strides, strict=True)):
+            raise ValueError(f"the elements of {target} share memory (broadcast_to): they cannot be written one by one")
+        source = source.broadcast_to(target.shape)
+        same = (source.address, source.strides) == (target.address, target.strides)
+        if source.block is target.block and not same and source.overlaps(target):
+            source = source.copy()  # else some elements would be read after they were written
+        copy_strided(source, target)
 
     def derived(self, compute: Callable[..., np.ndarray], *sources: Any) -> DeviceArray:
         """compute(*sources) by the host, uploaded; the sources are integers that came from the host, or numbers.
