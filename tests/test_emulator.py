@@ -5,67 +5,20 @@ The kernels are in tests/emulator_kernels; comments there mark the lines that mu
 
 from __future__ import annotations
 
-import re
-import shutil
 import struct
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from minibert.backends.base import BackendUnavailable
 from minibert.backends.emulator import toolchain
 from minibert.backends.emulator.findings import Finding, TrafficLine
-from minibert.backends.emulator.process import EmulatorCrash, EmulatorProcess, Report
-from minibert.errors import UserError
+from minibert.backends.emulator.process import EmulatorCrash
+from tests.emulator_device import KERNELS, SCHEDULES, Device, marked, needs_compiler
 
-KERNELS = Path(__file__).parent / "emulator_kernels"
-SCHEDULES = ("forward", "reverse", "random")
-
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux") or shutil.which("g++") is None,
-    reason="the emulator needs Linux and g++: apt install g++",
-)
-
-
-class Device:
-    """A process with arrays, for tests: arrays are found by their addresses, and never freed unless asked to."""
-
-    def __init__(self, **options: Any) -> None:
-        self.process = EmulatorProcess(1 << 30, **options)
-        self.end = self.process.base + 8192
-
-    def empty(self, nbytes: int) -> int:
-        """An array that nobody has written, its end next to memory that belongs to none."""
-        address = self.end
-        self.end += -(-nbytes // 4096) * 4096 + 4096
-        self.process.region(address, nbytes, "unwritten")
-        return address
-
-    def array(self, values: np.ndarray) -> int:
-        address = self.empty(values.nbytes)
-        start = address - self.process.base
-        self.process.memory[start : start + values.nbytes] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        self.process.region(address, values.nbytes, "written")
-        return address
-
-    def read(self, address: int, shape: Sequence[int], dtype: Any) -> np.ndarray:
-        start, nbytes = address - self.process.base, int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return self.process.memory[start : start + nbytes].view(dtype).reshape(shape).copy()
-
-    def run(
-        self, file: str, kernel: str, grid: int, block: int, *arguments: Any, shared: int = 0, **options: Any
-    ) -> Report:
-        """Launch a kernel of tests/emulator_kernels: Python ints are addresses or longs, the rest as NumPy scalars."""
-        sanitize = options.get("sanitize", True) or options.get("traffic", False)
-        library = toolchain.compile_kernels(KERNELS / file, {}, [], sanitize=sanitize)
-        packed = [struct.pack("<q", a) if isinstance(a, int) else a.tobytes() for a in arguments]
-        return self.process.launch(library, kernel, (grid,), (block,), shared, packed, **options)
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +26,6 @@ def device() -> Iterator[Device]:
     made = Device()
     yield made
     made.process.close()
-
-
-def marked(file: str, mark: str) -> int:
-    """The line of a file that bears a mark."""
-    found = [n for n, line in enumerate((KERNELS / file).read_text().splitlines(), 1) if re.search(rf"{mark}\b", line)]
-    assert len(found) == 1, f"{file}: {mark} is on {len(found)} lines"
-    return found[0]
 
 
 # Faults: (kernel, kind, space, access, grid, block)
@@ -113,6 +59,7 @@ FAULTS = [
     ("mask_names_absent_lanes", "wrong warp mask", "", "", 1, 48),
     ("mask_names_exited_lanes", "wrong warp mask", "", "", 1, 64),
     ("shuffle_from_inactive", "shuffle from an inactive lane", "", "", 1, 64),
+    ("shuffle_of_odd_width", "wrong shuffle width", "", "", 1, 64),
     ("lanes_meet_elsewhere", "divergent warp collective", "", "", 1, 64),
     ("gives_up", "trap", "", "", 1, 64),
     ("asserts", "assertion failed", "", "", 1, 64),
@@ -161,6 +108,16 @@ def test_a_race_between_blocks_names_both_blocks(device: Device) -> None:
     finding = provoke(device, "block_reads_anothers", 2, 64)[0]
     assert finding.block == (1, 0, 0) and finding.other is not None and finding.other.block == (0, 0, 0)
     assert "of block (0,0,0) at" in str(finding)
+
+
+def test_a_fault_in_an_inlined_function_names_its_callers(device: Device) -> None:
+    x, y = device.array(np.ones(64, "f4")), device.empty(256)
+    finding = device.run("right.cu", "calls_neighbour", 1, 64, x, y).findings[-1]
+    assert (Path(finding.file).name, finding.line) == ("scale.cuh", marked("scale.cuh", "fault neighbour"))
+    assert [(Path(c.file).name, c.line) for c in finding.callers] == [
+        ("right.cu", marked("right.cu", "call neighbour"))
+    ]
+    assert f", called at emulator_kernels/right.cu:{finding.callers[0].line} [kernel" in str(finding)
 
 
 def test_bounds_say_how_far(device: Device) -> None:
@@ -388,110 +345,3 @@ def test_an_endless_kernel_is_stopped() -> None:
         device.run("crashes.cu", "never_ends", 1, 1, y, np.int32(0), sanitize=False)
     assert not device.run("crashes.cu", "ones", 1, 64, y, np.int32(0)).findings
     device.process.close()
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('extern "C" __global__ void k(int* y) { asm volatile("bar.sync 0;"); }', r"k\.cu:2: inline PTX .*a twin"),
-        ('extern "C" __global__ void k(int* y) { j<<<1, 2>>>(y); }', r"k\.cu:2: a launch from the device"),
-        ("template <class T> __global__ void k(T* y) {}", r"k\.cu:2: kernel k is a template"),
-        ("__global__ void k() { extern __shared__ float t[4]; }", r"k\.cu:2: expected extern __shared__ TYPE name\[\]"),
-        ("__global__ void k(cudaTextureObject_t t) {}", r"k\.cu:2: textures"),
-        ("__cluster_dims__(2) __global__ void k() {}", r"k\.cu:2: thread block clusters"),
-        ("__managed__ int x;", r"k\.cu:2: managed"),
-        ("__device__ void f() { wgmma_fence(); }", r"k\.cu:2: wgmma"),
-        ("#include <cooperative_groups.h>", "cooperative groups are not emulated"),
-        ("__global__ void k(int* y) { *y = int(__activemask()); }", "no __activemask"),
-        ("__global__ void k(int* y) { *y = undeclared; }", r"k\.cu:2:\d+: error: .undeclared. was not declared"),
-        ('__global__ void k(int* y) { double d[9]; __shfl_sync(~0u, *(float4*)d, 0); }', "at most 8 bytes"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_emulated_is_refused(tmp_path: Path, line: str, message: str) -> None:
-    source = tmp_path / "k.cu"
-    source.write_text(f"// asm, <<< and wgmma in a comment are nothing\n{line}\n")
-    with pytest.raises(UserError, match=message):
-        toolchain.compile_kernels(source, {}, [], sanitize=True)
-
-
-def test_launches_that_a_gpu_would_refuse(device: Device) -> None:
-    y = device.empty(256)
-    bad: list[tuple[dict[str, Any], str]] = [
-        ({"block": 1025}, "expected 1 to 1024"),
-        ({"block": 0}, "expected 1 to 1024"),
-        ({"grid": 0}, "expected 1 to 2147483647"),
-        ({"shared": 227 * 1024 + 1}, "a block has at most 232448"),
-        ({"arguments": (y,)}, "ones takes 2 arguments, got 1"),
-        ({"arguments": (y, 3)}, "argument 1 of ones has 4 bytes, got 8"),
-        ({"kernel": "twos"}, "has no kernel twos: it has .*ones"),
-        ({"schedule": "sideways"}, "expected forward, reverse or random"),
-    ]
-    for changes, message in bad:
-        call: dict[str, Any] = {"kernel": "ones", "grid": 1, "block": 64, "arguments": (y, np.int32(0)), **changes}
-        head = (call.pop("kernel"), call.pop("grid"), call.pop("block"), *call.pop("arguments"))
-        with pytest.raises(UserError, match=message):
-            device.run("crashes.cu", *head, **call)
-    assert not device.run("crashes.cu", "ones", 1, 64, y, np.int32(0), shared=100 * 1024).findings
-
-
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(BackendUnavailable, match=r"g\+\+ is not found: apt install g\+\+"):
-        toolchain.compiler()
-
-
-# The cache
-
-
-def test_an_edited_header_compiles_anew(tmp_path: Path) -> None:
-    (tmp_path / "k.cu").write_text('#include "size.cuh"\nextern "C" __global__ void k(float* y) { *y = SIZE; }\n')
-    built = []
-    for size in (1, 2, 1):
-        (tmp_path / "size.cuh").write_text(f"#define SIZE {size}\n")
-        built.append(toolchain.compile_kernels(tmp_path / "k.cu", {}, [], sanitize=False))
-    assert built[0] == built[2] != built[1]
-    assert toolchain.compile_kernels(tmp_path / "k.cu", {"A": "1"}, [], sanitize=False) not in built
-    assert toolchain.compile_kernels(tmp_path / "k.cu", {}, [], sanitize=True) not in built
-
-
-def test_builders_at_once_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINIBERT_CACHE_DIR", str(tmp_path / "cache"))
-    built: list[Path] = []
-
-    def build() -> None:
-        built.append(toolchain.compile_kernels(KERNELS / "crashes.cu", {}, [], sanitize=False))
-
-    builders = [threading.Thread(target=build) for _ in range(3)]
-    for builder in builders:
-        builder.start()
-    for builder in builders:
-        builder.join()
-    assert len(built) == 3 and len(set(built)) == 1
-    assert [p.name for p in (tmp_path / "cache" / "emulator").iterdir()] == [built[0].name]  # nothing is left lying
-
-
-@pytest.mark.skipif(shutil.which("gdb") is None, reason="needs gdb: apt install gdb")
-def test_gdb_stops_in_a_kernel(tmp_path: Path) -> None:
-    line = marked("crashes.cu", "stop ones")
-    script = f"""
-import numpy as np
-from tests.test_emulator import Device
-device = Device(gdb="crashes.cu:{line}")
-y = device.empty(256)
-print("findings", device.run("crashes.cu", "ones", 1, 64, y, np.int32(0)).findings)
-print("first", device.read(y, (64,), "f4")[0])
-device.process.close()
-"""
-    commands = "info breakpoints\nbacktrace 2\ndelete\ncontinue\n"
-    root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [sys.executable, "-c", script], input=commands, cwd=root, capture_output=True, text=True, timeout=100
-    )
-    if "ptrace: Operation not permitted" in done.stdout + done.stderr:
-        pytest.skip("gdb may not trace processes here")
-    assert f"crashes.cu:{line}" in done.stdout, done.stdout + done.stderr
-    assert "findings []" in done.stdout and "first 1.0" in done.stdout, done.stdout + done.stderr

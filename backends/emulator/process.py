@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import select
 import shutil
+import signal
 import socket
 import struct
 import subprocess
+import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,6 +33,8 @@ LOAD, LAUNCH, REGION, QUIT = range(4)
 STATES = {"unwritten": 0, "freed": 1, "written": 2}
 SCHEDULES = {"forward": 0, "reverse": 1, "random": 2}
 RETURNED_TO_SYSTEM = 1 << 20  # freed regions of so many bytes give their memory back
+
+SPOILT = "what arrays hold is not to be relied on"
 
 RegionState = Literal["unwritten", "freed", "written"]
 
@@ -76,8 +80,8 @@ class EmulatorProcess:
         self.timeout = timeout
         self.gdb = gdb
         self._bytes = memory_bytes
-        self._memory_fd = os.memfd_create("minibert-emulator") if hasattr(os, "memfd_create") else -1
         emulator_executable()  # says at once what is missing
+        self._memory_fd = os.memfd_create("minibert-emulator")
         os.ftruncate(self._memory_fd, memory_bytes)
         self._map = mmap.mmap(self._memory_fd, memory_bytes)
         self.memory = np.frombuffer(self._map, np.uint8)
@@ -165,7 +169,7 @@ class EmulatorProcess:
         findings = read_findings(reply["findings"], kernel)
         if reply.get("crash"):
             self._stop()
-            raise EmulatorCrash(f"{findings[-1]}; what arrays hold is not to be relied on", findings)
+            raise EmulatorCrash(f"{findings[-1]}; {SPOILT}", findings)
         return Report(findings, read_traffic(reply["traffic"]))
 
     # --- the process ---
@@ -184,6 +188,7 @@ class EmulatorProcess:
                 pass_fds=(self._memory_fd, theirs.fileno()),
                 stdin=None if self.gdb is not None else subprocess.DEVNULL,
             )
+        ours.settimeout(self.timeout if self.gdb is None else None)
         self._channel = ours
         weakref.finalize(self, _end, self._child, ours)
 
@@ -207,15 +212,19 @@ class EmulatorProcess:
         channel = self._channel
         assert channel is not None
         try:
-            channel.sendall(struct.pack("<II", opcode, len(payload)) + payload)
-            status, size = struct.unpack("<II", self._receive(channel, 8, what))
-            text = self._receive(channel, size, what)
-        except (ConnectionError, BrokenPipeError):
-            code = self._child.wait() if self._child is not None else None
+            with _interrupts_left_to_gdb(self.gdb is not None):
+                channel.sendall(struct.pack("<II", opcode, len(payload)) + payload)
+                status, size = struct.unpack("<II", _receive(channel, 8))
+                text = _receive(channel, size)
+        except TimeoutError:
             self._stop()
             raise EmulatorCrash(
-                f"{what}: the emulator ended (exit status {code}); what arrays hold is not to be relied on"
+                f"{what} did not finish in {self.timeout:g} s: an infinite loop? It was stopped; {SPOILT}"
             ) from None
+        except ConnectionError:
+            code = self._child.wait() if self._child is not None else None
+            self._stop()
+            raise EmulatorCrash(f"{what}: the emulator ended (exit status {code}); {SPOILT}") from None
         except BaseException:  # an interrupt: the answer that would still come must not be taken for the next one's
             self._stop()
             raise
@@ -224,19 +233,28 @@ class EmulatorProcess:
         reply: Mapping[str, Any] = json.loads(text)
         return reply
 
-    def _receive(self, channel: socket.socket, size: int, what: str) -> bytes:
-        received = bytearray()
-        while len(received) < size:
-            if self.gdb is None and not select.select([channel], [], [], self.timeout)[0]:
-                raise EmulatorCrash(
-                    f"{what} did not finish in {self.timeout:g} s: an infinite loop? It was stopped; "
-                    "what arrays hold is not to be relied on"
-                )
-            piece = channel.recv(size - len(received))
-            if not piece:
-                raise ConnectionError
-            received += piece
-        return bytes(received)
+
+def _receive(channel: socket.socket, size: int) -> bytes:
+    received = bytearray()
+    while len(received) < size:
+        piece = channel.recv(size - len(received))
+        if not piece:
+            raise ConnectionError
+        received += piece
+    return bytes(received)
+
+
+@contextmanager
+def _interrupts_left_to_gdb(debugged: bool) -> Iterator[None]:
+    """Ctrl-C reaches every process of the terminal, and is meant for gdb."""
+    if not debugged or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _extent(name: str, values: Sequence[int]) -> list[int]:

@@ -15,7 +15,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from minibert.backends.base import BackendUnavailable
@@ -36,7 +39,8 @@ KERNEL_FLAGS = [
 SANITIZED = ["-O1", "-fno-tree-sra", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
 FAST = ["-O2"]
 WRAPPED = [f"-Wl,--wrap={name}" for name in ("memcpy", "memmove", "memset")]
-PROGRAM_FLAGS = ["-O2", "-g", "-rdynamic"]
+PROGRAM_FLAGS = ["-O2", "-g"]
+UNUSED_DAYS = 30  # what nobody has asked for in so long is removed from the cache
 
 # What the emulator does not do: a pattern in the preprocessed source, and why.
 REFUSED = (
@@ -69,15 +73,14 @@ def compiler() -> str:
             f"the emulator needs a C++ compiler, and {name} is not found: "
             "apt install g++ (Debian, Ubuntu), dnf install gcc-c++ (Fedora), pacman -S gcc (Arch)"
         )
+    if "clang" in _version(path):
+        raise BackendUnavailable(f"the emulator needs GCC, and {path} is clang: unset CXX and install g++")
     return path
 
 
 @functools.cache
-def _compiler_version(path: str) -> str:
-    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    if "clang" in version:
-        raise BackendUnavailable(f"the emulator needs GCC, and {path} is clang: unset CXX and install g++")
-    return version.partition("\n")[0]
+def _version(path: str) -> str:
+    return subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
 
 
 def cache_folder() -> Path:
@@ -99,15 +102,25 @@ def cache_folder() -> Path:
 def emulator_executable() -> Path:
     """The emulator's program, built when its sources or the compiler have changed."""
     path = compiler()
-    sources = sorted(RUNTIME.glob("*.cpp"))
     flags = [*LANGUAGE, *PROGRAM_FLAGS, f"-I{INCLUDE}"]
-    digest = _digest([*sources, *sorted(RUNTIME.glob("*.h")), *sorted(INCLUDE.glob("*.h"))], [*flags, path])
-    target = cache_folder() / f"emulator-{digest}"
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            built = Path(scratch) / "emulator"
-            _run([path, *flags, "-o", str(built), *map(str, sources), "-ldl"], "the emulator does not compile")
-            os.replace(built, target)
+    sources = sorted(RUNTIME.glob("*.cpp"))
+    target = cache_folder() / f"emulator-{_digest(path, flags, [*sources, *_headers([RUNTIME, INCLUDE])])}"
+    if _is_kept(target):
+        return target
+    _remove_unused(target.parent)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        failure = "the emulator does not compile"
+
+        def build(source: Path) -> str:
+            built = f"{scratch}/{source.stem}.o"
+            _run([path, *flags, "-c", "-o", built, str(source)], failure)
+            return built
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            parts = list(pool.map(build, sources))
+        # Kernels, loaded later, are to find the emulator's functions: -rdynamic.
+        _run([path, "-rdynamic", "-o", f"{scratch}/emulator", *parts, "-ldl"], failure)
+        os.replace(f"{scratch}/emulator", target)
     return target
 
 
@@ -121,14 +134,12 @@ def compile_kernels(source: Path, defines: Mapping[str, str], include: Sequence[
     """
     path = compiler()
     source = source.absolute()
-    folders = [*include, source.parent]
-    headers = [h for folder in folders for suffix in ("*.h", "*.cuh") for h in sorted(Path(folder).glob(suffix))]
     defined = [f"-D{name}={value}" for name, value in sorted(defines.items())]
     flags = [*LANGUAGE, *KERNEL_FLAGS, *(SANITIZED if sanitize else FAST)]
-    shim = [Path(__file__), *sorted(INCLUDE.glob("*.h"))]
-    digest = _digest([source, *headers, *shim], [str(source), *map(str, include), *defined, *flags, *WRAPPED, path])
-    target = cache_folder() / f"{source.parent.name}-{source.stem}-{digest}.so"
-    if target.exists():
+    words = [str(source), *map(str, include), *defined, *flags, *WRAPPED]
+    files = [source, *_headers([*include, source.parent]), Path(__file__), *_headers([INCLUDE])]
+    target = cache_folder() / f"{source.parent.name}-{source.stem}-{_digest(path, words, files)}.so"
+    if _is_kept(target):
         return target
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         where = [f"-I{INCLUDE}", *(f"-I{folder}" for folder in include), "-include", "cuda_emulator.h"]
@@ -163,7 +174,9 @@ def translate(text: str, source: Path) -> str:
             )
         kernels.append(found[2])
     text = re.sub(r"\b__global__\b", "__attribute__((noinline))", text)
-    text = re.sub(r"\b__shared__\b", "static thread_local __attribute__((aligned(16)))", text)
+    text = re.sub(
+        r"\b(?:static\s+)?__shared__\b(?:\s+static\b)?", "static thread_local __attribute__((aligned(16)))", text
+    )
     names = dict.fromkeys(kernels)  # a kernel may be declared before it is defined
     return text + "\n" + "".join(_registration(name) for name in names)
 
@@ -225,10 +238,30 @@ def _run(command: list[str], failure: str) -> str:
     raise UserError(f"{failure}: " + " | ".join(errors[:3] or done.stderr.splitlines()[:3]))
 
 
-def _digest(files: Sequence[Path], words: Sequence[str]) -> str:
-    digest = hashlib.sha256(_compiler_version(words[-1]).encode())
+def _headers(folders: Sequence[Path]) -> list[Path]:
+    return [header for folder in folders for kind in ("*.h", "*.cuh") for header in sorted(folder.glob(kind))]
+
+
+def _digest(path: str, words: Sequence[str], files: Sequence[Path]) -> str:
+    """A name for what a compiler makes of files by flags."""
+    digest = hashlib.sha256("\0".join([path, _version(path), *words]).encode())
     for file in files:
         content = file.read_bytes()
         digest.update(f"\0{file.name}\0{len(content)}\0".encode() + content)
-    digest.update("\0".join(words).encode())
     return digest.hexdigest()[:20]
+
+
+def _is_kept(target: Path) -> bool:
+    """Whether the cache has it; tells that it is in use."""
+    try:
+        os.utime(target)
+    except OSError:
+        return target.exists()  # a cache that is only read
+    return True
+
+
+def _remove_unused(folder: Path) -> None:
+    for kept in folder.iterdir():
+        with suppress(OSError):  # another process removes it too
+            if kept.is_file() and time.time() - kept.stat().st_mtime > UNUSED_DAYS * 86400:
+                kept.unlink()

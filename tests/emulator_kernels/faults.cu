@@ -193,6 +193,10 @@ KERNEL(lanes_meet_elsewhere) {
     y[threadIdx.x] = v;
 }
 
+KERNEL(shuffle_of_odd_width) {
+    y[threadIdx.x] = __shfl_xor_sync(0xffffffff, x[threadIdx.x], 1, 24);  // fault shuffle_of_odd_width
+}
+
 // --- giving up ---
 
 KERNEL(gives_up) {

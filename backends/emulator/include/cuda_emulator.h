@@ -17,6 +17,11 @@
 // What is not emulated: weak ordering of memory (accesses take effect at once), so that a hand-over between blocks by
 // __threadfence and an atomic counter is reported as a race even where it would be right. Texture memory, wgmma, TMA,
 // clusters, grid-wide synchronisation, launches from kernels and inline PTX are refused when the file is compiled.
+//
+// What is not found: an index past the end of a thread's own array (a local variable); one past the end of a
+// __shared__ variable that lands in another of the same kernel; a race that three or more earlier reads or writes of
+// one address have pushed out of its shadow (another schedule may show it). Integer division by zero, which a GPU lets
+// pass, ends the emulator's process.
 #pragma once
 
 #define CUDA_EMULATOR 1
