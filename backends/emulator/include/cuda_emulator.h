@@ -21,7 +21,7 @@
 // What is not found: an index past the end of a thread's own array (a local variable); one past the end of a
 // __shared__ variable that lands in another of the same kernel; a race that three or more earlier reads or writes of
 // one address have pushed out of its shadow (another schedule may show it). Integer division by zero, which a GPU lets
-// pass, ends the emulator's process.
+// pass, ends the emulator's process on x86 and passes on ARM.
 #pragma once
 
 #define CUDA_EMULATOR 1

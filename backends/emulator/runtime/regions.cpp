@@ -1,6 +1,7 @@
 #include "regions.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -11,7 +12,7 @@
 namespace emulator {
 namespace {
 
-constexpr uintptr_t page = 4096;
+const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
 
 struct Region {
     uint64_t bytes;
