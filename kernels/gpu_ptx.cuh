@@ -1,5 +1,6 @@
-// Everything that is written in PTX: tensor cores and how their operands are loaded (PTX ISA, "Matrix multiply-accumulate
-// operations using mma instruction", m16n8k16). Each has a twin in C++ that the emulator runs, where no assembly can be.
+// Everything that is written in PTX: tensor cores, how their operands are loaded (PTX ISA, "Matrix multiply-accumulate
+// operations using mma instruction", m16n8k16), and copies that nobody waits for (cp.async). Each has a twin in C++
+// that the emulator runs, where no assembly can be.
 //
 // Fragments, with g = lane / 4 and t = lane % 4; a register holds two neighbours, the first in its lower half:
 //   A (16 x 16)   a[0]: row g, columns 2t and 2t + 1; a[1]: row g + 8; a[2], a[3]: the same rows, 8 columns on
@@ -75,6 +76,14 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&x)[4], const
     for (int m = 0; m < 4; ++m) x[m] = rows[m][0][g] | static_cast<unsigned>(rows[m][1][g]) << 16;
 }
 
+template <int BYTES> __device__ __forceinline__ void copy_async(void* to, const void* from, bool real) {
+    cuda_emulator_copy_async(to, from, BYTES, real ? 0 : BYTES);
+}
+
+__device__ __forceinline__ void commit_copies() { cuda_emulator_copy_async_commit(); }
+
+template <int GROUPS> __device__ __forceinline__ void wait_for_copies() { cuda_emulator_copy_async_wait(GROUPS); }
+
 #else
 
 // The lower or upper half of a register, as a number.
@@ -123,8 +132,8 @@ __device__ __forceinline__ void mma<__nv_bfloat16>(float (&d)[4], const unsigned
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Four 8 x 8 matrices of 16-bit elements from shared memory: lane i names row i % 8 of matrix i / 8 (16 bytes, aligned),
-// and gets of each matrix row lane / 4, columns 2 (lane % 4) and the next.
+// Four 8 x 8 matrices of 16-bit elements from shared memory: lane i names row i % 8 of matrix i / 8 (16 bytes,
+// aligned), and gets of each matrix row lane / 4, columns 2 (lane % 4) and the next.
 __device__ __forceinline__ void load_matrices(unsigned (&x)[4], const void* row) {
     const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -140,6 +149,27 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&x)[4], const
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                  : "r"(address)
                  : "memory");
+}
+
+// 4 or 16 bytes from global memory to shared memory, both aligned to that; zeros where not `real`. `from` is valid
+// memory.
+template <int BYTES> __device__ __forceinline__ void copy_async(void* to, const void* from, bool real) {
+    static_assert(BYTES == 4 || BYTES == 16, "what cp.async copies");
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    const int bytes = real ? BYTES : 0;
+    if constexpr (BYTES == 16) {  // past the first cache: no other block of this multiprocessor may want them
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+    }
+}
+
+// The copies of this thread since the last commit are a group.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all groups of this thread but the newest GROUPS have arrived; a barrier then tells the other threads.
+template <int GROUPS> __device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
 #endif

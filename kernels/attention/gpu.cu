@@ -1,15 +1,16 @@
 // Attention (formula in __init__.py) in float32 arithmetic, by tiles: neither scores nor probabilities reach memory.
 //
-//   flash_forward           a block per 64 queries of a sequence and head, over tiles of its keys: scores, softmax whose
-//                           maximum and sum follow along (Milakov and Gimelshein 2018; Dao et al. 2022), sums of values
+//   flash_forward           a block per 64 queries of a sequence and head, over tiles of its keys: scores, softmax
+//                           whose maximum and sum follow along (Milakov and Gimelshein 2018; Dao et al. 2022), sums
+//                           of values
 //   flash_grad_delta        sum of g y, per token and head
 //   flash_grad_query        a block per 64 queries, over tiles of keys: dq
 //   flash_grad_key_value    a block per 64 keys, over tiles of queries: dk and dv
 //
-// The last two compute the probabilities again from the log sum exp, each for itself: so every sum has one owner and one
-// order, there are no atomics, and the bits do not depend on the grid. Arithmetic bounds all but flash_grad_delta (which
-// memory does): 4 D flops a score forward, 14 D backward. Items of work are counted up to the longest sequence; an item
-// beyond the end of its own is skipped.
+// The last two compute the probabilities again from the log sum exp, each for itself: so every sum has one owner and
+// one order, there are no atomics, and the bits do not depend on the grid. Arithmetic bounds all but flash_grad_delta
+// (which memory does): 4 D flops a score forward, 14 D backward. Items of work are counted up to the longest sequence;
+// an item beyond the end of its own is skipped.
 #include "attention/gpu_tile.cuh"
 
 // Shared memory: queries, keys, values, and the shares that this block's rows give to the values of the tile.

@@ -12,6 +12,7 @@ from minibert.kernels.philox import NO_STREAM, Stream, threshold
 
 HEAD_SIZES = (32, 64, 128)  # that the kernels are compiled for; a head is padded to the next
 ROWS = 64  # of a tile, as in gpu_tile.cuh and gpu_fragment.cuh
+QUERIES = 32  # of a tile of gpu_tensor_core.cu where rows are keys
 MOST_BLOCKS = 2**31 - 1
 ROWS_OF_DELTA = 16  # in a block of flash_grad_delta
 
@@ -52,8 +53,9 @@ def attention(
     plan = _plan(qkv, cu_seqlens, num_heads, rate, stream)
     y = qkv.device.empty((plan.rows, plan.heads * plan.size), qkv.dtype)
     lse = qkv.device.empty((plan.rows, plan.heads), np.float32)
-    kernel = flash_forward if qkv.itemsize == 4 else flash_forward_16
-    shared = _shared(plan.padded, qkv.itemsize, tiles_of_rows=1, tiles_of_columns=2)
+    kernel, shared = flash_forward, _shared(plan.padded, tiles_of_rows=1)
+    if qkv.itemsize == 2:
+        kernel, shared = flash_forward_16, _shared_16(plan.padded, tiles_of_rows=1, columns=_keys(plan.padded))
     kernel(qkv, plan.cu_seqlens, y, lse, *plan.arguments, grid=plan.grid, shared=shared, HEAD_SIZE=plan.padded)
     return y, lse
 
@@ -72,12 +74,14 @@ def attention_grad(
     dqkv = qkv.device.empty(qkv.shape, qkv.dtype)
     flash_grad_delta(g, y, delta, lse.size, plan.size, grid=blocks_for(lse.size, ROWS_OF_DELTA, qkv.device))
     arrays = g, qkv, lse, delta, plan.cu_seqlens, dqkv
-    kernels = flash_grad_query, flash_grad_key_value
+    for_query, for_key_value = flash_grad_query, flash_grad_key_value
+    shared = shared_for_query = _shared(plan.padded, tiles_of_rows=2)
     if qkv.itemsize == 2:
-        kernels = flash_grad_query_16, flash_grad_key_value_16
-    shared = _shared(plan.padded, qkv.itemsize, tiles_of_rows=2, tiles_of_columns=2)
-    for kernel in kernels:
-        kernel(*arrays, *plan.arguments, grid=plan.grid, shared=shared, HEAD_SIZE=plan.padded)
+        for_query, for_key_value = flash_grad_query_16, flash_grad_key_value_16
+        shared_for_query = _shared_16(plan.padded, tiles_of_rows=2, columns=_keys(plan.padded))
+        shared = _shared_16(plan.padded, tiles_of_rows=2, columns=QUERIES)
+    for_query(*arrays, *plan.arguments, grid=plan.grid, shared=shared_for_query, HEAD_SIZE=plan.padded)
+    for_key_value(*arrays, *plan.arguments, grid=plan.grid, shared=shared, HEAD_SIZE=plan.padded)
     return dqkv
 
 
@@ -110,10 +114,17 @@ def _plan(qkv: Array, cu_seqlens: Array, heads: int, rate: float, stream: Stream
     )  # fmt: skip
 
 
-def _shared(size: int, itemsize: int, *, tiles_of_rows: int, tiles_of_columns: int) -> int:
-    """Bytes of shared memory: these tiles of heads of `size`, in float32 one of scores, two floats for each column."""
-    columns = 64 if size <= 64 else 32
-    pitch = size + 16 // itemsize
-    tiles = (tiles_of_rows * ROWS + tiles_of_columns * columns) * pitch * itemsize
-    scores = 4 * ROWS * (columns + 4) if itemsize == 4 else 0
-    return tiles + scores + 8 * columns
+def _keys(size: int) -> int:
+    """Columns of a tile where rows are queries."""
+    return 64 if size <= 64 else 32
+
+
+def _shared(size: int, *, tiles_of_rows: int) -> int:
+    """Bytes of shared memory in float32: two tiles of columns, one of scores, and two numbers of each column."""
+    columns = _keys(size)
+    return 4 * ((tiles_of_rows * ROWS + 2 * columns) * (size + 4) + ROWS * (columns + 4) + 2 * columns)
+
+
+def _shared_16(size: int, *, tiles_of_rows: int, columns: int) -> int:
+    """Bytes of shared memory in 16 bits: two tiles of columns, two numbers of each, and the same for the next."""
+    return 2 * (tiles_of_rows * ROWS + 4 * columns) * (size + 8) + 4 * 4 * columns

@@ -1,9 +1,9 @@
 // Tiles of 16-bit elements in shared memory, and the two products on them by tensor cores that attention and its
 // gradients are made of.
 //
-// A block of 4 warps works on ROWS x COLUMNS scores, 16 rows a warp. Scores and sums stay in registers, as D fragments
-// (gpu_ptx.cuh): of the 8 columns of part n a lane holds [n][0] and [n][1], columns 2 (lane % 4) and the next of row
-// lane / 4, and [n][2] and [n][3], the same columns of row lane / 4 + 8.
+// A block of 4 warps works on ROWS x KEYS or ROWS x QUERIES scores, 16 rows a warp. Scores and sums stay in registers,
+// as D fragments (gpu_ptx.cuh): of the 8 columns of part n a lane holds [n][0] and [n][1], columns 2 (lane % 4) and the
+// next of row lane / 4, and [n][2] and [n][3], the same columns of row lane / 4 + 8.
 //
 // The arrays' elements are exact as operands, and their products are summed in float32. Probabilities and gradients of
 // scores are float32: each is taken apart into TERMS numbers of 16 bits that sum to it but for 2^-22 (float16) or 2^-24
@@ -26,50 +26,50 @@ template <> constexpr bool is_float16<__half> = true;
 constexpr int TERMS = is_float16<Element> ? 2 : 3;
 constexpr int THREADS = 128;
 constexpr int ROWS = 64;
-constexpr int COLUMNS = HEAD_SIZE > 64 ? 32 : 64;
-constexpr int SCORE_PARTS = COLUMNS / 8;
+constexpr int KEYS = HEAD_SIZE > 64 ? 32 : 64;  // columns where rows are queries; fewer where registers are fewer
+constexpr int QUERIES = 32;                     // columns where rows are keys
 constexpr int SIZE_PARTS = HEAD_SIZE / 8;
 constexpr int PITCH = HEAD_SIZE + 8;  // an odd number of 16 bytes: eight rows that follow one another share no bank
 
 // `count` rows of one head, `stride` elements apart -> a tile of TILE_ROWS; what the sequence or the head lacks is 0.
+// In packs the tile has come when the group of copies that is committed next has.
 template <int TILE_ROWS>
 __device__ __forceinline__ void load_tile(Element* tile, const Storage* source, long long stride, int count, int size,
                                           bool packs) {
     constexpr int PACK_SIZE = 16 / sizeof(Element), PACKS_A_ROW = HEAD_SIZE / PACK_SIZE;
     static_assert(TILE_ROWS * PACKS_A_ROW % THREADS == 0, "the block loads whole rounds of packs");
     const Element* elements = reinterpret_cast<const Element*>(source);
-#pragma unroll
-    for (int round = 0; round < TILE_ROWS * PACKS_A_ROW / THREADS; ++round) {
-        const int pack = round * THREADS + threadIdx.x, row = pack / PACKS_A_ROW, column = pack % PACKS_A_ROW * PACK_SIZE;
-        const Element* from = elements + row * stride + column;
-        union { uint4 bits; Element element[PACK_SIZE]; } values;
-        values.bits = make_uint4(0, 0, 0, 0);
-        if (packs) {
-            if (row < count && column < size) values.bits = *reinterpret_cast<const uint4*>(from);
-        } else {
-#pragma unroll
-            for (int k = 0; k < PACK_SIZE; ++k) {
-                if (row < count && column + k < size) values.element[k] = from[k];
-            }
+    if (packs) {
+#pragma unroll 1  // nothing waits for a copy, and addresses take registers
+        for (int round = 0; round < TILE_ROWS * PACKS_A_ROW / THREADS; ++round) {
+            const int pack = round * THREADS + threadIdx.x;
+            const int row = pack / PACKS_A_ROW, column = pack % PACKS_A_ROW * PACK_SIZE;
+            const bool real = row < count && column < size;
+            copy_async<16>(tile + row * PITCH + column, real ? elements + row * stride + column : elements, real);
         }
-        *reinterpret_cast<uint4*>(tile + row * PITCH + column) = values.bits;
+    } else {
+        for (int i = threadIdx.x; i < TILE_ROWS * HEAD_SIZE; i += THREADS) {
+            const int row = i / HEAD_SIZE, column = i % HEAD_SIZE;
+            const bool real = row < count && column < size;
+            tile[row * PITCH + column] = real ? elements[row * stride + column] : from_float<Element>(0.0f);
+        }
     }
 }
 
 // scores = a b': `a` at the warp's first row, the first `count` rows of `b` are real (the scores of others may be 0).
-__device__ __forceinline__ void dot_rows(const Element* a, const Element* b, int count,
-                                         float (&scores)[SCORE_PARTS][4]) {
+template <int PARTS>
+__device__ __forceinline__ void dot_rows(const Element* a, const Element* b, int count, float (&scores)[PARTS][4]) {
     const int lane = threadIdx.x % WARP;
     a += lane % 16 * PITCH + lane / 16 * 8;
     b += (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8;
 #pragma unroll
-    for (int n = 0; n < SCORE_PARTS; ++n) scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0;
-#pragma unroll
+    for (int n = 0; n < PARTS; ++n) scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0;
+#pragma unroll 2
     for (int d = 0; d < HEAD_SIZE; d += 16) {
         unsigned x[4];
         load_matrices(x, a + d);
 #pragma unroll
-        for (int n = 0; n < SCORE_PARTS; n += 2) {
+        for (int n = 0; n < PARTS; n += 2) {
             if (n * 8 >= count) continue;
             unsigned y[4];
             load_matrices(y, b + n * 8 * PITCH + d);
@@ -90,12 +90,13 @@ __device__ __forceinline__ void take_apart(float low, float high, unsigned (&ter
 }
 
 // sums += weights b, over the first `count` rows of `b`; weights of others must be 0.
-__device__ __forceinline__ void add_weighted(const float (&weights)[SCORE_PARTS][4], const Element* b, int count,
+template <int PARTS>
+__device__ __forceinline__ void add_weighted(const float (&weights)[PARTS][4], const Element* b, int count,
                                              float (&sums)[SIZE_PARTS][4]) {
     const int lane = threadIdx.x % WARP;
     b += lane % 16 * PITCH + lane / 16 * 8;
 #pragma unroll
-    for (int k = 0; k < SCORE_PARTS; k += 2) {
+    for (int k = 0; k < PARTS; k += 2) {
         if (k * 8 >= count) continue;
         unsigned x[TERMS][4];
         take_apart(weights[k][0], weights[k][1], x, 0);
@@ -131,18 +132,19 @@ __device__ __forceinline__ float row_max(float x) {
     return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
 }
 
-// float16 has few exponents: weights of any size are multiplied in units of a power of two for each row, which makes the
-// largest so far 2^14 or a little more. `sums`, in the unit so far, follow. bfloat16 has the exponents of float32.
+// float16 has few exponents: weights of any size are multiplied in units of a power of two for each row, which makes
+// the largest so far 2^14 to 2^15. `sums`, in the unit so far, follow. bfloat16 has the exponents of float32.
 constexpr float SMALLEST_UNIT = 0x1p-100f;
 
-__device__ __forceinline__ void scale_to_unit(float (&weights)[SCORE_PARTS][4], float (&unit)[2],
+template <int PARTS>
+__device__ __forceinline__ void scale_to_unit(float (&weights)[PARTS][4], float (&unit)[2],
                                               float (&sums)[SIZE_PARTS][4]) {
     if constexpr (is_float16<Element>) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float largest = 0;
 #pragma unroll
-            for (int n = 0; n < SCORE_PARTS; ++n) {
+            for (int n = 0; n < PARTS; ++n) {
                 largest = fmaxf(largest, fmaxf(fabsf(weights[n][2 * half]), fabsf(weights[n][2 * half + 1])));
             }
             const float power = __uint_as_float(__float_as_uint(row_max(largest)) & 0x7f800000u);
@@ -155,7 +157,7 @@ __device__ __forceinline__ void scale_to_unit(float (&weights)[SCORE_PARTS][4], 
                 sums[n][2 * half + 1] *= shrink;
             }
 #pragma unroll
-            for (int n = 0; n < SCORE_PARTS; ++n) {
+            for (int n = 0; n < PARTS; ++n) {
                 weights[n][2 * half] *= grow;
                 weights[n][2 * half + 1] *= grow;
             }
@@ -163,8 +165,8 @@ __device__ __forceinline__ void scale_to_unit(float (&weights)[SCORE_PARTS][4], 
     }
 }
 
-// The rows that the warp has (`rows` in all), times `factor`, to memory: `out` at the warp's first row, of an array that
-// begins on a multiple of 4 bytes.
+// The rows that the warp has (`rows` in all), times `factor`, to memory: `out` at the warp's first row, of an array
+// that begins on a multiple of 4 bytes.
 __device__ __forceinline__ void store_rows(Storage* out, long long stride, int rows, int size,
                                            const float (&sums)[SIZE_PARTS][4], const float (&factor)[2]) {
     const int lane = threadIdx.x % WARP;
@@ -204,7 +206,7 @@ __device__ __forceinline__ void keep_keys(const Dropout& dropout, const Work& wo
     const unsigned query = query_of(work, row + lane / 4 + 8 * odd, heads);
     unsigned mine = 0;
 #pragma unroll
-    for (int n = 0; n < SCORE_PARTS; ++n) {
+    for (int n = 0; n < KEYS / 8; ++n) {
         if (n * 8 < count) mine |= keep_bits(dropout, query, start / 4 + 2 * n + lane % 4 / 2) << 4 * n;
     }
     const unsigned other = __shfl_xor_sync(ALL_LANES, mine, 1);
@@ -220,7 +222,7 @@ __device__ __forceinline__ void keep_queries(const Dropout& dropout, const Work&
     const int quad = row / 4 + 2 * half + key / 4;
     unsigned mine = 0;
 #pragma unroll
-    for (int n = 0; n < SCORE_PARTS; ++n) {
+    for (int n = 0; n < QUERIES / 8; ++n) {
         const unsigned query = query_of(work, start + 8 * n + lane % 4 * 2 + odd, heads);
         if (n * 8 < count) mine |= keep_bits(dropout, query, quad) << 4 * n;
     }

@@ -1,10 +1,10 @@
 // Attention of 16-bit arrays by tensor cores (mma.sync), in the kernels of gpu.cu: a block per 64 queries of a sequence
-// and head, or per 64 keys; flash_grad_delta is shared. Scores, probabilities and sums are float32 in registers and never
-// reach memory, not even shared; gpu_fragment.cuh says which roundings happen. The tensor cores bound it, and beside them
-// exp and the random words.
+// and head, or per 64 keys; flash_grad_delta is shared. Scores, probabilities and sums are float32 in registers and
+// never reach memory, not even shared; gpu_fragment.cuh says which roundings happen. The tensor cores bound it, and
+// beside them exp and the random words: tiles are copied while the ones before them are worked on.
 #include "attention/gpu_fragment.cuh"
 
-// Shared memory: queries, keys, values.
+// Shared memory: queries; keys and values, twice.
 extern "C" __global__ void __launch_bounds__(128, 2) flash_forward_16(
     const Storage* __restrict__ qkv, const int* __restrict__ cu_seqlens, Storage* __restrict__ y,
     float* __restrict__ lse, int sequences, int heads, int size, int tiles, float scale, unsigned drop, float kept,
@@ -12,8 +12,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) flash_forward_16(
     if constexpr (sizeof(Storage) != sizeof(Element)) return;
     extern __shared__ uint4 shared[];
     Element* queries = reinterpret_cast<Element*>(shared);
-    Element* keys = queries + ROWS * PITCH;
-    Element* values = keys + COLUMNS * PITCH;
+    Element* tiles_of_keys = queries + ROWS * PITCH;
 
     const int lane = threadIdx.x % WARP;
     const int row0 = threadIdx.x / WARP * 16;
@@ -32,18 +31,27 @@ extern "C" __global__ void __launch_bounds__(128, 2) flash_forward_16(
 
         float top[2] = {minus_infinity, minus_infinity}, total[2] = {0, 0}, sums[SIZE_PARTS][4];
         clear(sums);
-        for (int start = 0; start < work.length; start += COLUMNS) {
-            const int columns = min(work.length - start, COLUMNS);
-            const Storage* key = sequence + channels + start * 3LL * channels;
-            load_tile<COLUMNS>(keys, key, 3LL * channels, columns, size, packs);
-            load_tile<COLUMNS>(values, key + channels, 3LL * channels, columns, size, packs);
+        for (int start = -KEYS; start < work.length; start += KEYS) {  // the first time only to copy
+            const int next = start + KEYS;
+            if (next < work.length) {
+                const Storage* key = sequence + channels + next * 3LL * channels;
+                Element* to = tiles_of_keys + next / KEYS % 2 * 2 * KEYS * PITCH;
+                load_tile<KEYS>(to, key, 3LL * channels, work.length - next, size, packs);
+                load_tile<KEYS>(to + KEYS * PITCH, key + channels, 3LL * channels, work.length - next, size, packs);
+            }
+            commit_copies();
+            if (start < 0) continue;
+            wait_for_copies<1>();
             __syncthreads();
+            const Element* keys = tiles_of_keys + start / KEYS % 2 * 2 * KEYS * PITCH;
+            const Element* values = keys + KEYS * PITCH;
+            const int columns = min(work.length - start, KEYS);
             if (row0 < work.rows) {  // a whole warp, or none of it
-                float scores[SCORE_PARTS][4];
+                float scores[KEYS / 8][4];
                 dot_rows(queries + row0 * PITCH, keys, columns, scores);
                 float new_top[2] = {top[0], top[1]};
 #pragma unroll
-                for (int n = 0; n < SCORE_PARTS; ++n) {
+                for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const bool real = 8 * n + lane % 4 * 2 + i % 2 < columns;
@@ -67,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) flash_forward_16(
                 unsigned keep[2] = {ALL_LANES, ALL_LANES};
                 if (drop > 0) keep_keys(dropout, work, heads, work.start + row0, start, columns, keep);
 #pragma unroll
-                for (int n = 0; n < SCORE_PARTS; ++n) {
+                for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const float e = expf(scores[n][i] - top[i / 2]) * (1 / unit);
@@ -94,8 +102,8 @@ extern "C" __global__ void __launch_bounds__(128, 2) flash_forward_16(
     }
 }
 
-// Shared memory: queries and their g, keys, values.
-extern "C" __global__ void __launch_bounds__(128, 2) flash_grad_query_16(
+// Shared memory: queries and their g; keys and values, twice.
+extern "C" __global__ void __launch_bounds__(128, HEAD_SIZE > 64 ? 2 : 3) flash_grad_query_16(
     const Storage* __restrict__ g, const Storage* __restrict__ qkv, const float* __restrict__ lse,
     const float* __restrict__ delta, const int* __restrict__ cu_seqlens, Storage* __restrict__ dqkv, int sequences,
     int heads, int size, int tiles, float scale, unsigned drop, float kept, int quads, Stream stream) {
@@ -103,8 +111,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) flash_grad_query_16(
     extern __shared__ uint4 shared[];
     Element* queries = reinterpret_cast<Element*>(shared);
     Element* slopes = queries + ROWS * PITCH;
-    Element* keys = slopes + ROWS * PITCH;
-    Element* values = keys + COLUMNS * PITCH;
+    Element* tiles_of_keys = slopes + ROWS * PITCH;
 
     const int lane = threadIdx.x % WARP;
     const int row0 = threadIdx.x / WARP * 16;
@@ -132,20 +139,29 @@ extern "C" __global__ void __launch_bounds__(128, 2) flash_grad_query_16(
         }
         clear(sums);
 
-        for (int start = 0; start < work.length; start += COLUMNS) {
-            const int columns = min(work.length - start, COLUMNS);
-            const Storage* key = sequence + channels + start * 3LL * channels;
-            load_tile<COLUMNS>(keys, key, 3LL * channels, columns, size, packs);
-            load_tile<COLUMNS>(values, key + channels, 3LL * channels, columns, size, packs);
+        for (int start = -KEYS; start < work.length; start += KEYS) {  // the first time only to copy
+            const int next = start + KEYS;
+            if (next < work.length) {
+                const Storage* key = sequence + channels + next * 3LL * channels;
+                Element* to = tiles_of_keys + next / KEYS % 2 * 2 * KEYS * PITCH;
+                load_tile<KEYS>(to, key, 3LL * channels, work.length - next, size, packs);
+                load_tile<KEYS>(to + KEYS * PITCH, key + channels, 3LL * channels, work.length - next, size, packs);
+            }
+            commit_copies();
+            if (start < 0) continue;
+            wait_for_copies<1>();
             __syncthreads();
+            const Element* keys = tiles_of_keys + start / KEYS % 2 * 2 * KEYS * PITCH;
+            const Element* values = keys + KEYS * PITCH;
+            const int columns = min(work.length - start, KEYS);
             if (row0 < work.rows) {
-                float scores[SCORE_PARTS][4], grad[SCORE_PARTS][4];
+                float scores[KEYS / 8][4], grad[KEYS / 8][4];
                 dot_rows(queries + row0 * PITCH, keys, columns, scores);
                 dot_rows(slopes + row0 * PITCH, values, columns, grad);
                 unsigned keep[2] = {ALL_LANES, ALL_LANES};
                 if (drop > 0) keep_keys(dropout, work, heads, work.start + row0, start, columns, keep);
 #pragma unroll
-                for (int n = 0; n < SCORE_PARTS; ++n) {
+                for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const float p = expf(scores[n][i] * scale - log_sum[i / 2]);
@@ -165,8 +181,8 @@ extern "C" __global__ void __launch_bounds__(128, 2) flash_grad_query_16(
     }
 }
 
-// Rows are keys here and columns queries. Shared memory: keys, values, queries and their g, and log sum exp and delta of
-// the queries.
+// Rows are keys here and columns queries. Shared memory: keys and values; queries and their g, twice; log sum exp and
+// delta of the queries, twice.
 extern "C" __global__ void __launch_bounds__(128, 2) flash_grad_key_value_16(
     const Storage* __restrict__ g, const Storage* __restrict__ qkv, const float* __restrict__ lse,
     const float* __restrict__ delta, const int* __restrict__ cu_seqlens, Storage* __restrict__ dqkv, int sequences,
@@ -175,10 +191,8 @@ extern "C" __global__ void __launch_bounds__(128, 2) flash_grad_key_value_16(
     extern __shared__ uint4 shared[];
     Element* keys = reinterpret_cast<Element*>(shared);
     Element* values = keys + ROWS * PITCH;
-    Element* queries = values + ROWS * PITCH;
-    Element* slopes = queries + COLUMNS * PITCH;
-    float* log_sums = reinterpret_cast<float*>(slopes + COLUMNS * PITCH);
-    float* means = log_sums + COLUMNS;
+    Element* tiles_of_queries = values + ROWS * PITCH;
+    float* statistics = reinterpret_cast<float*>(tiles_of_queries + 4 * QUERIES * PITCH);
 
     const int lane = threadIdx.x % WARP;
     const int row0 = threadIdx.x / WARP * 16;
@@ -201,24 +215,38 @@ extern "C" __global__ void __launch_bounds__(128, 2) flash_grad_key_value_16(
         clear(key_sums);
         clear(value_sums);
 
-        for (int start = 0; start < work.length; start += COLUMNS) {
-            const int columns = min(work.length - start, COLUMNS);
-            const long long row = work.first + start;
-            load_tile<COLUMNS>(queries, sequence + start * 3LL * channels, 3LL * channels, columns, size, packs);
-            load_tile<COLUMNS>(slopes, g + row * channels + work.head * size, channels, columns, size, packs);
-            if (static_cast<int>(threadIdx.x) < columns) {
-                log_sums[threadIdx.x] = lse[(row + threadIdx.x) * heads + work.head];
-                means[threadIdx.x] = delta[(row + threadIdx.x) * heads + work.head];
+        for (int start = -QUERIES; start < work.length; start += QUERIES) {
+            const int next = start + QUERIES;
+            if (next < work.length) {
+                const long long row = work.first + next;
+                const int count = work.length - next, place = next / QUERIES % 2;
+                Element* to = tiles_of_queries + place * 2 * QUERIES * PITCH;
+                load_tile<QUERIES>(to, sequence + next * 3LL * channels, 3LL * channels, count, size, packs);
+                load_tile<QUERIES>(to + QUERIES * PITCH, g + row * channels + work.head * size, channels, count, size,
+                                   packs);
+                if (static_cast<int>(threadIdx.x) < min(count, QUERIES)) {
+                    float* numbers = statistics + place * 2 * QUERIES + threadIdx.x;
+                    copy_async<4>(numbers, lse + (row + threadIdx.x) * heads + work.head, true);
+                    copy_async<4>(numbers + QUERIES, delta + (row + threadIdx.x) * heads + work.head, true);
+                }
             }
+            commit_copies();
+            if (start < 0) continue;
+            wait_for_copies<1>();
             __syncthreads();
+            const Element* queries = tiles_of_queries + start / QUERIES % 2 * 2 * QUERIES * PITCH;
+            const Element* slopes = queries + QUERIES * PITCH;
+            const float* log_sums = statistics + start / QUERIES % 2 * 2 * QUERIES;
+            const float* means = log_sums + QUERIES;
+            const int columns = min(work.length - start, QUERIES);
             if (row0 < work.rows) {
-                float share[SCORE_PARTS][4], grad[SCORE_PARTS][4];
+                float share[QUERIES / 8][4], grad[QUERIES / 8][4];
                 dot_rows(keys + row0 * PITCH, queries, columns, share);
                 dot_rows(values + row0 * PITCH, slopes, columns, grad);
                 unsigned keep[4] = {ALL_LANES, ALL_LANES, ALL_LANES, ALL_LANES};
                 if (drop > 0) keep_queries(dropout, work, heads, work.start + row0, start, columns, keep);
 #pragma unroll
-                for (int n = 0; n < SCORE_PARTS; ++n) {
+                for (int n = 0; n < QUERIES / 8; ++n) {
 #pragma unroll
                     for (int odd = 0; odd < 2; ++odd) {
                         const int column = 8 * n + lane % 4 * 2 + odd;

@@ -1,8 +1,8 @@
 // Tiles of float32 in shared memory, and the two products on them that attention and its gradients are made of.
 //
-// A block of 128 threads works on ROWS x COLUMNS scores: eight threads side by side share ROWS_A_THREAD rows that follow
-// one another, and each of them owns COLUMNS_A_THREAD columns. Both products read 16 bytes at a time, free of bank
-// conflicts, and do 32 multiply-adds for every three such reads.
+// A block of 128 threads works on ROWS x COLUMNS scores: eight threads side by side share ROWS_A_THREAD rows that
+// follow one another, and each of them owns COLUMNS_A_THREAD columns. Both products read 16 bytes at a time, free of
+// bank conflicts, and do 32 multiply-adds for every three such reads.
 #pragma once
 
 #include "attention/gpu_work.cuh"
@@ -27,7 +27,9 @@ __device__ __forceinline__ void read_four(const float* p, float (&x)[4]) {
 
 // Where a column lies in its tile. A thread owns columns in fours that follow one another (one Philox block each), and
 // the eight threads read rows of the tile that follow one another (no bank conflict): so the tile is stored shuffled.
-__device__ __forceinline__ int slot_of(int column) { return (column & ~31) | ((column & 3) << 3) | ((column >> 2) & 7); }
+__device__ __forceinline__ int slot_of(int column) {
+    return (column & ~31) | ((column & 3) << 3) | ((column >> 2) & 7);
+}
 
 // Column j of thread `lane` of the eight: it lies in slot 8 j + lane.
 __device__ __forceinline__ int column_of(int lane, int j) { return j / 4 * 32 + lane * 4 + j % 4; }
@@ -85,8 +87,8 @@ __device__ __forceinline__ void dot_rows(const float* a, const float* b,
     }
 }
 
-// sums[i] += sum over slots s of weights[i][s] b[s], over the slots of `count` columns; `weights` at this thread's first
-// row, `b` at its first column: it owns fours of columns, 32 apart.
+// sums[i] += sum over slots s of weights[i][s] b[s], over the slots of `count` columns; `weights` at this thread's
+// first row, `b` at its first column: it owns fours of columns, 32 apart.
 __device__ __forceinline__ void add_weighted(const float* weights, const float* b, int count,
                                              float (&sums)[ROWS_A_THREAD][SIZE_A_THREAD]) {
 #pragma unroll 1
@@ -119,13 +121,22 @@ __device__ __forceinline__ void write_scores(float* tile, const float (&scores)[
     }
 }
 
-// A row's share of this thread, times `factor`, to memory; `out` at the thread's first column, which is `column`.
+// A row's share of this thread, times `factor`, to memory: `out` at the thread's first column, which is `column`, of an
+// array that begins on a multiple of 16 bytes.
 __device__ __forceinline__ void store_row(Storage* out, const float (&sums)[SIZE_A_THREAD], float factor, int column,
                                           int size) {
 #pragma unroll
-    for (int n = 0; n < SIZE_A_THREAD; ++n) {
-        int offset = n / 4 * 32 + n % 4;
-        if (column + offset < size) store(out + offset, sums[n] * factor);
+    for (int n = 0; n < SIZE_A_THREAD; n += 4) {
+        const int offset = n * SIDE_BY_SIDE;
+        const float x[4] = {sums[n] * factor, sums[n + 1] * factor, sums[n + 2] * factor, sums[n + 3] * factor};
+        if (sizeof(Storage) == sizeof(float) && size % 4 == 0) {
+            if (column + offset < size) *reinterpret_cast<float4*>(out + offset) = make_float4(x[0], x[1], x[2], x[3]);
+            continue;
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            if (column + offset + k < size) store(out + offset + k, x[k]);
+        }
     }
 }
 
