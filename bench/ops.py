@@ -224,6 +224,11 @@ def _bench(
     chosen: list[Op], names: str, size: BertSize, dtype: str, threads: int | None, rounds: int, json_file: Path | None
 ) -> int:
     places = chosen_backends(names or None, threads)
+    played = [place.name for place in places if place.emulated]
+    if played:
+        raise UserError(
+            f"--backends: {', '.join(played)} plays another machine, and its times are no machine's: leave it out"
+        )
     from bench.peaks import better, measure_peaks  # compiles a kernel, so only now that its cache is settled
 
     about = machine()
