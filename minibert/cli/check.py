@@ -22,7 +22,7 @@ from minibert.cli.emulator import (
     emulator_options,
     traffic_table,
 )
-from minibert.cli.kernels import HELP, load_kernels
+from minibert.cli.kernels import HELP, load_kernels, refuse_untriable
 from minibert.cli.options import PRODUCTS_HELP, chosen_backends, console, notes, plain_table, set_products
 from minibert.errors import UserError
 from minibert.kernels import OPS
@@ -67,6 +67,7 @@ def check_command(
             stack.enter_context(place.using(kernels))
         for result in check(ops, compared, dtypes, seed):
             results.append(result)
+            refuse_untriable(kernels)
             status.update(f"checking {result.op} on {result.backend} in {result.dtype}: {result.check}")
         if traffic:
             counted = traffic_table(emulator.emulator)
@@ -74,13 +75,30 @@ def check_command(
     if traffic:
         console.print(counted)
     failed = [r for r in results if not r.ok]
-    for result in failed:
-        again = "".join(f" --kernel {spec}" for spec in kernel) + (f" --threads {threads}" if threads else "")
-        console.print(f"[red]FAIL[/red] {escape(result.message + again)}", highlight=False, soft_wrap=True)
+    again = "".join(f" --kernel {spec}" for spec in kernel) + (f" --threads {threads}" if threads else "")
+    again += f" --products {products}" if products != "float32" else ""
+    again += (f" --schedules {schedules}" if schedules else "") + ("" if sanitize else " --no-sanitize")
+    for message in _messages(failed):
+        console.print(f"[red]FAIL[/red] {escape(message + again)}", highlight=False, soft_wrap=True)
     tried, count = sum(r.inputs for r in results), len({(r.op, r.backend) for r in results})
     verdict = f"{len(results) - len(failed)} of {len(results)} checks passed: {count} op-backend pairs, {tried} inputs"
     console.print(f"[{'red' if failed else 'green'}]{'FAIL' if failed else 'PASS'}[/] {verdict}", highlight=False)
     return 1 if failed else 0
+
+
+def _messages(failed: list[CheckResult]) -> list[str]:
+    """What went wrong, once: checks that fail for one reason are named together."""
+    alike: dict[str, list[CheckResult]] = defaultdict(list)
+    for result in failed:
+        alike[result.message.replace(f" fails {result.check} ", " fails ", 1)].append(result)
+    told = []
+    for group in alike.values():
+        checks = ", ".join(result.check for result in group)
+        message = group[0].message.replace(f" fails {group[0].check} ", f" fails {checks} ", 1)
+        message = message.replace("raised UserError: --kernel", "--kernel")
+        # findings come a line each, and so does what shows them again
+        told.append(message.replace("; again by: ", "\n  again by: ") if "\n" in message else message)
+    return told
 
 
 def _table(results: list[CheckResult]) -> Table:
