@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import minibert.kernels
+from minibert.backends.base import BackendUnavailable
 from minibert.backends.cuda.driver import ALIGNMENT, DeviceMemoryExhausted, Matrix, Product
 from minibert.backends.emulator.findings import Finding, TrafficLine
 from minibert.backends.emulator.process import EmulatorCrash, EmulatorProcess
@@ -28,6 +29,7 @@ from minibert.kernels.gpu_launch import CudaKernel
 
 KERNELS = Path(str(minibert.kernels.__file__)).parent
 PAGE = 4096
+ARENA = 1 << 36  # bytes of addresses
 MEMORY = "MINIBERT_EMULATOR_MEMORY"  # GiB that the device has
 MOST_QUEUED = 512  # calls: so that what is queued does not pile up where nobody waits
 SCHEDULES = ("forward", "reverse", "random")
@@ -72,13 +74,15 @@ class EmulatorDriver:
         compiler()  # says what to install where it is missing
         self.settings = Settings()
         self.traffic: dict[tuple[str, int, str, str], TrafficLine] = {}
-        self.total = round(float(os.environ.get(MEMORY, "8")) * 2**30)
+        self.total = memory_asked_for()
         self.gdb: str | None = None
         self._process: EmulatorProcess | None = None
         self._default = Stream()
         self._streams = [self._default]
         self._current = self._default
         self._captured: list[Call] | None = None
+        self._capturing: Stream | None = None  # the stream that is being captured; others go on
+        self._made_in_capture: set[int] = set()  # addresses of blocks
         self._taken = 0  # bytes of blocks
         self._end = PAGE  # of the part of the arena that has been given out
         self._blocks: dict[int, int] = {}  # address -> bytes
@@ -91,7 +95,7 @@ class EmulatorDriver:
     def process(self) -> EmulatorProcess:
         """Started when first needed."""
         if self._process is None:
-            self._process = EmulatorProcess(gdb=self.gdb)
+            self._process = EmulatorProcess(ARENA, gdb=self.gdb)
         return self._process
 
     @contextmanager
@@ -118,6 +122,9 @@ class EmulatorDriver:
             address = self._released[nbytes].pop()
         else:  # the end of the block next to a page that nobody may touch
             pages = -(-nbytes // PAGE)
+            if self._end + (pages + 1) * PAGE > ARENA:
+                self._taken -= nbytes
+                raise DeviceMemoryExhausted(f"{nbytes} bytes, with {ARENA - self._end} of the addresses left")
             address = self.process.base + self._end + pages * PAGE - -(-nbytes // ALIGNMENT) * ALIGNMENT
             self._end += (pages + 1) * PAGE
         self._blocks[address] = nbytes
@@ -138,7 +145,12 @@ class EmulatorDriver:
                 self._holds[address] = nbytes
             return True
 
-        self._queue(run, moves_memory=True)
+        if nbytes and self._captured is not None:
+            self._made_in_capture.add(address)
+        if self._captured is None or address in self._made_in_capture:
+            self._queue(run, moves_memory=True)
+        else:  # a block from before the capture is freed once, not at each replay
+            self._current.append(Call(run, moves_memory=True))
 
     def _bytes(self, address: int, nbytes: int) -> np.ndarray:
         start = address - self.process.base
@@ -153,6 +165,7 @@ class EmulatorDriver:
             return True
 
         self._queue(run, moves_memory=True)
+        self._relieve()
 
     def download(self, address: int, nbytes: int) -> np.ndarray:
         self.synchronize()
@@ -197,6 +210,7 @@ class EmulatorDriver:
             return True
 
         self._queue(run)
+        self._relieve()
 
     def _compare_signatures(self, kernel: CudaKernel, library: Path) -> None:
         """What was read from the source is what the compiler saw: else arguments would be packed wrongly."""
@@ -218,7 +232,11 @@ class EmulatorDriver:
             left, right = (self._operand(product, matrix, a) for matrix, a in ((product.a, True), (product.b, False)))
             result = np.matmul(left, right)
             nbytes = ((product.batch - 1) * product.out.batch_stride + product.m * product.n) * product.dtype.itemsize
-            if product.epilogue is not None:
+            if product.epilogue == "bias_gradient":
+                terms = self._operand(product._replace(mode="float32"), product.a, True)  # no product: as they are
+                sums = self._written(product.bias, product.m * product.dtype.itemsize).view(product.dtype)
+                sums[...] = terms[0].sum(axis=1).astype(product.dtype)
+            elif product.epilogue is not None:
                 result = result + self._vector(product.bias, product.n, product.dtype)
             if product.epilogue == "gelu":
                 self._store(product, product.before, nbytes, result)
@@ -227,6 +245,7 @@ class EmulatorDriver:
             return True
 
         self._queue(run)
+        self._relieve()
 
     def _store(self, product: Product, address: int, nbytes: int, values: np.ndarray) -> None:
         out = self._written(address, nbytes).view(product.dtype)
@@ -250,11 +269,14 @@ class EmulatorDriver:
 
     def _queue(self, run: Callable[[], bool], moves_memory: bool = False) -> None:
         call = Call(run, moves_memory)
-        if self._captured is not None:
+        if self._captured is not None and self._current is self._capturing:
             self._captured.append(call)
             return
         self._current.append(call)
-        if len(self._current) > MOST_QUEUED:
+
+    def _relieve(self) -> None:
+        """Called where somebody hears of a fault: not where blocks are given back, which is wherever an array dies."""
+        if len(self._current) > MOST_QUEUED and self._captured is None:
             self.synchronize()
 
     def synchronize(self) -> None:
@@ -300,7 +322,7 @@ class EmulatorDriver:
             event[0] = True
             return True
 
-        self._queue(run)
+        self._queue(run, moves_memory=True)  # what is uploaded after a fault has been read, too
         return event
 
     def wait(self, event: list[bool]) -> None:
@@ -310,15 +332,28 @@ class EmulatorDriver:
         return event[0]
 
     def begin_capture(self) -> None:
-        self._captured = []
+        self._captured, self._capturing = [], self._current
+        self._made_in_capture.clear()
 
     def end_capture(self) -> list[Call]:
-        graph, self._captured = self._captured, None
+        graph, self._captured, self._capturing = self._captured, None, None
         assert graph is not None
         return graph
 
     def replay(self, graph: list[Call]) -> None:
         self._current.extend(graph)
+
+
+def memory_asked_for() -> int:
+    """Bytes of the device, by the environment. Raises BackendUnavailable for what is no size."""
+    given = os.environ.get(MEMORY, "").strip() or "8"
+    try:
+        gibibytes = float(given)
+    except ValueError:
+        gibibytes = 0.0
+    if not 0 < gibibytes <= ARENA / 2**30:
+        raise BackendUnavailable(f"${MEMORY}: expected GiB of memory, above 0 to {ARENA / 2**30:g}, got {given!r}")
+    return round(gibibytes * 2**30)
 
 
 def rounded_to_tf32(x: np.ndarray) -> np.ndarray:
