@@ -72,7 +72,7 @@ class CudaBackend(Backend):
         self._ahead: dict[int, tuple[np.ndarray, DeviceArray]] = {}  # uploaded early, by the id of what it came from
         self._ahead_event: Any = None
         self._ahead_stream: Any = None
-        self._ahead_pool: Pool = self.pool
+        self._ahead_pool: Any = None
         self._op = "an array"  # that runs now: for errors
 
     # --------------------------------------------------------------------------------------------------- ops
@@ -177,7 +177,7 @@ class CudaBackend(Backend):
             made.host = host.copy()
             made.host.flags.writeable = False
         if self.capture is not None:
-            self.capture.uploaded(buffer[: host.nbytes], x, made.host)
+            self.capture.uploaded(buffer[: host.nbytes], host.dtype, x, made.host)
         else:
             self.host_buffers.give_back(buffer)
         return made
@@ -185,11 +185,12 @@ class CudaBackend(Backend):
     def upload_ahead(self, arrays: Sequence[np.ndarray]) -> None:
         """Upload on a stream of its own, while kernels run on the other; `asarray` finds these very arrays."""
         if self._ahead_stream is None:
-            self._ahead_stream, self._ahead_pool = self.driver.new_stream(), SharedPool(self.driver)
+            self._ahead_stream, self._ahead_pool = self.driver.new_stream(), SharedPool(self.driver, self.pool)
+        self._ahead = {}
+        self._ahead_pool.mark()
         before, self.pool = self.pool, self._ahead_pool
         try:
             with self.driver.on(self._ahead_stream):
-                self._ahead = {}
                 self._ahead = {id(x): (x, self.asarray(x)) for x in arrays}
                 self._ahead_event = self.driver.record()
         finally:
@@ -237,9 +238,10 @@ class CudaBackend(Backend):
         """Record what is queued in the block, to be replayed; nothing of it runs yet."""
         if self.capture is not None:
             raise RuntimeError("a graph is being captured already")
+        self.pool.trim()  # blocks that only lie there could not be given back while it is captured
         capture, outer = Capture(self), self.pool
-        self.capture, self.pool = capture, capture.pool
         self.driver.begin_capture()
+        self.capture, self.pool = capture, capture.pool
         try:
             yield capture
         finally:

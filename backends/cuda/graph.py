@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minibert.backends.cuda.array import DeviceArray
-from minibert.backends.cuda.pool import Pool
+from minibert.backends.cuda.pool import GraphPool
 
 
 class LiveInt(int):
@@ -37,6 +37,7 @@ class LiveFloat(float):
 
 class Upload(NamedTuple):
     buffer: np.ndarray  # what the graph reads at each replay
+    dtype: np.dtype[Any]  # of what is in it
     given: np.ndarray  # the array as the caller had it: how a replay finds the new one
     host: np.ndarray | None  # the copy that the device array remembers
 
@@ -52,15 +53,19 @@ class Capture:
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend
-        self.pool = Pool(backend.driver)  # its blocks belong to the graph as long as that lives
+        self.pool = GraphPool(backend.driver, backend.pool)
         self.graph: Any = None
+        self._replayed: Any = None  # the event after the last replay
         self._uploads: list[Upload] = []
         self._derived: list[Derived] = []
         self._inputs: list[tuple[Upload, str]] = []
 
-    def uploaded(self, buffer: np.ndarray, given: Any, host: np.ndarray | None) -> None:
-        """The graph reads `buffer` where `given` was uploaded."""
-        self._uploads.append(Upload(buffer, np.asarray(given), host))
+    def __del__(self) -> None:
+        self.pool.close()
+
+    def uploaded(self, buffer: np.ndarray, dtype: np.dtype[Any], given: Any, host: np.ndarray | None) -> None:
+        """The graph reads `buffer`, elements of `dtype`, where `given` was uploaded."""
+        self._uploads.append(Upload(buffer, dtype, np.asarray(given), host))
 
     def derived(self, compute: Callable[..., np.ndarray], sources: Sequence[Any]) -> DeviceArray:
         """compute(*sources) on the device, computed again at each replay; sources are uploaded arrays, or numbers."""
@@ -87,6 +92,8 @@ class Capture:
         """
         for upload in self._uploads:
             names = [name for name, value in inputs.items() if _same_memory(upload.given, value)]
+            if len(names) > 1:
+                raise ValueError(f"inputs {' and '.join(names)} are one array: a replay could not tell them apart")
             if names:
                 self._inputs.append((upload, names[0]))
             elif upload.given.dtype.kind in "iub":
@@ -96,18 +103,21 @@ class Capture:
                 )
 
     def replay(self, inputs: Mapping[str, Any]) -> None:
-        """Queue the work again, on new inputs of the same shapes. Nothing of the last replay may still be queued."""
+        """Queue the work again, on new inputs of the same shapes; waits until the last replay has read its own."""
+        if self._replayed is not None and not self.backend.driver.finished(self._replayed):
+            self.backend.synchronize()
         current: dict[int, np.ndarray] = {}
         for upload, name in self._inputs:
             value = np.asarray(inputs[name])
             if value.shape != upload.given.shape:
                 raise ValueError(f"a graph of {name} {upload.given.shape} was given {value.shape}")
-            upload.buffer.view(upload.given.dtype)[...] = value.reshape(-1)
+            upload.buffer.view(upload.dtype)[...] = value.reshape(-1)
             current[id(upload)] = value
         for derived in self._derived:
             values = derived.compute(*(current.get(id(s), _value(s)) for s in derived.sources))
             derived.buffer[...] = values.reshape(-1).view(np.uint8)
         self.backend.driver.replay(self.graph)
+        self._replayed = self.backend.driver.record()
 
 
 def _value(source: Any) -> Any:

@@ -60,7 +60,7 @@ class Pool:
         try:
             return self.driver.allocate(size)
         except DeviceMemoryExhausted:
-            self.trim()
+            self.make_room()
         try:
             return self.driver.allocate(size)
         except DeviceMemoryExhausted:
@@ -68,13 +68,23 @@ class Pool:
 
     def _report(self, nbytes: int, op: str) -> str:
         free, total = self.driver.memory()
-        largest = sorted(self._live, key=lambda block: -block.nbytes)[:5]
+        live = self.live()
+        held = sum(block.nbytes for block in live)
+        largest = sorted(live, key=lambda block: -block.nbytes)[:5]
         holders = ", ".join(f"{block.nbytes / 2**20:.1f} MiB made by {block.op}" for block in largest)
         return (
             f"{op} asked for {nbytes / 2**20:.1f} MiB of {self.driver.name}'s memory, of which {free / 2**20:.1f} of "
-            f"{total / 2**20:.0f} MiB are free; live arrays hold {self.used / 2**20:.1f} MiB, the largest: "
+            f"{total / 2**20:.0f} MiB are free; live arrays hold {held / 2**20:.1f} MiB, the largest: "
             f"{holders or 'none'}. Try a smaller batch, or shorter sequences"
         )
+
+    def live(self) -> list[Block]:
+        """Blocks in use, here and in the pool that this one stands beside."""
+        return list(self._live)
+
+    def make_room(self) -> None:
+        """What can be done before memory is given up for exhausted."""
+        self.trim()
 
     def trim(self) -> None:
         """Give every block that nobody holds back to the device."""
@@ -90,22 +100,63 @@ class Pool:
         self._free[block.size].append(block.address)
 
 
-class SharedPool(Pool):
-    """Blocks that one stream fills and others read: filled again after what was queued when they were given back."""
+class GraphPool(Pool):
+    """Blocks whose addresses a graph has by heart: not used for anything else as long as that lives."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, usual: Pool) -> None:
         super().__init__(driver)
-        self._given_back: dict[int, Event] = {}
+        self.usual = usual
+
+    def make_room(self) -> None:
+        """Nobody can wait while a graph is captured; `usual` was trimmed before."""
+
+    def live(self) -> list[Block]:
+        return [*super().live(), *self.usual.live()]
+
+    def close(self) -> None:
+        """The graph is gone: let the usual pool have all that is free here, and all that will be."""
+        for size, addresses in self._free.items():
+            self.usual._free[size] += addresses
+        self._free = self.usual._free
+
+
+class SharedPool(Pool):
+    """Blocks that one stream fills and another reads: filled again after all that was queued to read them."""
+
+    def __init__(self, driver: Driver, usual: Pool) -> None:
+        super().__init__(driver)
+        self.usual = usual
+        self._read: list[tuple[int, int]] = []  # (size, address) of blocks given back since the last mark
+        self._marks: dict[int, Event] = {}  # of blocks that are free
+
+    def mark(self) -> None:
+        """On the stream that reads: blocks that were given back until here may be filled again after this point."""
+        read, self._read = self._read, []
+        event = self.driver.record() if read else None
+        for size, address in read:
+            self._marks[address] = event
+            self._free[size].append(address)
+
+    def make_room(self) -> None:
+        self.trim()
+        self.usual.trim()
+
+    def trim(self) -> None:
+        self.mark()
+        super().trim()
+        self._marks.clear()
+
+    def live(self) -> list[Block]:
+        return [*super().live(), *self.usual.live()]
 
     def _reuse(self, size: int) -> int:
         address = self._free[size].pop(0)
-        self.driver.wait(self._given_back.pop(address))
+        self.driver.wait(self._marks.pop(address))
         return address
 
     def _give_back(self, block: Block) -> None:
         self.used -= block.nbytes
-        self._given_back[block.address] = self.driver.record()
-        self._free[block.size].append(block.address)
+        self._read.append((block.size, block.address))  # whichever stream is the current one: `mark` knows
 
 
 class HostBuffers:
