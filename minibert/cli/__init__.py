@@ -37,7 +37,7 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (UserError, BackendUnavailable) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, BackendUnavailable, MemoryError) as error:
+        print(f"error: {error or 'out of memory'}", file=sys.stderr)
         sys.exit(2)
     sys.exit(status if isinstance(status, int) else 0)
