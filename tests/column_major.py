@@ -123,6 +123,12 @@ class ColumnMajor:
                 return 13
             self.columns(told[11], {**out_layout, "leading": told[12], 6: told.get(13, 0)}, 0)[...] = result
             result = gelu(result)
+        if told[7] in (256, 512):  # BGRADA: op(A) over k, for each row of D; BGRADB: op(B) over k, for each column
+            sums = left.sum(axis=2) if told[7] == 256 else right.sum(axis=1)
+            if told[8] % 16 or len(sums) != 1:
+                return 13
+            vector = {**out_layout, "rows": sums.size, "columns": 1, "leading": sums.size}
+            self.columns(told[8], vector, 0)[...] = sums[..., None]
         out[...] = result
         return 0
 
@@ -188,13 +194,15 @@ class Case:
         b, b_matrix = operand("b", k, n, b_transposed)
         empty = np.full((batch, m, n + padding), np.nan, dtype)
         self.out, self.before = self.host.place(empty), self.host.place(empty)
-        bias = self.host.place(random.standard_normal(n).astype(dtype), bias_offset)
-        added = bias.astype(np.float64) if epilogue else 0
+        bias = random.standard_normal(n) if epilogue != "bias_gradient" else np.full(m, np.nan)
+        self.bias = self.host.place(bias.astype(dtype), bias_offset)
+        self.expected_sums = a.sum(axis=2)[0]
+        added = self.bias.astype(np.float64) if epilogue in ("bias", "gelu") else 0
         self.expected_before = np.broadcast_to(a @ b + added, (batch, m, n))
         self.expected = gelu(self.expected_before) if epilogue == "gelu" else self.expected_before
         self.product = Product(
             m, n, k, batch, a_matrix, b_matrix, Matrix(self.out.ctypes.data, n + padding, self.out[0].size),
-            np.dtype(dtype), mode, epilogue, bias.ctypes.data if epilogue else 0,
+            np.dtype(dtype), mode, epilogue, self.bias.ctypes.data if epilogue else 0,
             self.before.ctypes.data if epilogue == "gelu" else 0,
         )  # fmt: skip
         self.n = n
@@ -212,5 +220,7 @@ class Case:
         close = {"rtol": unit * roundings, "atol": unit * roundings}
         np.testing.assert_allclose(self.out[..., : self.n].astype(np.float64), self.expected, **close)
         assert np.isnan(self.out[..., self.n :].astype(np.float64)).all(), "written beyond its columns"
+        if self.product.epilogue == "bias_gradient":
+            np.testing.assert_allclose(self.bias.astype(np.float64), self.expected_sums, **close)
         if self.product.epilogue == "gelu":
             np.testing.assert_allclose(self.before[..., : self.n].astype(np.float64), self.expected_before, **close)

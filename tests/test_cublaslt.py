@@ -37,17 +37,44 @@ def test_products_of_every_layout(
     case.check(ColumnMajor())
 
 
+@pytest.mark.parametrize("a_transposed", [False, True])
+@pytest.mark.parametrize("b_transposed", [False, True])
+@pytest.mark.parametrize("padding", [0, 8])
+def test_a_bias_gradient_is_the_sum_of_a_over_k(a_transposed: bool, b_transposed: bool, padding: int) -> None:
+    layout = {"a_transposed": a_transposed, "b_transposed": b_transposed, "padding": padding}
+    for shape in ((6, 8, 5), (1, 1, 1), (9, 2, 33)):
+        Case(*shape, epilogue="bias_gradient", **layout).check(ColumnMajor())
+
+
+def test_the_sum_of_the_other_operand_is_no_bias_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cublaslt.EPILOGUE, "bias_gradient", 256)  # CUBLASLT_EPILOGUE_BGRADA
+    with pytest.raises(AssertionError, match="Not equal"):
+        Case(6, 6, 6, epilogue="bias_gradient").check(ColumnMajor())
+
+
+def test_a_bias_gradient_goes_where_each_call_says_and_not_to_a_copy() -> None:
+    library, case = ColumnMajor(), Case(epilogue="bias_gradient")
+    lt = case.check(library)
+    elsewhere = case.host.place(np.full(6, np.nan, np.float32))
+    lt.matmul(STREAM, case.product._replace(bias=elsewhere.ctypes.data))
+    np.testing.assert_allclose(elsewhere, case.expected_sums, atol=1e-5)
+    assert library.offered == 1 and case.host.copied == []
+    with pytest.raises(NoAlgorithm, match="epilogue bias_gradient"):
+        Case(epilogue="bias_gradient", bias_offset=4).check(library)
+
+
 @pytest.mark.parametrize("m, n, k", [(1, 1, 1), (1, 7, 3), (5, 1, 4), (2, 3, 1), (64, 128, 192)])
 def test_products_of_narrow_and_odd_shapes(m: int, n: int, k: int) -> None:
     Case(m, n, k, epilogue="bias").check(ColumnMajor())
 
 
-def test_products_of_16_bits_are_summed_in_float32() -> None:
+@pytest.mark.parametrize("epilogue", ["gelu", "bias_gradient"])
+def test_products_of_16_bits_are_summed_in_float32(epilogue: str) -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
     for number, dtype in ((2, np.float16), (14, ml_dtypes.bfloat16)):
         library = ColumnMajor()
         library.types[number] = np.dtype(dtype)
-        Case(dtype=dtype, mode="tf32", epilogue="gelu", b_transposed=True).check(library)
+        Case(dtype=dtype, mode="tf32", epilogue=epilogue, b_transposed=True).check(library)
         assert library.calls[0]["compute"] == 68
 
 
@@ -256,13 +283,14 @@ class WithoutDevice(ColumnMajor):
         return super()._Matmul(*arguments)
 
 
-@pytest.mark.parametrize("epilogue", [None, "bias", "gelu"])
+@pytest.mark.parametrize("epilogue", [None, "bias", "gelu", "bias_gradient"])
 @pytest.mark.parametrize("b_transposed", [False, True])
 def test_the_real_librarys_descriptors_hold_what_gives_the_product(
     real: ctypes.CDLL, epilogue: str | None, b_transposed: bool
 ) -> None:
     library = WithoutDevice(real)
-    case = Case(batch=2, epilogue=epilogue, b_transposed=b_transposed, mode="tf32")
+    batch = 1 if epilogue == "bias_gradient" else 2
+    case = Case(batch=batch, epilogue=epilogue, b_transposed=b_transposed, mode="tf32")
     case.check(library)
     assert library.calls[0]["compute"] == 77
     assert library.preferences[0] == {1: 32 * 2**20, 3: 2, 5: 256, 6: 256, 7: 256, 8: 256} | {
@@ -296,6 +324,7 @@ def test_numbers_are_those_of_the_real_header(real: ctypes.CDLL) -> None:
         "CUBLAS_COMPUTE_32F_FAST_TF32": cublaslt.COMPUTE_TYPE["tf32"],
         "CUBLASLT_EPILOGUE_DEFAULT": cublaslt.EPILOGUE[None],
         "CUBLASLT_EPILOGUE_BIAS": cublaslt.EPILOGUE["bias"],
+        "CUBLASLT_EPILOGUE_BGRADB": cublaslt.EPILOGUE["bias_gradient"],
         "CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE": cublaslt.REDUCTION_IN_FLOAT32,
         "CUBLAS_STATUS_INVALID_VALUE": cublaslt.INVALID_VALUE,
         "CUBLAS_STATUS_ARCH_MISMATCH": cublaslt.ARCH_MISMATCH,

@@ -264,7 +264,7 @@ def test_products_go_to_the_library_and_what_it_refuses_to_a_kernel(
     assert not device.refusals
 
     def launched(refused: Case, kernel: Any) -> tuple[Any, ...]:
-        cupy.cuda.driver.sizes = [cupy_driver.size_of(parameter) for parameter in kernel.signature.parameters]
+        cupy.cuda.driver.sizes = [parameter.nbytes for parameter in kernel.signature.parameters]
         device.multiply(refused.product)
         return cupy.cuda.driver.launched[-1][1:]
 

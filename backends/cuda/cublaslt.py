@@ -6,6 +6,7 @@ product takes), and brings over 400 MB of packages. What is needed here is eleve
 
 cuBLASLt thinks in columns: a row-major (r, c) matrix is, to it, a column-major (c, r) one. So out = a b is asked for as
 outᵀ = bᵀ aᵀ: its A is our b, its B our a, and its bias, one number for each row of outᵀ, is one for each column of out.
+The gradient of a bias, a summed over k, is to it the sum of B: one number for each column of outᵀ (BGRADB, not BGRADA).
 
 The same bits come out of every run: of the ways to split a sum over blocks only those are allowed that write partial
 sums, in float32, to the workspace and add them in a separate step. Each stream has a workspace of its own, so that
@@ -37,7 +38,7 @@ REFUSALS = (INVALID_VALUE, ARCH_MISMATCH, NOT_SUPPORTED)  # this algorithm will 
 DATA_TYPE = {"float32": 0, "float16": 2, "bfloat16": 14}  # CUDA_R_32F, CUDA_R_16F, CUDA_R_16BF
 COMPUTE_TYPE = {"float32": 68, "tf32": 77}  # CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32
 SCALE_TYPE = DATA_TYPE["float32"]  # of alpha and beta
-EPILOGUE = {None: 1, "bias": 4, "gelu": 164}  # CUBLASLT_EPILOGUE_DEFAULT, _BIAS, _GELU_AUX_BIAS
+EPILOGUE = {None: 1, "bias": 4, "gelu": 164, "bias_gradient": 512}  # CUBLASLT_EPILOGUE_DEFAULT, _BIAS, ...
 REDUCTION_IN_FLOAT32 = 2  # CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE; _NONE is 0, and always allowed
 
 
@@ -164,7 +165,7 @@ class CublasLt:
 
     def matmul(self, stream: int, product: Product) -> None:
         """Queue a product on a stream. Raises NoAlgorithm where it takes another way, CublasError where it failed."""
-        if product.epilogue is not None:
+        if product.epilogue in ("bias", "gelu"):
             product = product._replace(bias=self._aligned_bias(stream, product))
         plan = self._plan(product)
         if product.epilogue is not None:
@@ -294,7 +295,9 @@ def _addresses(product: Product) -> tuple[int, ...]:
 
 
 def _breaks_rules(product: Product) -> bool:
-    """Whether cublasLt.h rules out what GELU is to write beside: rows that begin at odd places."""
+    """Whether what is written beside the product begins at places that cublasLt.h, or its vector stores, rule out."""
+    if product.epilogue == "bias_gradient":
+        return product.bias % BIAS_ALIGNMENT != 0
     lies = product.out.leading | (product.out.batch_stride if product.batch > 1 else 0)
     return product.epilogue == "gelu" and bool(lies % BEFORE_MULTIPLE or product.before % BIAS_ALIGNMENT)
 

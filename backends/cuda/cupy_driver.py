@@ -7,7 +7,6 @@ CUDA_VISIBLE_DEVICES shows. All calls come from one thread.
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +17,7 @@ from minibert.backends.base import BackendUnavailable
 from minibert.backends.cuda import cublaslt, matmul, nvrtc
 from minibert.backends.cuda.driver import DeviceMemoryExhausted, Event, Graph, Product, Stream
 from minibert.errors import UserError
-from minibert.kernels.gpu_launch import STORAGE, STRUCTS, TYPES, WAVES, CudaKernel, Parameter
+from minibert.kernels.gpu_launch import STORAGE, WAVES, CudaKernel
 
 OLDEST = 80  # compute capability: the kernels copy asynchronously and multiply bfloat16 on tensor cores
 SHARED_UNASKED = 48 * 1024  # bytes of dynamic shared memory that every kernel may have
@@ -234,13 +233,18 @@ class CupyDriver:
             self._multiply_otherwise(product)
 
     def _multiply_otherwise(self, product: Product) -> None:
-        """What the library refuses: it may still do the product without GELU, where no rounding comes in between."""
-        kernel, arguments = matmul.matmul_any, matmul.matmul_arguments(product)
-        if product.epilogue == "gelu" and product.dtype == np.float32:
+        """What the library refuses: it may still do the product alone, where no rounding comes in between."""
+        blocks = -(-product.batch * product.m * product.n // matmul.THREADS)
+        if product.epilogue == "bias_gradient":
+            self.multiply(product._replace(epilogue=None, bias=0))
+            kernel, arguments, blocks = matmul.operand_sums, matmul.sums_arguments(product), -(-product.m // matmul.ROWS)
+        elif product.epilogue == "gelu" and product.dtype == np.float32:
             before = product.out._replace(address=product.before)
             self.multiply(product._replace(epilogue="bias", out=before, before=0))
             kernel, arguments = matmul.gelu_rows, matmul.gelu_arguments(product)
-        grid = (min(-(-product.batch * product.m * product.n // matmul.THREADS), WAVES * self.multiprocessors), 1, 1)
+        else:
+            kernel, arguments = matmul.matmul_any, matmul.matmul_arguments(product)
+        grid = (min(blocks, WAVES * self.multiprocessors), 1, 1)
         self.launch(kernel, {"STORAGE": STORAGE[product.dtype.name]}, grid, 0, arguments, "product")
 
     def _load(self, kernel: CudaKernel, defines: Mapping[str, Any], op: str) -> int:
@@ -355,7 +359,7 @@ def check_parameters(function: int, kernel: CudaKernel) -> None:
         return
     query.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.POINTER(ctypes.c_size_t),) * 2)
     offset, size = ctypes.c_size_t(), ctypes.c_size_t()
-    expected = [size_of(parameter) for parameter in kernel.signature.parameters]
+    expected = [parameter.nbytes for parameter in kernel.signature.parameters]
     found = []
     for index in range(len(expected) + 1):
         status = query(function, index, ctypes.byref(offset), ctypes.byref(size))
@@ -369,10 +373,3 @@ def check_parameters(function: int, kernel: CudaKernel) -> None:
             f"kernel {kernel.signature.name} of {kernel.file.path}: compiled, its parameters take {found} bytes, and a "
             f"launch passes {expected}"
         )
-
-
-def size_of(parameter: Parameter) -> int:
-    """Bytes that a parameter takes."""
-    if parameter.is_pointer:
-        return 8
-    return STRUCTS[parameter.type] if parameter.type in STRUCTS else struct.calcsize(f"<{TYPES[parameter.type][1]}")

@@ -38,7 +38,8 @@ class Matrix(NamedTuple):
 class Product(NamedTuple):
     """out (batch, m, n) = a (batch, m, k) b (batch, k, n), then the epilogue; stored as `dtype`, summed in float32.
 
-    epilogue: None; "bias": + bias (n,); "gelu": + bias, kept in `before`, then GELU in its tanh form.
+    epilogue: None; "bias": + bias (n,); "gelu": + bias, kept in `before`, then GELU in its tanh form; "bias_gradient",
+    of a batch of 1: `bias` (m,) receives the sums of a over k.
     mode, of float32 operands: "float32", or "tf32" (operands rounded to 10 bits of mantissa, on tensor cores).
     """
 
@@ -52,7 +53,7 @@ class Product(NamedTuple):
     dtype: np.dtype[Any]  # float32, float16, bfloat16
     mode: str = "float32"
     epilogue: str | None = None
-    bias: int = 0  # address of (n,) dtype
+    bias: int = 0  # address of (n,) dtype; for "bias_gradient" of (m,) dtype
     before: int = 0  # address of (m, n) dtype, leading dimension as out
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from minibert.backends.cuda.array import DeviceArray
 from minibert.backends.cuda.driver import Matrix, Product
 
-EPILOGUES = (None, "bias", "gelu")
+EPILOGUES = (None, "bias", "gelu", "bias_gradient")
+BIASED = ("bias", "gelu")  # those that read one
 
 
 def multiply(
@@ -25,8 +26,13 @@ def multiply(
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
     lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     shape = (*lead, m, n)
-    if epilogue not in EPILOGUES or (bias is not None) != (epilogue is not None):
-        raise ValueError(f"epilogue {epilogue!r} and bias {bias}: expected neither, or 'bias' or 'gelu' and a bias")
+    if epilogue not in EPILOGUES or (bias is not None) != (epilogue in BIASED):
+        raise ValueError(
+            f"epilogue {epilogue!r} and bias {bias}: expected 'bias' or 'gelu' and a bias, or 'bias_gradient' or None "
+            f"and no bias"
+        )
+    if epilogue == "bias_gradient" and not a.ndim == b.ndim == 2:
+        raise ValueError(f"epilogue 'bias_gradient' takes two matrices, got shapes {a.shape} and {b.shape}")
     if bias is not None and (bias.shape, bias.dtype) != ((n,), a.dtype):
         raise ValueError(f"expected a bias of shape ({n},), {a.dtype}, got {bias}")
     if out is None:
@@ -37,13 +43,15 @@ def multiply(
         rows = prod(a.shape[:-1])
         flat = multiply(device, a.reshape(rows, k), b, bias, epilogue, out.reshape(rows, n))
         return tuple(x.reshape(shape) for x in flat) if isinstance(flat, tuple) else flat.reshape(shape)
+    if epilogue == "bias_gradient" and n == 0:  # sums there are, also beside no product
+        return out, multiply(device, a, device.zeros((k, 1), a.dtype), None, epilogue, None)[1]
     before = device.empty(shape, a.dtype) if epilogue == "gelu" else None
+    sums = device.empty((m,), a.dtype) if epilogue == "bias_gradient" else None
     if out.size:
         if k == 0:  # over no elements: as over a zero
             k = 1
             a, b = (device.zeros(s, out.dtype) for s in ((*a.shape[:-1], k), (*b.shape[:-2], k, n)))
-        if bias is not None:
-            bias = bias.contiguous()
+        vector = sums if bias is None else bias.contiguous()
         a, left = _operand(a, lead)
         b, right = _operand(b, lead)
         target = Matrix(out.address, n, m * n)
@@ -59,11 +67,12 @@ def multiply(
                 out.dtype,
                 device.product_mode,
                 epilogue,
-                0 if bias is None else bias.address,
+                0 if vector is None else vector.address,
                 0 if before is None else before.address,
             )
         )
-    return out if before is None else (out, before)
+    beside = before if sums is None else sums
+    return out if beside is None else (out, beside)
 
 
 def _operand(x: DeviceArray, lead: tuple[int, ...]) -> tuple[DeviceArray, Matrix]:

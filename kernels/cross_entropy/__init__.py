@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from minibert.kernels.elementwise import mul
-from minibert.kernels.linear import matmul
+from minibert.kernels.linear import linear_grad, matmul
 from minibert.kernels.op import Array, BertSize, Op, Run, Sample
-from minibert.kernels.reduction import reduce_sum
 
 IGNORED = -100  # the label of a row that is not predicted, as in torch and transformers
 
@@ -43,8 +42,8 @@ def _linear_cross_entropy_vjp(
 ) -> tuple[Any, ...]:
     dlogits = outs[1]  # g is a number: it is cheapest to scale the small arrays
     dx = run(mul, run(matmul, dlogits, weight), g)
-    dweight = run(matmul, dlogits.swapaxes(0, 1), run(mul, x, g))
-    return dx, dweight, run(mul, run(reduce_sum, dlogits, axis=0), g), None
+    dweight, total = run(linear_grad, dlogits, run(mul, x, g))
+    return dx, dweight, run(mul, total, g), None
 
 
 def _some_labels(rng: np.random.Generator, rows: int, classes: int) -> np.ndarray:

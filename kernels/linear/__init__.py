@@ -1,4 +1,8 @@
-"""matmul: y = a b; linear: y = x W' + b, W (out, in); linear_gelu: y = gelu(x W' + b), keeps x W' + b."""
+"""matmul: y = a b; linear: y = x W' + b, W (out, in); linear_gelu: y = gelu(x W' + b), keeps x W' + b.
+
+linear_grad: dW = g' x and db, the sum of g over its rows, of which the product reads every element anyway; g (N, out),
+x (N, in).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import numpy as np
 
 from minibert.kernels.activation import gelu_formula, gelu_grad
 from minibert.kernels.op import Array, BertSize, Op, Run, Sample
-from minibert.kernels.reduction import reduce_sum, sum_to
+from minibert.kernels.reduction import sum_to
 from minibert.kernels.view import reshape
 
 
@@ -26,6 +30,10 @@ def _linear_gelu(xp: Any, x: Array, weight: Array, bias: Array, *, approximate: 
     return gelu_formula(xp, before, approximate=approximate), before
 
 
+def _linear_grad(xp: Any, g: Array, x: Array) -> tuple[Array, Array]:
+    return g.swapaxes(0, 1) @ x, g.sum(axis=0)
+
+
 def _matmul_vjp(run: Run, g: Array, outs: tuple[Array, ...], a: Array, b: Array) -> tuple[Array, Array]:
     return sum_to(run, run(matmul, g, b.swapaxes(-1, -2)), a), sum_to(run, run(matmul, a.swapaxes(-1, -2), g), b)
 
@@ -34,7 +42,8 @@ def linear_vjp(run: Run, g: Array, outs: Any, x: Array, weight: Array, bias: Arr
     dx = run(matmul, g, weight)
     if x.ndim != 2:  # every row counts alike, whatever axes it stands in
         g, x = (run(reshape, a, shape=(-1, a.shape[-1])) for a in (g, x))
-    return dx, run(matmul, g.swapaxes(0, 1), x), run(reduce_sum, g, axis=0)
+    dweight, dbias = run(linear_grad, g, x)
+    return dx, dweight, dbias
 
 
 def _products(rng: np.random.Generator) -> Iterator[Sample]:
@@ -64,6 +73,13 @@ def _gelu_layers(rng: np.random.Generator) -> Iterator[Sample]:
             yield Sample(arrays, {"approximate": approximate})
 
 
+def _gradients(rng: np.random.Generator) -> Iterator[Sample]:
+    for rows, inputs, outs in [(3, 4, 5), (1, 1, 1), (33, 70, 1031), (300, 129, 7)]:
+        yield Sample((rng.standard_normal((rows, outs)), rng.standard_normal((rows, inputs))))
+    yield Sample((rng.standard_normal((300, 3)) + 100, rng.standard_normal((300, 2))))  # one sign: errors add up
+    yield Sample((rng.standard_normal((6, 40)).swapaxes(0, 1), rng.standard_normal((40, 10))[:, ::2]))
+
+
 def _bench(rng: np.random.Generator, size: BertSize) -> Sample:
     n, c, i = size.tokens, size.hidden, size.intermediate
     return Sample((rng.standard_normal((n, c)), rng.standard_normal((i, c)) * 0.05, rng.standard_normal(i)))
@@ -75,8 +91,15 @@ def _bench_matmul(rng: np.random.Generator, size: BertSize) -> Sample:
     )
 
 
+def _bench_grad(rng: np.random.Generator, size: BertSize) -> Sample:
+    return Sample(
+        (rng.standard_normal((size.tokens, size.intermediate)), rng.standard_normal((size.tokens, size.hidden)))
+    )
+
+
 matmul = Op("matmul", _matmul, samples=_products, bench=_bench_matmul, vjp=_matmul_vjp)
 linear = Op("linear", _linear, samples=_layers, bench=_bench, vjp=linear_vjp)
+linear_grad = Op("linear_grad", _linear_grad, samples=_gradients, bench=_bench_grad)
 linear_gelu = Op(
     "linear_gelu",
     _linear_gelu,

@@ -8,6 +8,7 @@ from minibert.kernels.activation.cpu import gelu_erf_loop, gelu_tanh_loop
 from minibert.kernels.cpu_arrays import contiguous
 from minibert.kernels.cpu_threads import jit, rows_worth_a_thread, run_rows
 from minibert.kernels.op import Array, library
+from minibert.kernels.reduction.cpu import reduce_sum
 
 
 @jit
@@ -59,6 +60,10 @@ def linear(x: Array, weight: Array, bias: Array) -> Array:
     rows = y.reshape(-1, bias.size)
     run_rows(bias_rows, len(rows), rows, bias, grain=rows_worth_a_thread(bias.size, cost=0.25))
     return y
+
+
+def linear_grad(g: Array, x: Array) -> tuple[Array, Array]:
+    return np.matmul(blas_ready(g).T, blas_ready(x)), reduce_sum(g, axis=0)
 
 
 def linear_gelu(x: Array, weight: Array, bias: Array, *, approximate: str = "none") -> tuple[Array, Array]:

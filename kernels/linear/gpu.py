@@ -1,4 +1,4 @@
-"""Products by the device's library, bias and the tanh form of GELU in its epilogue where it has one."""
+"""Products by the device's library; bias, its gradient and the tanh form of GELU in its epilogue where it has one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ def matmul(a: Array, b: Array) -> Array:
 def linear(x: Array, weight: Array, bias: Array) -> Array:
     bias = contiguous(bias, weight.shape[:1], "bias")
     return x.device.gemm(x, weight.swapaxes(0, 1), bias=bias, epilogue="bias")
+
+
+@library
+def linear_grad(g: Array, x: Array) -> tuple[Array, Array]:
+    dweight, dbias = x.device.gemm(g.swapaxes(0, 1), x, epilogue="bias_gradient")
+    return dweight, dbias
 
 
 def linear_gelu(x: Array, weight: Array, bias: Array, *, approximate: str = "none") -> tuple[Array, Array]:
