@@ -244,8 +244,8 @@ def write_folder(
 
 def write_arrays(path: AnyPath, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file, whole or not at all. Raises UserError where it cannot be written."""
-    taken = "fiub"  # and bfloat16, which NumPy files under V
-    unknown = [f"{n} ({a.dtype})" for n, a in arrays.items() if a.dtype.kind not in taken and a.dtype.name != "bfloat16"]
+    strange = {n: a.dtype for n, a in arrays.items() if a.dtype.kind not in "fiub"}
+    unknown = [f"{n} ({dtype})" for n, dtype in strange.items() if dtype.name != "bfloat16"]  # NumPy: V
     if unknown:
         raise ValueError(f"expected arrays of numbers or booleans, got {', '.join(unknown)}")
     # The library takes the address of the first element: the rest must follow it.
