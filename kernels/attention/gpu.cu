@@ -117,16 +117,21 @@ extern "C" __global__ void __launch_bounds__(128) flash_grad_delta(
          first += step) {
         const long long row = first + threadIdx.x % WARP / SIDE_BY_SIDE;
         float sum = 0;
-        if (row < rows && packs) {
-            for (int d = lane * PACK; d < size; d += SIDE_BY_SIDE * PACK) {
-                float a[PACK], b[PACK];
+        for (int d = lane * PACK; row < rows && d < size; d += SIDE_BY_SIDE * PACK) {
+            float a[PACK] = {}, b[PACK] = {};
+            if (packs) {
                 load_pack(g + row * size + d, a);
                 load_pack(y + row * size + d, b);
+            } else {
 #pragma unroll
-                for (int k = 0; k < PACK; ++k) sum += a[k] * b[k];
+                for (int k = 0; k < PACK; ++k) {
+                    if (d + k >= size) continue;
+                    a[k] = load(g + row * size + d + k);
+                    b[k] = load(y + row * size + d + k);
+                }
             }
-        } else if (row < rows) {
-            for (int d = lane; d < size; d += SIDE_BY_SIDE) sum += load(g + row * size + d) * load(y + row * size + d);
+#pragma unroll
+            for (int k = 0; k < PACK; ++k) sum += a[k] * b[k];
         }
         sum = row_sum(sum);
         if (row < rows && lane == 0) delta[row] = sum;

@@ -7,9 +7,10 @@
 //
 // The arrays' elements are exact as operands, and their products are summed in float32. Probabilities and gradients of
 // scores are float32: each is taken apart into TERMS numbers of 16 bits that sum to it but for 2^-22 (float16) or 2^-24
-// (bfloat16) of it, and every term is multiplied. So no rounding is coarser than float32's until the result is stored.
-// It costs one product more in float16 and two in bfloat16 where one of the operands is such: 3 instead of 2 and 4
-// instead of 2 forward, 10 and 13 instead of 7 backward.
+// (bfloat16) of it, and every term is multiplied. So no rounding is coarser than float32's until the result is stored,
+// and the bound of the formula holds. Rounded to one term they break it where terms of a sum cancel: a hundredfold in
+// bfloat16, twofold in float16; two terms of bfloat16 leave 2^-16 and still break it now and then. What it costs, in
+// products with one term as the unit: forward 3 (float16) or 4 (bfloat16) instead of 2, backward 10 or 13 instead of 7.
 #pragma once
 
 #include "attention/gpu_work.cuh"
