@@ -237,7 +237,8 @@ class CupyDriver:
         blocks = -(-product.batch * product.m * product.n // matmul.THREADS)
         if product.epilogue == "bias_gradient":
             self.multiply(product._replace(epilogue=None, bias=0))
-            kernel, arguments, blocks = matmul.operand_sums, matmul.sums_arguments(product), -(-product.m // matmul.ROWS)
+            kernel, arguments = matmul.operand_sums, matmul.sums_arguments(product)
+            blocks = -(-product.m // matmul.ROWS)
         elif product.epilogue == "gelu" and product.dtype == np.float32:
             before = product.out._replace(address=product.before)
             self.multiply(product._replace(epilogue="bias", out=before, before=0))
