@@ -292,6 +292,8 @@ def test_products_go_to_the_library_and_what_it_refuses_to_a_kernel(
     )  # fmt: skip
     np.testing.assert_allclose(summed.out, summed.expected, atol=1e-5)  # by the library
     assert np.isnan(summed.bias).all() and len(device.refusals) == 3
+    launched(Case(m=300, n=7, k=3, epilogue="bias_gradient", bias_offset=4), operand_sums)
+    assert len(device.refusals) == 3  # of the same kind, elsewhere in memory
 
 
 # --------------------------------------------------------------------------------------------- streams and graphs

@@ -305,7 +305,8 @@ def _breaks_rules(product: Product) -> bool:
 def _said(product: Product) -> str:
     p = product
     operands = ", ".join(
-        f"{name} {'transposed, ' if x.transposed else ''}leading dimension {x.leading}, address {x.address:#x}"
+        f"{name} {'transposed, ' if x.transposed else ''}leading dimension {x.leading}, at a multiple of "
+        f"{alignment(x.address)} bytes"  # not where: it names a kind of product
         for name, x in (("a", p.a), ("b", p.b), ("out", p.out))
     )
     return (
