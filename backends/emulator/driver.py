@@ -228,6 +228,7 @@ class EmulatorDriver:
         self.traffic[key] = line if key not in self.traffic else self.traffic[key].plus(line)
 
     def multiply(self, product: Product) -> None:
+        @np.errstate(all="ignore")  # a GPU does not warn
         def run() -> bool:
             left, right = (self._operand(product, matrix, a) for matrix, a in ((product.a, True), (product.b, False)))
             result = np.matmul(left, right)
