@@ -209,12 +209,14 @@ class CudaBackend(Backend):
         """target[...] = source, which broadcasts. Raises TypeError for another dtype: nothing is converted unasked."""
         if source.dtype != target.dtype:
             raise TypeError(f"expected {target.dtype}, got {source.dtype}: convert with backend.asarray(x, dtype)")
+        try:
+            source = source.broadcast_to(target.shape)
+        except ValueError:
+            raise ValueError(f"expected values of shape {target.shape}, or such as broadcast, got {source}") from None
         if not target.size:
-            source.broadcast_to(target.shape)  # raises where the shapes do not fit
             return
         if any(count > 1 and stride == 0 for count, stride in zip(target.shape, target.strides, strict=True)):
             raise ValueError(f"the elements of {target} share memory (broadcast_to): they cannot be written one by one")
-        source = source.broadcast_to(target.shape)
         same = (source.address, source.strides) == (target.address, target.strides)
         if source.block is target.block and not same and source.overlaps(target):
             source = source.copy()  # else some elements would be read after they were written
