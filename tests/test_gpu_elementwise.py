@@ -108,6 +108,22 @@ def test_views_that_begin_between_two_packs(device: Device, first: int) -> None:
     device.assert_rounded(device.run("dropout", x, rate=0.3, stream=stream), kept)
 
 
+@pytest.mark.parametrize("first", [0, 1, 2, 4, 8])
+@pytest.mark.parametrize("step", [1, 2])
+def test_copies_in_the_widest_elements_that_both_sides_allow(device: Device, first: int, step: int) -> None:
+    source, target = device.normal((6, 24, 40)), device.backend.zeros((7, 3, 24, 40), dtype_of(device.dtype))
+    inner = slice(first, 40, step)
+    expected = np.zeros(target.shape)
+    for place, (rows, outer) in enumerate([(slice(None), slice(0, 3)), (slice(8, 24, 2), slice(5, 2, -1))]):
+        target[2 * place + 1, :, rows, inner] = source[outer, rows, inner]
+        expected[2 * place + 1, :, rows, inner] = device.read(source)[outer, rows, inner]
+        target[2 * place, :, rows, : inner.stop - first : step] = source[outer, rows, inner]
+        expected[2 * place, :, rows, : inner.stop - first : step] = device.read(source)[outer, rows, inner]
+    target[6, ..., first:] = source[3, 0, first:]  # the same row again and again
+    expected[6, ..., first:] = device.read(source)[3, 0, first:]
+    assert np.array_equal(device.read(target), expected)
+
+
 def test_relu_hands_a_nan_on(device: Device) -> None:
     x = device.backend.asarray(np.array([np.nan, 1, -1]), dtype=dtype_of(device.dtype))
     assert np.array_equal(device.run("relu", x), [np.nan, 1, 0], equal_nan=True)

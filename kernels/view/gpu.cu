@@ -1,8 +1,8 @@
 // Elements of a strided array, one by one, to another of the same shape: how views become contiguous, and arrays parts.
 //
-// copy_N: one thread an element, N bytes each. Bound by memory where the inner strides are 1, else by sectors half used;
-// rows and columns that are swapped (a transpose) read 32 bytes for each element. Nothing in a training step needs it
-// often: products take transposed operands as they are.
+// copy_N: a thread for each N bytes: an element, or up to 16 bytes of elements that are neighbours in both arrays. Bound
+// by memory; rows and columns that are swapped (a transpose) read 32 bytes for each element. Nothing in a training step
+// needs that often: products take transposed operands as they are.
 
 constexpr int THREADS = 256;
 constexpr int DIMENSIONS = 6;
@@ -49,4 +49,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) copy_4(const unsigned* fro
 extern "C" __global__ void __launch_bounds__(THREADS) copy_8(const unsigned long long* from, unsigned long long* to,
                                                              Layout layout) {
     copy_strided(from, to, layout);
+}
+
+// Pointers to multiples of 16 bytes; steps are counted in these.
+extern "C" __global__ void __launch_bounds__(THREADS) copy_16(const unsigned long long* from, unsigned long long* to,
+                                                              Layout layout) {
+    copy_strided(reinterpret_cast<const uint4*>(from), reinterpret_cast<uint4*>(to), layout);
 }

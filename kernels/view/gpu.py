@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import struct
+from math import gcd
 
 from minibert.kernels.gpu_launch import Array, CudaFile, Raw, blocks_for
 
 THREADS, DIMENSIONS = 256, 6
 
 cuda = CudaFile(__file__)
-COPIES = {size: cuda.kernel(f"copy_{size}", block=THREADS) for size in (1, 2, 4, 8)}  # by bytes of an element
+COPIES = {size: cuda.kernel(f"copy_{size}", block=THREADS) for size in (1, 2, 4, 8, 16)}  # by bytes that a thread moves
 
 
 def copy_strided(source: Array, target: Array) -> None:
@@ -19,13 +20,17 @@ def copy_strided(source: Array, target: Array) -> None:
         for i in range(target.shape[0]):
             copy_strided(source[i], target[i])
         return
+    width = _width(axes, source, target)
+    together = width // target.itemsize  # elements that a thread moves
+    if together > 1:
+        *outer, (inner, _, _) = axes
+        axes = [(n, a // together, b // together) for n, a, b in outer] + [(inner // together, 1, 1)]
     used = max(1, len(axes))  # a single element has none
     filled = [*reversed(axes), *[(1, 0, 0)] * (DIMENSIONS - len(axes))]
     sizes, froms, tos = zip(*filled, strict=True)
-    layout = struct.pack(f"<{2 + 3 * DIMENSIONS}q", target.size, used, *sizes, *froms, *tos)
-    grid = blocks_for(target.size, THREADS, target.device)
-    launch = COPIES[target.itemsize]
-    launch(Raw(source.address), Raw(target.address), layout, grid=grid, on=target.device)
+    layout = struct.pack(f"<{2 + 3 * DIMENSIONS}q", target.size // together, used, *sizes, *froms, *tos)
+    grid = blocks_for(target.size // together, THREADS, target.device)
+    COPIES[width](Raw(source.address), Raw(target.address), layout, grid=grid, on=target.device)
 
 
 def _merged(axes: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
@@ -39,3 +44,12 @@ def _merged(axes: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
         else:
             merged.append((size, source, target))
     return merged
+
+
+def _width(axes: list[tuple[int, int, int]], source: Array, target: Array) -> int:
+    """Bytes that a thread moves at once: an element, or more where both arrays go on in neighbours and are aligned."""
+    element = target.itemsize
+    if not axes or axes[-1][1:] != (1, 1):
+        return element
+    steps = [step * element for _, *along in axes[:-1] for step in along]
+    return gcd(max(COPIES), source.address, target.address, axes[-1][0] * element, *steps)
