@@ -1,11 +1,11 @@
-# make demo | test | lint | bench | clean        make test ARGS="-k softmax -x"        make demo PYTHON=python3.12
+# make demo | test | lint | bench | gpu-check | clean        make test ARGS="-k softmax -x"        make demo PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
 ARGS :=
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint style types bench clean
+.PHONY: demo test lint style types bench gpu-check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/minibert compare $(ARGS)
@@ -24,6 +24,11 @@ types: $(VENV)/.installed-lint
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.ops $(ARGS)
+
+# On a machine with a GPU and perhaps no network: what is installed there is used, and nothing is installed.
+gpu-check:
+	@if [ -x $(BIN)/python ]; then python=$(BIN)/python; else python="$(PYTHON)"; fi; \
+		exec "$$python" -m bench.gpu_check $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-ci build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
