@@ -118,14 +118,20 @@ class CudaFile:
     def signatures(self) -> dict[str, Signature]:
         return read_signatures(self.path.read_text(encoding="utf-8"))
 
-    def kernel(self, name: str, *, block: int, variants: Sequence[Mapping[str, Any]] = ({},)) -> CudaKernel:
-        """The kernel `name`, run by blocks of `block` threads; `variants` are the -D's that it is compiled with."""
+    def kernel(
+        self, name: str, *, block: int, variants: Sequence[Mapping[str, Any]] = ({},),
+        storage: Sequence[str] = tuple(STORAGE),
+    ) -> CudaKernel:  # fmt: skip
+        """The kernel `name`, run by blocks of `block` threads.
+
+        `variants` are the -D's that it is compiled with, `storage` the dtypes that its `Storage` may be.
+        """
         if name not in self.signatures:
             raise ValueError(f"{self.path} has no kernel {name!r}; it has {', '.join(self.signatures) or 'none'}")
         signature = self.signatures[name]
         if not 0 < block <= signature.most_threads:
             raise ValueError(f"kernel {name}: a block of {block} threads, but it allows {signature.most_threads}")
-        made = CudaKernel(self, signature, block, tuple(dict(v) for v in variants))
+        made = CudaKernel(self, signature, block, tuple(dict(v) for v in variants), tuple(storage))
         self.kernels[name] = made
         return made
 
@@ -138,6 +144,7 @@ class CudaKernel:
     signature: Signature
     block: int
     variants: tuple[Mapping[str, Any], ...]
+    storage: tuple[str, ...]
 
     def __call__(
         self, *arguments: Any, grid: int | Sequence[int], shared: int = 0, on: Any = None, **defines: Any
@@ -155,6 +162,10 @@ class CudaKernel:
             return
         packed, storage = self.pack(arguments)
         if storage is not None:
+            if storage not in self.storage:
+                raise TypeError(
+                    f"kernel {self.signature.name} is for arrays of {', '.join(self.storage)}: not {storage}"
+                )
             defines = {**defines, "STORAGE": STORAGE[storage]}
         device.launch(self, blocks, shared, packed, defines)
 

@@ -207,7 +207,7 @@ def test_a_gradient_that_calls_an_op_wrongly_rounded_is_caught() -> None:
         return a @ b * (np.float32(1.001) if a.flags.f_contiguous and not a.flags.c_contiguous else np.float32(1))
 
     with numpy.using({matmul: wrong_on_transposed}):
-        result = run_check("gradient_rounding", linear, numpy, "float32")
+        result = run_check("gradient_rounding", matmul, numpy, "float32")
     assert not result.ok and "its gradient calls matmul" in result.message
 
 

@@ -130,7 +130,7 @@ softmax = minibert.kernels.OPS["softmax"]
 print(toy.name, toy is not reference, (toy.run(softmax, x) == reference.run(softmax, x)).all())
 """
     known, ran = run("-c", code, cwd=tmp_path, path=(installed, target)).splitlines()
-    assert known.split() == ["numpy", "numba", "toy", "False"]  # known by name, not yet imported
+    assert known.split() == ["numpy", "numba", "cupy", "emulator", "toy", "False"]  # known by name, not yet imported
     assert ran == "toy True True"
     without = "import minibert; print(*minibert.backends.names())"
-    assert run("-c", without, cwd=tmp_path, path=(installed,)) == "numpy numba\n"
+    assert run("-c", without, cwd=tmp_path, path=(installed,)) == "numpy numba cupy emulator\n"

@@ -133,7 +133,8 @@ class CudaBackend(Backend):
     ) -> Any:  # fmt: skip
         """a (..., m, k) @ b (..., k, n) by the library; operands that are transposed views are not copied.
 
-        epilogue "bias" adds `bias` (n,); "gelu" also applies the tanh form and gives (out, before).
+        epilogue "bias" adds `bias` (n,); "gelu" also applies the tanh form and gives (out, before); "bias_gradient", of
+        two matrices, gives (out, the sums of a over k).
         """
         return multiply(self, a, b, bias, epilogue, out)
 

@@ -75,7 +75,7 @@ def _attention(
         top = scores.max(axis=-1, keepdims=True)
         e = xp.exp(scores - top)
         total = e.sum(axis=-1, keepdims=True)
-        ys.append(_merge(_dropped(xp, e / total, span, width, rate, stream) @ v))
+        ys.append(_merge(xp.stored(_dropped(xp, e / total, span, width, rate, stream)) @ v))
         lses.append((top + xp.log(total))[:, :, 0].swapaxes(0, 1))
     return xp.concatenate(ys), xp.concatenate(lses)
 
@@ -90,9 +90,9 @@ def _attention_grad(
         gy, ys = _split(g, span, num_heads), _split(y, span, num_heads)
         scale = q.shape[2] ** -0.5
         p = xp.exp(q @ k.swapaxes(1, 2) * scale - lse[span.first : span.last].swapaxes(0, 1)[:, :, None])
-        dv = _dropped(xp, p, span, width, rate, stream).swapaxes(1, 2) @ gy
+        dv = xp.stored(_dropped(xp, p, span, width, rate, stream)).swapaxes(1, 2) @ gy
         dp = _dropped(xp, gy @ v.swapaxes(1, 2), span, width, rate, stream)
-        ds = p * (dp - (gy * ys).sum(axis=-1, keepdims=True)) * scale
+        ds = xp.stored(p * (dp - (gy * ys).sum(axis=-1, keepdims=True)) * scale)
         rows.append(xp.concatenate([_merge(ds @ k), _merge(ds.swapaxes(1, 2) @ q), _merge(dv)], axis=1))
     return xp.concatenate(rows)
 
@@ -118,6 +118,7 @@ def _samples(rng: np.random.Generator) -> Iterator[Sample]:
         ([1, 37, 0, 70, 9], 3, 32, 0.1, 1.0),  # unequal lengths, one of a single token, one empty
         ([130, 65], 1, 64, 0.0, 1.0),
         ([12, 7], 2, 16, 0.5, 5.0),  # sharp: most probabilities vanish
+        ([40, 33], 1, 100, 0.2, 1.0),
     ]:
         yield Sample(
             _packed(rng, lengths, heads, head_size, size), {"num_heads": heads, "rate": rate, "stream": stream}

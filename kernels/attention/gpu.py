@@ -18,15 +18,16 @@ ROWS_OF_DELTA = 16  # in a block of flash_grad_delta
 
 cuda = CudaFile(__file__)
 variants = [{"HEAD_SIZE": size} for size in HEAD_SIZES]
-flash_forward = cuda.kernel("flash_forward", block=128, variants=variants)
+flash_forward = cuda.kernel("flash_forward", block=128, variants=variants, storage=["float32"])
 flash_grad_delta = cuda.kernel("flash_grad_delta", block=128)
-flash_grad_query = cuda.kernel("flash_grad_query", block=128, variants=variants)
-flash_grad_key_value = cuda.kernel("flash_grad_key_value", block=128, variants=variants)
+flash_grad_query = cuda.kernel("flash_grad_query", block=128, variants=variants, storage=["float32"])
+flash_grad_key_value = cuda.kernel("flash_grad_key_value", block=128, variants=variants, storage=["float32"])
 
+NARROW = ["float16", "bfloat16"]
 tensor_cores = CudaFile(__file__, "gpu_tensor_core.cu")
-flash_forward_16 = tensor_cores.kernel("flash_forward_16", block=128, variants=variants)
-flash_grad_query_16 = tensor_cores.kernel("flash_grad_query_16", block=128, variants=variants)
-flash_grad_key_value_16 = tensor_cores.kernel("flash_grad_key_value_16", block=128, variants=variants)
+flash_forward_16 = tensor_cores.kernel("flash_forward_16", block=128, variants=variants, storage=NARROW)
+flash_grad_query_16 = tensor_cores.kernel("flash_grad_query_16", block=128, variants=variants, storage=NARROW)
+flash_grad_key_value_16 = tensor_cores.kernel("flash_grad_key_value_16", block=128, variants=variants, storage=NARROW)
 
 
 class Plan(NamedTuple):

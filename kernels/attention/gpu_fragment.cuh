@@ -6,25 +6,20 @@
 // next of row lane / 4, and [n][2] and [n][3], the same columns of row lane / 4 + 8.
 //
 // The arrays' elements are exact as operands, and their products are summed in float32. Probabilities and gradients of
-// scores are float32: each is taken apart into TERMS numbers of 16 bits that sum to it but for 2^-22 (float16) or 2^-24
-// (bfloat16) of it, and every term is multiplied. So no rounding is coarser than float32's until the result is stored,
-// and the bound of the formula holds. Rounded to one term they break it where terms of a sum cancel: a hundredfold in
-// bfloat16, twofold in float16; two terms of bfloat16 leave 2^-16 and still break it now and then. What it costs, in
-// products with one term as the unit: forward 3 (float16) or 4 (bfloat16) instead of 2, backward 10 or 13 instead of 7.
+// scores are float32, and operands of the next product: each is rounded to TERMS numbers of 16 bits that sum to it. One
+// is what flash attention keeps, and what the formula calls `stored`. Two in float16, or three in bfloat16, would lose no
+// digit of float32; in products, forward takes then 3 or 4 instead of 2, and backward 10 or 13 instead of 7.
 #pragma once
 
 #include "attention/gpu_work.cuh"
 #include "gpu_ptx.cuh"
 
-template <class T> struct TensorCoreType { using type = T; };
-template <> struct TensorCoreType<float> { using type = __half; };  // compiled, and never launched
-
-using Element = TensorCoreType<Storage>::type;
+using Element = Storage;  // __half or __nv_bfloat16
 
 template <class T> constexpr bool is_float16 = false;
 template <> constexpr bool is_float16<__half> = true;
 
-constexpr int TERMS = is_float16<Element> ? 2 : 3;
+constexpr int TERMS = 1;  // see above
 constexpr int THREADS = 128;
 constexpr int ROWS = 64;
 constexpr int KEYS = HEAD_SIZE > 64 ? 32 : 64;  // columns where rows are queries; fewer where registers are fewer

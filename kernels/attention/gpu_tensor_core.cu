@@ -9,7 +9,6 @@ extern "C" __global__ void __launch_bounds__(128, 2) flash_forward_16(
     const Storage* __restrict__ qkv, const int* __restrict__ cu_seqlens, Storage* __restrict__ y,
     float* __restrict__ lse, int sequences, int heads, int size, int tiles, float scale, unsigned drop, float kept,
     int quads, Stream stream) {
-    if constexpr (sizeof(Storage) != sizeof(Element)) return;
     extern __shared__ uint4 shared[];
     Element* queries = reinterpret_cast<Element*>(shared);
     Element* tiles_of_keys = queries + ROWS * PITCH;
@@ -107,7 +106,6 @@ extern "C" __global__ void __launch_bounds__(128, HEAD_SIZE > 64 ? 2 : 3) flash_
     const Storage* __restrict__ g, const Storage* __restrict__ qkv, const float* __restrict__ lse,
     const float* __restrict__ delta, const int* __restrict__ cu_seqlens, Storage* __restrict__ dqkv, int sequences,
     int heads, int size, int tiles, float scale, unsigned drop, float kept, int quads, Stream stream) {
-    if constexpr (sizeof(Storage) != sizeof(Element)) return;
     extern __shared__ uint4 shared[];
     Element* queries = reinterpret_cast<Element*>(shared);
     Element* slopes = queries + ROWS * PITCH;
@@ -187,7 +185,6 @@ extern "C" __global__ void __launch_bounds__(128, 2) flash_grad_key_value_16(
     const Storage* __restrict__ g, const Storage* __restrict__ qkv, const float* __restrict__ lse,
     const float* __restrict__ delta, const int* __restrict__ cu_seqlens, Storage* __restrict__ dqkv, int sequences,
     int heads, int size, int tiles, float scale, unsigned drop, float kept, int quads, Stream stream) {
-    if constexpr (sizeof(Storage) != sizeof(Element)) return;
     extern __shared__ uint4 shared[];
     Element* keys = reinterpret_cast<Element*>(shared);
     Element* values = keys + ROWS * PITCH;

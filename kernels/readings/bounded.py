@@ -57,7 +57,8 @@ class Bounded(Reading):
         """What memory gives back: rounded, where it keeps fewer bits than the arithmetic has."""
         if self.storage is None:
             return self
-        own = self.storage.roundoff * (np.abs(self.value) + self.error) + self.storage.tiny
+        # conversions round below the smallest normal number too, and never flush
+        own = self.storage.roundoff * (np.abs(self.value) + self.error + self.storage.tiny)
         return type(self)(self.value, self.error + own, self.terms)
 
     @classmethod

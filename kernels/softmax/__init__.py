@@ -24,7 +24,8 @@ def _softmax_grad(xp: Any, g: Array, y: Array) -> Array:
 
 
 def _rows(rng: np.random.Generator) -> Iterator[Sample]:
-    for shape in [(3, 7), (1, 1), (2, 4, 33), (37, 1031), (9, 128), (5, 768)]:  # (37, 1031) spans many CUDA blocks, and is no power of two
+    # (37, 1031) spans many CUDA blocks, and is no power of two; the last two are read in packs of 16 bytes
+    for shape in [(3, 7), (1, 1), (2, 4, 33), (37, 1031), (9, 128), (5, 768)]:
         yield Sample((rng.standard_normal(shape) * 3,))
     yield Sample((rng.standard_normal((5, 9)) + 1e4,))  # overflows if the maximum is not taken first
     yield Sample(

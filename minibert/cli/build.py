@@ -140,7 +140,7 @@ def build_command(
 def launching_modules() -> dict[str, str]:
     """The modules with launch tables, by family; "cuda" is the driver's own."""
     found = {path.parent.name: f"minibert.kernels.{path.parent.name}.gpu" for path in families()}
-    return {**found, "cuda": "minibert.backends.cuda.cupy_driver"}
+    return {**found, "cuda": "minibert.backends.cuda.matmul"}
 
 
 def plan(names: Sequence[str] = ()) -> tuple[list[Unit], list[str]]:
@@ -207,7 +207,8 @@ def rows_of(units: Sequence[Unit]) -> list[Row]:
 def variants_of(kernel: CudaKernel) -> list[dict[str, Any]]:
     """The -D's that launches of this kernel ask for."""
     if any(parameter.type == "Storage" for parameter in kernel.signature.parameters):
-        return [{**variant, "STORAGE": storage} for variant in kernel.variants for storage in STORAGE.values()]
+        kinds = [STORAGE[dtype] for dtype in kernel.storage]
+        return [{**variant, "STORAGE": storage} for variant in kernel.variants for storage in kinds]
     return [dict(variant) for variant in kernel.variants]
 
 
