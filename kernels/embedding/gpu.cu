@@ -135,8 +135,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// y[row] = the sum of partial[piece] over first <= piece < last, for each run of (row, first, last); empty runs, which
-// fill the list up to a size that does not depend on the indices, are left out.
+// y[row] = the sum of partial[piece] over first <= piece < last, for each run of (row, first, last). Empty runs fill the
+// list up at its end, to a size that does not depend on the indices.
 // A warp takes 8 columns, 4 lanes to each: they add every fourth piece, then one another's sums. Runs lie along y.
 extern "C" __global__ void __launch_bounds__(THREADS)
     scatter_long(const float* __restrict__ partial, const int* __restrict__ runs, Storage* __restrict__ y, int count,
@@ -146,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int share = lane() / COLUMNS;
     for (int run = blockIdx.y; run < count; run += gridDim.y) {
         const int row = runs[3 * run], first = runs[3 * run + 1], last = runs[3 * run + 2];
-        if (first == last) continue;
+        if (first == last) return;
         for (int tile = warp_in_grid(); tile < tiles; tile += warps_in_grid()) {
             const int column = tile * COLUMNS + lane() % COLUMNS;
             float total = 0;

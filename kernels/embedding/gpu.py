@@ -20,6 +20,7 @@ WARPS = 4  # in each block of the kernels above
 LONGEST = 64  # rows that one warp adds up
 LONG_TILE = 8  # columns that one warp of scatter_long adds up
 LANES = 32  # of a warp
+RUNS_AT_ONCE = 64  # long runs along the grid of scatter_long: few lists hold more, and most of each is empty
 PACK_BYTES = 16  # that one lane takes of a row at a time
 SKIP_NONE = -1
 
@@ -128,7 +129,7 @@ def scatter_rows(x: Array, index: Array, *, num_rows: int, skip: int | None = No
         partial = device.empty((pieces, columns), np.float32)
         grid = (blocks_for(pieces, WARPS, device), tiles)
         scatter_pieces(x, plan.order, plan.bounds, partial, pieces, columns, grid=grid)
-        grid = (blocks_for(columns, WARPS * LONG_TILE, device), runs)
+        grid = (blocks_for(columns, WARPS * LONG_TILE, device), min(runs, RUNS_AT_ONCE))
         scatter_long(partial, plan.runs, y, runs, columns, grid=grid)
     return y
 
