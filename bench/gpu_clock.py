@@ -118,7 +118,7 @@ def timed(clock: WallClock | EventClock, work: Work, samples: int, seconds: floa
             work(i)
         guess, _ = clock.sample(work, 1)
         calls = int(min(clock.most_calls, max(1, SAMPLE_SECONDS // max(guess, 1e-7))))
-        taken = []
+        taken: list[tuple[float, bool]] = []
         while len(taken) < samples and (len(taken) < 3 or time.perf_counter() - began < seconds):
             taken.append(clock.sample(work, calls))
     ms = np.array([t for t, _ in taken]) * 1e3

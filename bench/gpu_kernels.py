@@ -68,7 +68,7 @@ def kernels(run: Run) -> None:
     rows: list[dict[str, Any]] = []
     sizes = TINY if run.settings.tiny else SIZES
     run.keep(sizes={name: size._asdict() for name, size in sizes.items()}, target=TARGET, rows=rows)
-    other_bits = []
+    other_bits: list[str] = []
     with run.at_speed() as backend:
         clock = clock_of(backend)
         copies = Copies(backend, clock)
@@ -198,9 +198,13 @@ def handed_on(backend: Any, forward: Op, op: Op, size: BertSize, dtype: str) -> 
 
 
 def stored(op: Op, sample: Sample, dtype: str) -> list[np.ndarray]:
-    """The arrays of a sample, in the dtype in which each is stored."""
-    kinds = stored_as(op, [np.asarray(a) for a in sample.arrays], dtype)
-    return [np.asarray(a, kind) for a, kind in zip(sample.arrays, kinds, strict=True)]
+    """The arrays of a sample, in the dtype in which each is stored; indices as the model has them, in int32."""
+    arrays = [np.asarray(a) for a in sample.arrays]
+    kinds = [
+        kind or (np.int32 if a.dtype == np.int64 else a.dtype)
+        for a, kind in zip(arrays, stored_as(op, arrays, dtype), strict=True)
+    ]
+    return [np.asarray(a, kind) for a, kind in zip(arrays, kinds, strict=True)]
 
 
 def shape_of(x: Any) -> np.ndarray:
@@ -233,7 +237,7 @@ def launches(backend: Any, prepared: Prepared, sets: Sequence[tuple[Any, ...]]) 
 def bits(backend: Any, prepared: Prepared) -> list[int]:
     """A checksum of each output."""
     results = outputs(backend.run(prepared.op, *prepared.arrays, **prepared.params))
-    return [zlib.crc32(np.ascontiguousarray(backend.numpy(r)).view(np.uint8)) for r in results]
+    return [zlib.crc32(backend.numpy(r).tobytes()) for r in results]
 
 
 class Copies:

@@ -59,7 +59,7 @@ def nvidia_smi() -> dict[str, str]:
     if program is None:
         return {"missing": "nvidia-smi is not on the PATH"}
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-    found = {}
+    found: dict[str, str] = {}
     for asked in (ASKED, *((one,) for one in ASKED)):  # all at once; where it refuses one, one by one
         command = [program, f"--id={first}", f"--query-gpu={','.join(asked)}", "--format=csv,noheader"]
         try:

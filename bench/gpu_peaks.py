@@ -11,7 +11,7 @@ from bench.gpu_part import Run
 from minibert.backends.base import dtype_of
 from minibert.kernels.adamw import square_norm
 
-COPY_BYTES = 1 << 32  # of each of the two arrays, where memory allows: many times any cache
+COPY_BYTES = 1 << 31  # of each of the two arrays, where memory allows: many times any cache
 PRODUCT = 8192  # m, n and k
 MODES = {"float32": ("float32", "float32"), "tf32": ("float32", "tf32"), "bfloat16": ("bfloat16", "float32")}
 SAMPLES, SECONDS = 15, 1.5
@@ -29,7 +29,7 @@ def peaks(run: Run) -> None:
     """Copy, read and fill of a large array; products of random matrices in each mode."""
     with run.at_speed() as backend:
         clock = clock_of(backend)
-        nbytes = 1 << 16 if run.settings.tiny else min(COPY_BYTES, backend.driver.memory()[0] // 4)
+        nbytes = 1 << 16 if run.settings.tiny else min(COPY_BYTES, backend.driver.memory()[0] // 64 * 16)
         run.keep(clock=type(clock).__name__, bytes=nbytes)
         bandwidths: dict[str, Any] = {}
         run.keep(bandwidth=bandwidths)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -100,7 +101,8 @@ class Group:
         if torch_device is not None:
             quiet.append(self._try("torch", lambda: self._torch(config, weights, packed, torch_device)))
         facts["loss_without_dropout"] = quiet
-        if None not in quiet and abs(quiet[0] - quiet[-1]) > SAME_LOSS * abs(quiet[0]):  # type: ignore[operator]
+        known = [loss for loss in quiet if loss is not None]
+        if len(known) == 2 and not abs(known[0] - known[1]) <= SAME_LOSS * abs(known[0]):
             facts["refused"] = f"without dropout the losses are {quiet}: they do not do the same work"
 
     def _ours(self, config: BertConfig, weights: gpu_torch.Weights, packed: Packed) -> float:
@@ -111,11 +113,11 @@ class Group:
         return loss
 
     def _torch(self, config: BertConfig, weights: gpu_torch.Weights, packed: Packed, device: str) -> float:
-        self.torch = gpu_torch.TorchSteps(config, weights, packed, self.facts["length"], self.facts["mode"], device)
-        self.facts["torch"] = self.torch.library
-        loss = self.torch.quiet_loss()
-        eager = self.torch.loss_of
-        self._add(TORCH_EAGER, lambda: self.torch.step(eager), self.torch.synchronize, self.torch.peak)
+        torch = gpu_torch.TorchSteps(config, weights, packed, self.facts["length"], self.facts["mode"], device)
+        self.torch, eager = torch, torch.loss_of
+        self.facts["torch"] = torch.library
+        loss = torch.quiet_loss()
+        self._add(TORCH_EAGER, lambda: torch.step(eager), torch.synchronize, torch.peak)
         return loss
 
     def add_compiled(self) -> float:
@@ -167,7 +169,7 @@ class Group:
                 break
             for name in list(self.contestants):
                 self.run.say(f"{self.name}: round {number + 1}, {name}")
-                seconds = self._try(name, lambda name=name: self._seconds(name, calls[name]))
+                seconds = self._try(name, partial(self._seconds, name, calls[name]))
                 if seconds is None:
                     del self.contestants[name]
                 else:

@@ -67,10 +67,6 @@ class TorchSteps:
         self.torch._dynamo.reset()
         self.loss_of = self.torch.compile(self._loss, dynamic=False, **options)
 
-    def interpret(self) -> None:
-        """Back to eager."""
-        self.loss_of = self._loss
-
     def autocast(self) -> Any:
         if self.mode != "bfloat16":
             return nullcontext()
