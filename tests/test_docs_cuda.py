@@ -212,9 +212,10 @@ def test_memory_runs_out_as_the_page_shows(tmp_path: Path) -> None:
 def test_what_the_pages_name_exists(root: Path, document: str) -> None:
     text = (DOCS / document).read_text(encoding="utf-8")
     named = set(re.findall(r"\b((?:kernels|backends|minibert|tests|bench)/[\w./*-]+\.(?:py|cuh?|md|json))\b", text))
-    named |= {f"bench/{module}.py" for module in re.findall(r"python -m bench\.(\w+)", text)}
     named |= {f"docs/{link}" for link in re.findall(r"\]\(([\w./]+\.md)\)", text)}
     assert not [name for name in named if "silu" not in name and not list(root.glob(name))]
+    targets = re.findall(r"^make ([\w-]+)$", text, re.M)
+    assert not [name for name in targets if not re.search(rf"^{name}:", (root / "Makefile").read_text(), re.M)]
 
 
 @pytest.mark.parametrize("document", ["emulator.md", "cuda.md"])
