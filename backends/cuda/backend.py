@@ -12,7 +12,7 @@ from minibert.backends.base import NARROW, Backend
 from minibert.backends.cuda.array import DeviceArray, NotOnDevice, ghost
 from minibert.backends.cuda.driver import Driver
 from minibert.backends.cuda.graph import Capture, LiveInt
-from minibert.backends.cuda.pool import HostBuffers, Pool, SharedPool
+from minibert.backends.cuda.pool import GraphPool, HostBuffers, Pool, SharedPool
 from minibert.backends.cuda.product import multiply
 from minibert.errors import UserError
 from minibert.kernels.array_module import numpy_module
@@ -69,6 +69,7 @@ class CudaBackend(Backend):
         self.pool = Pool(driver)
         self.host_buffers = HostBuffers(driver)
         self.capture: Capture | None = None  # the graph that is being captured
+        self.graph_pool = GraphPool(driver, self.pool)
         self._ahead: dict[int, tuple[np.ndarray, DeviceArray]] = {}  # uploaded early, by the id of what it came from
         self._ahead_event: Any = None
         self._ahead_stream: Any = None
@@ -242,7 +243,9 @@ class CudaBackend(Backend):
         if self.capture is not None:
             raise RuntimeError("a graph is being captured already")
         self.pool.trim()  # blocks that only lie there could not be given back while it is captured
-        capture, outer = Capture(self), self.pool
+        if not self.graph_pool.graphs:
+            self.graph_pool = GraphPool(self.driver, self.pool)
+        capture, outer = Capture(self, self.graph_pool), self.pool
         self.driver.begin_capture()
         self.capture, self.pool = capture, capture.pool
         try:

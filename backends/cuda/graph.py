@@ -49,11 +49,14 @@ class Derived(NamedTuple):
 
 
 class Capture:
-    """What was queued within `with backend.capturing() as capture:`, to be replayed."""
+    """What was queued within `with backend.capturing() as capture:`, to be replayed.
 
-    def __init__(self, backend: Any) -> None:
-        self.backend = backend
-        self.pool = GraphPool(backend.driver, backend.pool)
+    Arrays that it made and that are still held hold the results of the last replay, until another graph is replayed.
+    """
+
+    def __init__(self, backend: Any, pool: GraphPool) -> None:
+        self.backend, self.pool = backend, pool
+        pool.graphs += 1
         self.graph: Any = None
         self._replayed: Any = None  # the event after the last replay
         self._uploads: list[Upload] = []
@@ -61,7 +64,7 @@ class Capture:
         self._inputs: list[tuple[Upload, str]] = []
 
     def __del__(self) -> None:
-        self.pool.close()
+        self.pool.leave()
 
     def uploaded(self, buffer: np.ndarray, dtype: np.dtype[Any], given: Any, host: np.ndarray | None) -> None:
         """The graph reads `buffer`, elements of `dtype`, where `given` was uploaded."""

@@ -101,11 +101,15 @@ class Pool:
 
 
 class GraphPool(Pool):
-    """Blocks whose addresses a graph has by heart: not used for anything else as long as that lives."""
+    """Blocks whose addresses graphs have by heart: not used for anything else as long as one of them lives.
+
+    Graphs share them, as they run one after the other: what one needs only within itself another may overwrite.
+    """
 
     def __init__(self, driver: Driver, usual: Pool) -> None:
         super().__init__(driver)
         self.usual = usual
+        self.graphs = 0  # that live
 
     def make_room(self) -> None:
         """Nobody can wait while a graph is captured; `usual` was trimmed before."""
@@ -113,8 +117,11 @@ class GraphPool(Pool):
     def live(self) -> list[Block]:
         return [*super().live(), *self.usual.live()]
 
-    def close(self) -> None:
-        """The graph is gone: let the usual pool have all that is free here, and all that will be."""
+    def leave(self) -> None:
+        """A graph is gone. After the last, the usual pool has all that is free here, and all that will be."""
+        self.graphs -= 1
+        if self.graphs:
+            return
         for size, addresses in self._free.items():
             self.usual._free[size] += addresses
         self._free = self.usual._free
