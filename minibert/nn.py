@@ -29,11 +29,12 @@ class Place(NamedTuple):
 class Parameter(Tensor):
     """A leaf tensor with a name and a way to begin: "normal", "zeros" or "ones". It has no data until initialised."""
 
-    __slots__ = ("begin", "declared_shape", "zero_row")
+    __slots__ = ("begin", "declared_shape", "master", "zero_row")
 
     def __init__(self, shape: tuple[int, ...], begin: str, place: Place, zero_row: int | None = None) -> None:
         super().__init__(place.backend.asarray(np.empty((0,)), dtype=place.dtype), place.backend, requires_grad=True)
         self.declared_shape, self.begin, self.zero_row = shape, begin, zero_row
+        self.master: Array | None = None  # the same in float32, where an optimiser keeps it: `data` follows it
 
     def initialise(self, seed: int, name: str, std: float) -> None:
         """Draw the first values: normal ones from Philox by seed and name, in float64, rounded once."""
@@ -49,6 +50,8 @@ class Parameter(Tensor):
 
     def assign(self, values: Array) -> None:
         """Take new values; where there are some already, in place, since an optimiser may hold a view of them."""
+        if self.master is not None:
+            self.master[...] = self.backend.asarray(values, dtype=np.float32)
         values = self.backend.asarray(values, dtype=self.dtype)
         if self.data.shape == self.declared_shape:
             self.data[...] = values

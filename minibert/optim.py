@@ -51,6 +51,8 @@ class ParameterGroup:
             self.buffers.append(p.grad_buffer)
         if narrow:
             self.master = first.backend.asarray(self.param, dtype=np.float32)
+            for p, start, stop in zip(self.params, self.offsets, self.offsets[1:], strict=False):
+                p.master = self.master[start:stop].reshape(p.declared_shape)
 
     @property
     def kept(self) -> tuple[str, ...]:
