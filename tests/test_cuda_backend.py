@@ -277,6 +277,16 @@ def test_products_however_the_operands_lie(emulator: Any, mode: str, data: Any, 
     assert (np.abs(got.astype(np.float64) - expected) <= bound).all()
 
 
+@pytest.mark.parametrize("index", [np.s_[::-1], np.s_[:, ::-1], np.s_[::-1, ::-1], np.s_[::2, 1:], np.s_[:, ::2]])
+def test_batches_taken_backwards_and_in_steps(emulator: Any, index: Any) -> None:
+    a, b = np.arange(240.0).reshape(4, 3, 4, 5) % 7, np.arange(360.0).reshape(4, 3, 5, 6) % 5
+    on_device = [emulator.asarray(x.astype(np.float32)) for x in (a, b)]
+    left = emulator.numpy(emulator.run(OPS["matmul"], on_device[0][index], on_device[1][index].copy()))
+    right = emulator.numpy(emulator.run(OPS["matmul"], on_device[0][index].copy(), on_device[1][index]))
+    np.testing.assert_array_equal(left, a[index] @ b[index])
+    np.testing.assert_array_equal(right, left)
+
+
 def test_tf32_rounds_and_float32_does_not(emulator: Any) -> None:
     x = emulator.asarray(np.full((1, 1), 1 + 2.0**-12, np.float32))
     one = emulator.asarray(np.ones((1, 1), np.float32))
