@@ -115,6 +115,9 @@ def _run(part: Part, outcome: Outcome, settings: Settings, report: Report, folde
                 ended = f"its process was ended by {signal.Signals(-child.returncode).name}"
     except subprocess.TimeoutExpired:
         ended = f"not done within {outcome.limit_s:.0f} s"
+    except KeyboardInterrupt:
+        ended = "interrupted"
+        raise
     finally:
         _end(child)
         outcome.seconds = round(time.monotonic() - began, 2)

@@ -5,21 +5,25 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
-from bench import gpu_clock, gpu_correctness, gpu_kernels, gpu_steps, gpu_torch
+from bench import gpu_clock, gpu_correctness, gpu_kernels, gpu_peaks, gpu_steps, gpu_torch
 from bench.gpu_part import Run, Settings
 from bench.gpu_peaks import Peaks
 from minibert import backends
 from minibert.backends import BackendUnavailable
+from minibert.backends.cuda import cupy_driver, nvrtc
+from minibert.backends.cuda.backend import CudaBackend
 from minibert.bert import BertForMaskedLM
 from minibert.config import BertConfig
 from minibert.kernels import OPS
 from minibert.kernels.op import BertSize
 from minibert.kernels.readings import Cost
+from tests.column_major import ColumnMajor
+from tests.imagined_cupy import FakeCupy
 
 SMALL = BertConfig(
     vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
@@ -131,6 +135,51 @@ def test_events_time_work_behind_enough_blockers(behind: int, monkeypatch: pytes
     assert device.log[-5 - (clock.blockers > 0) :][-5:] == [0, 1, 2, "wait", "wait"]
     times = gpu_clock.timed(clock, device.work, 5, 1.0)
     assert times.median == pytest.approx(1.0) and times.samples == 5 and times.calls == 1
+
+
+class TimedEvent:
+    """CuPy's Event where it keeps the time: `done` once the device came past it."""
+
+    made: ClassVar[list[Any]] = []
+
+    def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False) -> None:
+        self.ptr, self.stream, self.disable_timing, self.done = 5, None, disable_timing, False
+        TimedEvent.made.append(self)
+
+    def record(self, stream: Any = None) -> None:
+        self.stream = stream
+
+
+def test_peaks_of_an_imagined_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The driver of a GPU on a CuPy of host memory: what is timed is queued on the clock's own stream, in each mode."""
+    cupy = FakeCupy()
+    cupy.cuda.Event, cupy.cuda.get_elapsed_time = TimedEvent, lambda start_event, end_event: 2.0
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(cupy_driver, "driver_version", lambda: 12040)
+    monkeypatch.setattr(nvrtc, "toolkit", lambda newest=None: SimpleNamespace(version=(12, 9), describe=lambda: ""))
+    monkeypatch.setattr(nvrtc, "check_architecture", lambda tools, arch: None)
+    monkeypatch.setattr(nvrtc, "compile_kernels", lambda *_, **__: SimpleNamespace(image=b"cubin"))
+    monkeypatch.setattr(cupy_driver.cublaslt, "load", lambda major: ColumnMajor())
+    monkeypatch.setattr(cupy_driver, "check_parameters", lambda function, kernel: None)
+    backend = CudaBackend(cupy_driver.CupyDriver())
+    monkeypatch.setitem(backends._loaded, "cupy", backend)
+    products: list[Any] = []
+    monkeypatch.setattr(backend.driver, "multiply", products.append)
+
+    run = a_run(tmp_path, "cupy")
+    gpu_peaks.peaks(run)
+    found = run.figures
+    assert found["clock"] == "EventClock"
+    assert set(found["bandwidth"]) == {"memcpy", "copy", "read", "fill"}
+    assert found["bandwidth"]["memcpy"]["gbps"] == pytest.approx(2 * found["bytes"] / 2e-3 * 1e-9)
+    start, stop = (event for event in TimedEvent.made if not event.disable_timing)
+    assert start.stream is stop.stream is not None
+    copies = [entry for entry in cupy.cuda.runtime.log if entry[:2] == ("memcpyAsync", 3)]
+    assert copies and {(size, stream) for _, _, size, stream in copies} == {(found["bytes"], start.stream.ptr)}
+    assert {launch[4] for launch in cupy.cuda.driver.launched[-3:]} == {start.stream.ptr}
+    assert {(p.dtype.name, p.mode) for p in products} == {
+        ("float32", "float32"), ("float32", "tf32"), ("bfloat16", "float32"),
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- kernels, steps
