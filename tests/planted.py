@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -20,12 +20,14 @@ import pytest
 import minibert.kernels
 from minibert.backends.base import BackendUnavailable
 from minibert.backends.emulator import driver, toolchain
-from minibert.backends.emulator.backend import EmulatorBackend
 from minibert.backends.emulator.driver import SCHEDULES, EmulatorDriver, KernelFault
 from minibert.backends.emulator.findings import Finding
 from minibert.backends.emulator.process import EmulatorCrash
 from minibert.judge import stored_as
 from minibert.kernels import OPS, Op
+
+if TYPE_CHECKING:
+    from minibert.backends.emulator.backend import EmulatorBackend
 
 KERNELS = Path(str(minibert.kernels.__file__)).parent
 
@@ -41,6 +43,8 @@ BLOCK_SUM = """\
 def emulator() -> EmulatorBackend:
     """An emulator of its own: a kernel that ends its process takes no other test's arrays with it. Else skips."""
     try:
+        from minibert.backends.emulator.backend import EmulatorBackend  # which makes a driver: not without g++
+
         toolchain.emulator_executable()
         return EmulatorBackend(EmulatorDriver())
     except BackendUnavailable as error:
