@@ -81,6 +81,7 @@ def run_parts(parts: Sequence[Part], settings: Settings, report: Report) -> None
             else:
                 _run(part, outcome, settings, report, Path(folder))
             report.seconds = round(time.monotonic() - began, 1)
+            report.finished = number == len(parts)
             if report.path is None:
                 _name_file(report)
             report.save()

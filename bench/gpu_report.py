@@ -47,10 +47,11 @@ class Report:
     emulated: bool
     schema: int = SCHEMA
     label: str = ""  # EMULATED, or empty
-    ok: bool = False  # every part on which the exit status depends came to its end and passed
+    ok: bool = False  # the run came to its end, and `passed`
     seconds: float = 0.0
     parts: list[Outcome] = field(default_factory=list)
     path: Path | None = None
+    finished: bool = False  # every part has had its turn
 
     def __post_init__(self) -> None:
         self.label = EMULATED if self.emulated else ""
@@ -58,8 +59,8 @@ class Report:
     def document(self) -> dict[str, Any]:
         """What the file holds; `machine` is what the first part found out."""
         found = asdict(self)
-        found.pop("path")
-        found["ok"] = self.ok = passed(self.parts)
+        del found["path"], found["finished"]
+        found["ok"] = self.ok = self.finished and passed(self.parts)
         found["machine"] = self.figures("machine")
         return found
 

@@ -203,6 +203,10 @@ def test_verdict() -> None:
     assert not verdict((True, "error"))
     assert not verdict((True, "ok"), (False, "failed")), "other bits after the timing, say"
     assert not verdict()
+    stopped = a_report(parts=[Outcome("a", "a", True, "ok")])
+    assert not stopped.document()["ok"], "the run has not come to its end"
+    stopped.finished = True
+    assert stopped.document()["ok"]
 
 
 def test_the_schema_is_held(tmp_path: Path) -> None:
