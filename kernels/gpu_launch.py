@@ -84,8 +84,12 @@ def read_signatures(text: str) -> dict[str, Signature]:
     found = {}
     for bounds, name, parameters in KERNEL.findall(text):
         declared = tuple(_parameter(p, name) for p in parameters.split(",") if p.strip())
-        threads = int(constants.get(bounds, bounds)) if bounds else MOST_THREADS
-        found[name] = Signature(name, declared, threads)
+        limit = constants.get(bounds, bounds) or str(MOST_THREADS)
+        if not limit.isdecimal():
+            raise ValueError(
+                f"kernel {name}: __launch_bounds__({bounds}): write a number, or a constexpr int of this file"
+            )
+        found[name] = Signature(name, declared, int(limit))
     return found
 
 

@@ -85,7 +85,8 @@ class BertSelfAttention(Module):
         x = x.reshape(count, length, 3, heads, head_size).transpose(2, 0, 3, 1, 4)
         q, k = (x.slice(0, i, i + 1).reshape(count, heads, length, head_size) for i in (0, 1))
         scores = (q @ k.transpose(0, 1, 3, 2)) * head_size**-0.5
-        hidden = Tensor(batch.place.backend.asarray(-1e30, dtype=batch.place.dtype), batch.place.backend)
+        least = -6e4 if batch.place.dtype == "float16" else -1e30  # float16 ends at 65504
+        hidden = Tensor(batch.place.backend.asarray(least, dtype=batch.place.dtype), batch.place.backend)
         return apply(softmax, apply(where, batch.integers(real.reshape(count, 1, 1, length)), scores, hidden))
 
 

@@ -133,3 +133,15 @@ device.process.close()
         pytest.skip("gdb may not trace processes here")
     assert f"crashes.cu:{line}" in done.stdout, done.stdout + done.stderr
     assert "findings []" in done.stdout and "first 1.0" in done.stdout, done.stdout + done.stderr
+
+
+def test_an_edited_header_in_a_folder_within_is_compiled_again(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "inner.cuh").write_text("constexpr int ANSWER = 1;\n")
+    (tmp_path / "parts" / "outer.cuh").write_text('#include "inner.cuh"\n')
+    source = tmp_path / "answer.cu"
+    source.write_text('#include "parts/outer.cuh"\nextern "C" __global__ void answer(int* out) { out[0] = ANSWER; }\n')
+    first = toolchain.compile_kernels(source, {}, [], sanitize=False)
+    assert toolchain.compile_kernels(source, {}, [], sanitize=False) == first
+    (tmp_path / "parts" / "inner.cuh").write_text("constexpr int ANSWER = 2;\n")
+    assert toolchain.compile_kernels(source, {}, [], sanitize=False) != first

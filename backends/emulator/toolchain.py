@@ -59,6 +59,7 @@ DYNAMIC_SHARED = re.compile(
     r"((?:__attribute__\s*\(\([^;]*?\)\)\s*)?)(\w+)\s*\[\s*\]\s*;"
 )
 KERNEL = re.compile(r"\b__global__\b([^;{}()]*(?:\([^;{}()]*\)[^;{}()]*)*?)\b(\w+)\s*\(")
+INCLUDED = re.compile(r'^[ \t]*#[ \t]*include[ \t]*["<]([^">\n]+)[">]', re.M)
 LINE_MARKER = re.compile(r'^# (\d+) "((?:[^"\\]|\\.)*)"((?: \d+)*)')
 
 
@@ -104,7 +105,8 @@ def emulator_executable() -> Path:
     path = compiler()
     flags = [*LANGUAGE, *PROGRAM_FLAGS, f"-I{INCLUDE}"]
     sources = sorted(RUNTIME.glob("*.cpp"))
-    target = cache_folder() / f"emulator-{_digest(path, flags, [*sources, *_headers([RUNTIME, INCLUDE])])}"
+    headers = [*sorted(RUNTIME.glob("*.h")), *sorted(INCLUDE.glob("*.h"))]
+    target = cache_folder() / f"emulator-{_digest(path, flags, [*sources, *headers])}"
     if _is_kept(target):
         return target
     _remove_unused(target.parent)
@@ -127,8 +129,8 @@ def emulator_executable() -> Path:
 def compile_kernels(source: Path, defines: Mapping[str, str], include: Sequence[Path], *, sanitize: bool) -> Path:
     """Compile a .cu file into a shared library that the emulator loads; from the cache where nothing has changed.
 
-    `defines` are passed as -D, `include` as -I; the headers in those folders and beside the source are part of the
-    cache's key. With `sanitize`, every load and store is watched.
+    `defines` are passed as -D, `include` as -I; every header that the source leads to is part of the cache's key. With
+    `sanitize`, every load and store is watched.
 
     Raises UserError with the compiler's first errors, or with the line of what the emulator does not do.
     """
@@ -137,7 +139,7 @@ def compile_kernels(source: Path, defines: Mapping[str, str], include: Sequence[
     defined = [f"-D{name}={value}" for name, value in sorted(defines.items())]
     flags = [*LANGUAGE, *KERNEL_FLAGS, *(SANITIZED if sanitize else FAST)]
     words = [str(source), *map(str, include), *defined, *flags, *WRAPPED]
-    files = [source, *_headers([*include, source.parent]), Path(__file__), *_headers([INCLUDE])]
+    files = [source, *_included(source, include), Path(__file__), *sorted(INCLUDE.glob("*.h"))]
     target = cache_folder() / f"{source.parent.name}-{source.stem}-{_digest(path, words, files)}.so"
     if _is_kept(target):
         return target
@@ -238,8 +240,18 @@ def _run(command: list[str], failure: str) -> str:
     raise UserError(f"{failure}: " + " | ".join(errors[:3] or done.stderr.splitlines()[:3]))
 
 
-def _headers(folders: Sequence[Path]) -> list[Path]:
-    return [header for folder in folders for kind in ("*.h", "*.cuh") for header in sorted(folder.glob(kind))]
+def _included(source: Path, folders: Sequence[Path]) -> list[Path]:
+    """The headers that a source includes, and those that they include: beside the file, else in `folders`."""
+    found: list[Path] = []
+    waiting = [source]
+    while waiting:
+        file = waiting.pop()
+        for name in INCLUDED.findall(file.read_text(encoding="utf-8", errors="replace")):
+            header = next((h for h in (folder / name for folder in (file.parent, *folders)) if h.is_file()), None)
+            if header is not None and header not in found:
+                found.append(header)
+                waiting.append(header)
+    return found
 
 
 def _digest(path: str, words: Sequence[str], files: Sequence[Path]) -> str:

@@ -51,13 +51,15 @@ def emulator_options(
 
 def traffic_table(driver: Any) -> Table:
     """A row for each line of a kernel that touches memory: the most wasteful first."""
+    from minibert.backends.emulator.findings import short
+
     table = plain_table("line", "space", "access", "requests", "bytes", "sectors", "ideal", "wasted", "bank conflicts")
     lines = sorted(driver.traffic.values(), key=lambda t: (t.ideal_sectors - t.sectors, t.file, t.line))
     for t in lines:
         shared = t.space == "shared"
         wasted = "" if shared or not t.sectors else f"{1 - t.ideal_sectors / t.sectors:.0%}"
         table.add_row(
-            f"{t.file}:{t.line}", t.space, t.access, str(t.requests), str(t.bytes),
+            f"{short(t.file)}:{t.line}", t.space, t.access, str(t.requests), str(t.bytes),
             "" if shared else str(t.sectors), "" if shared else str(t.ideal_sectors), wasted,
             f"{t.bank_conflict_ways:.2g} ways" if shared else "",
         )  # fmt: skip

@@ -97,7 +97,6 @@ def pretrain(
     given = dict(locals())
     settings = {name: given[name] for name in asdict(DEFAULT) if given.get(name) is not None}
     swapped = kernels.load_kernels(kernel)
-    kernels.refuse_misshapen(swapped)
     state = read_state(output) if resume else None
     if state is None:
         refuse_to_overwrite(output)
@@ -112,6 +111,7 @@ def pretrain(
         options = resumed(state.options, options)
     options = {**options, "config": options["config"] or "mini", "dtype": options["dtype"] or "float32"}
     place = fastest_or(options["backend"], threads)
+    kernels.refuse_misshapen(swapped, place)
     set_products([place], products)
     options["backend"] = place.name
     if not options["texts"]:
