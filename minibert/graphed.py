@@ -28,6 +28,7 @@ class Recorded:
     step_count: LiveInt
     loss: Array
     square_norm: Array
+    grad_scale: Array  # goes from the one graph to the other
 
 
 class GraphedSteps:
@@ -39,12 +40,15 @@ class GraphedSteps:
             raise UserError(f"--graph: backend {self.backend.name} has no graphs; expected cupy or emulator")
         self.model, self.optimizer, self.tokens = model, optimizer, tokens_per_batch
         self.recorded: dict[FixedShape, Recorded | None] = {}  # None: seen once
+        self.ahead: tuple[Packed, Packed, FixedShape, Any] | None = None  # see `prepare`
         self.replays = 0
 
     def gradients(self, packed: Packed, number: int) -> tuple[Array, Array, Recorded | None]:
         """Loss and square norm of the gradients, on the device; and the recording that `update` replays."""
-        pad_id = self.model.config.pad_token_id
-        packed, shape = in_fixed_shape(packed, self.tokens, 0 if pad_id is None else pad_id)
+        if self.ahead is None or self.ahead[0] is not packed:
+            self.prepare(packed)
+        assert self.ahead is not None
+        _, packed, shape, staged = self.ahead
         if shape not in self.recorded:
             self.recorded[shape] = None
             return *self._run(packed, number), None
@@ -52,9 +56,17 @@ class GraphedSteps:
         if recorded is None:
             recorded = self.recorded[shape] = self._record(packed, number)
         recorded.number.current = number
-        recorded.gradients.replay(packed._asdict())
+        recorded.gradients.replay(packed._asdict() if staged is None else staged)
         self.replays += 1
         return recorded.loss, recorded.square_norm, recorded
+
+    def prepare(self, packed: Packed) -> None:
+        """Make the host's part of a step ready, while the device may still be at the one before."""
+        pad_id = self.model.config.pad_token_id
+        filled, shape = in_fixed_shape(packed, self.tokens, 0 if pad_id is None else pad_id)
+        recorded = self.recorded.get(shape)
+        staged = None if recorded is None else recorded.gradients.stage(filled._asdict())
+        self.ahead = packed, filled, shape, staged
 
     def _run(self, packed: Packed, number: int) -> tuple[Array, Array]:
         self.optimizer.zero_grad()
@@ -73,7 +85,7 @@ class GraphedSteps:
             learning_rate, step_count = LiveFloat(self.optimizer.lr), self.backend.live_int(1)
             self.optimizer.update(scale, learning_rate, step_count)
         update.bind({})
-        return Recorded(gradients, update, live_number, learning_rate, step_count, loss, square_norm)
+        return Recorded(gradients, update, live_number, learning_rate, step_count, loss, square_norm, scale)
 
     def update(self, recorded: Recorded | None, square_norm: Array) -> None:
         """Update the parameters from the gradients of the last call."""

@@ -217,7 +217,8 @@ class Trainer:
         self.model.train()
         batch, packed = self.packed(self.step)
         loss, square_norm, recorded = self.graphed.gradients(packed, self.step)
-        self.ahead = self.step + 1, self.packed(self.step + 1)  # a graph uploads its inputs itself
+        self.ahead = self.step + 1, self.packed(self.step + 1)
+        self.graphed.prepare(self.ahead[1][1])  # uploaded by the graph itself
         value = float(self.model.backend.numpy(loss))
         demand_finite(value)
         self.optimizer.check_norm(square_norm)

@@ -50,6 +50,7 @@ FAULTS = [
     ("null_pointer", "out of bounds", "", "read", 1, 64),
     ("past_dynamic_shared", "out of bounds", "shared", "write", 1, 64),
     ("past_static_shared", "out of bounds", "shared", "read", 1, 64),
+    ("past_own_array", "out of bounds", "", "", 1, 64),
     ("misaligned_vector", "misaligned access", "global", "read", 1, 64),
     ("unwritten_array", "uninitialised read", "global", "read", 1, 64),
     ("unwritten_shared", "uninitialised read", "shared", "read", 1, 64),

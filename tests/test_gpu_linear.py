@@ -45,7 +45,7 @@ def test_the_gradients_of_a_layer_take_two_products_and_copy_nothing(
 ) -> None:
     rng = np.random.default_rng(0)
     shapes = ((2, 5, 7), (2, 5, 4), (7, 4), (7,))
-    g, x, weight, bias = (emulator.asarray(rng.standard_normal(s).astype(np.float32)) for s in shapes)
+    g, x, weight, bias = (emulator.asarray(rng.standard_normal(s).astype(np.float16)) for s in shapes)
     asked = products(emulator, monkeypatch)
     linear = OPS["linear"]
     assert linear.vjp is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -45,7 +47,10 @@ class DeviceModule:
         if any((a.shape[:axis], a.shape[axis + 1 :]) != (before, after) for a in arrays):
             shapes = ", ".join(str(a.shape) for a in arrays)
             raise ValueError(f"concatenate along axis {axis}: shapes differ elsewhere: {shapes}")
-        out = self.device.empty((*before, sum(a.shape[axis] for a in arrays), *after), first.dtype)
+        shape = (*before, sum(a.shape[axis] for a in arrays), *after)
+        if prod(before) == 1 and all(_follows(b, a) for a, b in pairwise(arrays)):  # weights, in an optimiser's array
+            return DeviceArray(self.device, first.block, first.address, ghost(shape, first.dtype))
+        out = self.device.empty(shape, first.dtype)
         start = 0
         for a in arrays:
             part = (slice(None),) * axis + (slice(start, start + a.shape[axis]),)
@@ -55,6 +60,12 @@ class DeviceModule:
 
     def __getattr__(self, name: str) -> Any:
         raise NotOnDevice(f"no {name} on a device: it takes a kernel")
+
+
+def _follows(b: DeviceArray, a: DeviceArray) -> bool:
+    """Whether `b` lies in memory right after `a`, both row by row."""
+    neighbours = b.block is a.block and b.address == a.address + a.nbytes and b.dtype == a.dtype
+    return neighbours and a.is_contiguous and b.is_contiguous
 
 
 class CudaBackend(Backend):
@@ -251,8 +262,8 @@ class CudaBackend(Backend):
         try:
             yield capture
         finally:
+            self.capture, self.pool = None, outer  # also where what follows fails
             capture.graph = self.driver.end_capture()
-            self.capture, self.pool = None, outer
 
     def live_int(self, value: int) -> LiveInt:
         """A number for the graph that is being captured, to be changed (`current`) before each replay."""

@@ -7,6 +7,7 @@ that came from the host, what the host derives from them, and numbers (a step, a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +49,9 @@ class Derived(NamedTuple):
     sources: tuple[Any, ...]  # an Upload, or a number
 
 
+Staged = list[tuple[np.ndarray, np.ndarray]]  # a buffer that the graph reads, and what is to be in it
+
+
 class Capture:
     """What was queued within `with backend.capturing() as capture:`, to be replayed.
 
@@ -64,6 +68,8 @@ class Capture:
         self._inputs: list[tuple[Upload, str]] = []
 
     def __del__(self) -> None:
+        with suppress(Exception):  # what went wrong in a kernel is told to whoever waits next
+            self._wait()  # it reads page-locked memory that goes with it
         self.pool.leave()
 
     def uploaded(self, buffer: np.ndarray, dtype: np.dtype[Any], given: Any, host: np.ndarray | None) -> None:
@@ -105,22 +111,39 @@ class Capture:
                     f"its inputs ({', '.join(inputs)}): every replay would repeat it"
                 )
 
-    def replay(self, inputs: Mapping[str, Any]) -> None:
-        """Queue the work again, on new inputs of the same shapes; waits until the last replay has read its own."""
-        if self._replayed is not None and not self.backend.driver.finished(self._replayed):
-            self.backend.synchronize()
+    def stage(self, inputs: Mapping[str, Any]) -> Staged:
+        """What a replay on these inputs uploads, worked out while the device may still be at the last one."""
         current: dict[int, np.ndarray] = {}
+        staged: Staged = []
         for upload, name in self._inputs:
             value = np.asarray(inputs[name])
             if value.shape != upload.given.shape:
                 raise ValueError(f"a graph of {name} {upload.given.shape} was given {value.shape}")
-            upload.buffer.view(upload.dtype)[...] = value.reshape(-1)
             current[id(upload)] = value
+            staged.append((upload.buffer, value.astype(upload.dtype)))
         for derived in self._derived:
-            values = derived.compute(*(current.get(id(s), _value(s)) for s in derived.sources))
-            derived.buffer[...] = values.reshape(-1).view(np.uint8)
+            if any(isinstance(s, Upload) for s in derived.sources):
+                values = derived.compute(*(current.get(id(s), _value(s)) for s in derived.sources))
+                staged.append((derived.buffer, values))
+        return staged
+
+    def replay(self, inputs: Mapping[str, Any] | Staged) -> None:
+        """Queue the work again, on new inputs of the same shapes, or on what `stage` made of them.
+
+        Waits until the last replay has read its own.
+        """
+        self._wait()
+        for buffer, values in inputs if isinstance(inputs, list) else self.stage(inputs):
+            buffer[...] = values.reshape(-1).view(np.uint8)
+        for derived in self._derived:
+            if not any(isinstance(s, Upload) for s in derived.sources):  # numbers: as they are now
+                derived.buffer[...] = derived.compute(*map(_value, derived.sources)).reshape(-1).view(np.uint8)
         self.backend.driver.replay(self.graph)
         self._replayed = self.backend.driver.record()
+
+    def _wait(self) -> None:
+        if self._replayed is not None and not self.backend.driver.finished(self._replayed):
+            self.backend.synchronize()
 
 
 def _value(source: Any) -> Any:

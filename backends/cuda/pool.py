@@ -9,6 +9,7 @@ import numpy as np
 
 from minibert.backends.cuda.driver import DeviceMemoryExhausted, Driver, Event
 
+LARGEST_KEPT = 16 << 20  # bytes of host memory
 SMALLEST = 512  # bytes
 STEPS = 8  # sizes between two powers of two: at most an eighth is wasted
 
@@ -183,4 +184,7 @@ class HostBuffers:
 
     def give_back(self, buffer: np.ndarray) -> None:
         """Its upload is queued; once that has run, it is free."""
+        if buffer.nbytes > LARGEST_KEPT:  # a model's weights, once; page-locked memory is scarce
+            self.driver.synchronize()
+            return
         self._read[buffer.nbytes].append((self.driver.record(), buffer))

@@ -37,8 +37,10 @@ def multiply(
         raise ValueError(f"expected a bias of shape ({n},), {a.dtype}, got {bias}")
     if out is None:
         out = device.empty(shape, a.dtype)
-    elif (out.shape, out.dtype, out.is_contiguous) != (shape, a.dtype, True):
-        raise ValueError(f"expected a contiguous `out` of shape {shape}, {a.dtype}, got {out}")
+    elif (out.shape, out.dtype) != (shape, a.dtype) or not (
+        out.is_contiguous or (_is_rows(out) and epilogue != "gelu")
+    ):
+        raise ValueError(f"expected a contiguous `out`, or rows that lie apart, of shape {shape}, {a.dtype}, got {out}")
     if b.ndim == 2 and a.ndim > 2:  # every row counts alike
         rows = prod(a.shape[:-1])
         flat = multiply(device, a.reshape(rows, k), b, bias, epilogue, out.reshape(rows, n))
@@ -54,7 +56,7 @@ def multiply(
         vector = sums if bias is None else bias.contiguous()
         a, left = _operand(a, lead)
         b, right = _operand(b, lead)
-        target = Matrix(out.address, n, m * n)
+        target = Matrix(out.address, n if out.is_contiguous else out.strides[0], m * n)
         device.driver.multiply(
             Product(
                 m,
@@ -73,6 +75,11 @@ def multiply(
         )
     beside = before if sums is None else sums
     return out if beside is None else (out, beside)
+
+
+def _is_rows(x: DeviceArray) -> bool:
+    """Whether `x` is a matrix whose rows are whole, and lie apart."""
+    return x.ndim == 2 and (x.strides[1] == 1 or x.shape[1] == 1) and x.strides[0] >= x.shape[1]
 
 
 def _operand(x: DeviceArray, lead: tuple[int, ...]) -> tuple[DeviceArray, Matrix]:

@@ -232,7 +232,6 @@ class EmulatorDriver:
         def run() -> bool:
             left, right = (self._operand(product, matrix, a) for matrix, a in ((product.a, True), (product.b, False)))
             result = np.matmul(left, right)
-            nbytes = ((product.batch - 1) * product.out.batch_stride + product.m * product.n) * product.dtype.itemsize
             if product.epilogue == "bias_gradient":
                 terms = self._operand(product._replace(mode="float32"), product.a, True)  # no product: as they are
                 sums = self._written(product.bias, product.m * product.dtype.itemsize).view(product.dtype)
@@ -240,17 +239,24 @@ class EmulatorDriver:
             elif product.epilogue is not None:
                 result = result + self._vector(product.bias, product.n, product.dtype)
             if product.epilogue == "gelu":
-                self._store(product, product.before, nbytes, result)
+                self._store(product, product.before, result)
                 result = gelu_formula(numpy_module, result, approximate="tanh")
-            self._store(product, product.out.address, nbytes, result)
+            self._store(product, product.out.address, result)
             return True
 
         self._queue(run)
         self._relieve()
 
-    def _store(self, product: Product, address: int, nbytes: int, values: np.ndarray) -> None:
-        out = self._written(address, nbytes).view(product.dtype)
-        out.reshape(product.batch, product.m, product.n)[...] = values.astype(product.dtype)
+    def _store(self, product: Product, address: int, values: np.ndarray) -> None:
+        size, row = product.dtype.itemsize, product.n
+        if product.out.leading == row or product.m == 1:  # one batch of whole rows after the other
+            out = self._written(address, product.batch * product.m * row * size).view(product.dtype)
+            out.reshape(values.shape)[...] = values.astype(product.dtype)
+            return
+        for i, stored in enumerate(values.reshape(-1, row).astype(product.dtype)):  # what lies between is left alone
+            matrix, own = divmod(i, product.m)
+            start = matrix * product.out.batch_stride + own * product.out.leading
+            self._written(address + start * size, row * size).view(product.dtype)[...] = stored
 
     def _vector(self, address: int, count: int, dtype: np.dtype[Any]) -> np.ndarray:
         return self._bytes(address, count * dtype.itemsize).view(dtype).astype(np.float32)

@@ -29,14 +29,18 @@ RUNTIME = Path(__file__).parent / "runtime"
 
 LANGUAGE = ["-std=gnu++17"]
 KERNEL_FLAGS = [
-    *("-g", "-fPIC", "-w"),
+    *("-gdwarf-4", "-fPIC", "-w"),  # of DWARF 5, addr2line 2.40 takes one file for another
     "-ffp-contract=off",  # the same bits with and without the sanitiser
     "-fno-strict-aliasing",  # device code reads floats as uint4
     "-fno-threadsafe-statics",
     "-fno-gnu-unique",  # a template's static belongs to its own library
 ]
 # Copies of whole structs stay whole (no scalar replacement), so that the hooks see a float4 as one access.
-SANITIZED = ["-O1", "-fno-tree-sra", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
+# -fsanitize=bounds-strict calls back where a thread leaves an array of its own, which lies in no watched memory.
+SANITIZED = [
+    *("-O1", "-fno-tree-sra", "-fsanitize=thread,bounds-strict"),
+    *("--param", "tsan-instrument-func-entry-exit=0"),
+]
 FAST = ["-O2"]
 WRAPPED = [f"-Wl,--wrap={name}" for name in ("memcpy", "memmove", "memset")]
 PROGRAM_FLAGS = ["-O2", "-g"]

@@ -4,8 +4,8 @@
 //                      labels. One block; nothing beside what follows.
 // cross_entropy_rows   a block for each row. The row is read from memory once, for its maximum and the sum of its
 //                      exponentials together (Milakov and Gimelshein 2018), and again from L2 for the gradient.
-//                      Bound by memory: a read and a write of the logits. A vocabulary of 30522 puts most rows off
-//                      the 16-byte grid: single elements up to the first whole pack, packs from there.
+//                      Bound by memory: a read and a write of the logits. Rows of 30522 that follow one another lie
+//                      mostly off the 16-byte grid: single elements up to the first whole pack, packs from there.
 // mean_loss            the losses, added by one block in a fixed order.
 #include "gpu_common.cuh"
 
@@ -42,15 +42,17 @@ __device__ __forceinline__ void walk(int before, int columns, Pack pack, Single 
     for (int i = threadIdx.x; i < singles; i += ROW_THREADS) single(i < before ? i : i + packs * PACK);
 }
 
-// `logits` is null where `dlogits` holds them: each thread reads an element again just before it overwrites it.
+// `logits` is null where `dlogits` holds them: each thread reads an element again just before it overwrites it. Rows of
+// either begin `pitch` elements after one another.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS)
     cross_entropy_rows(const Storage* logits, Storage* dlogits, const int* __restrict__ labels,
-                       const int* __restrict__ kept, float* __restrict__ losses, int rows, int columns, int ignored) {
+                       const int* __restrict__ kept, float* __restrict__ losses, int rows, int columns, int pitch,
+                       int ignored) {
     __shared__ float scratch[ROW_THREADS / WARP];
     const float count = divisor(kept);
     for (int row = blockIdx.x; row < rows; row += gridDim.x) {
-        Storage* out = dlogits + static_cast<long long>(row) * columns;
-        const Storage* z = logits == nullptr ? out : logits + static_cast<long long>(row) * columns;
+        Storage* out = dlogits + static_cast<long long>(row) * pitch;
+        const Storage* z = logits == nullptr ? out : logits + static_cast<long long>(row) * pitch;
         const int before = singles_before_packs(z, out, columns);
         const int label = labels[row];
         if (label == ignored) {
@@ -61,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS)
         }
 
         const float chosen = load(z + label);
-        float top = load(z), total = 0;  // the largest so far, and the sum of exp(z - top)
+        float top = fmaxf(load(z), -3.402823466e38f), total = 0;  // the largest so far (finite), and the sum of exp(z - top)
         walk(
             before, columns,
             [&](int j) {

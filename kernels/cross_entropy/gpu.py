@@ -12,25 +12,32 @@ count_kept = cuda.kernel("count_kept", block=1024)
 cross_entropy_rows = cuda.kernel("cross_entropy_rows", block=512)
 mean_loss = cuda.kernel("mean_loss", block=1024)
 
+PITCH_BYTES = 128  # rows of logits begin on multiples of it: products of rows that lie oddly are several times slower
+
 
 def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
-    return _loss_and_gradient(contiguous(logits), logits.device.empty(logits.shape, logits.dtype), labels)
+    dlogits = logits.device.empty(logits.shape, logits.dtype)
+    return _loss_and_gradient(contiguous(logits), dlogits, labels, logits.shape[1])
 
 
 def linear_cross_entropy(x: Array, weight: Array, bias: Array, labels: Array) -> tuple[Array, Array]:
-    logits = x.device.gemm(x, weight.swapaxes(0, 1), bias=contiguous(bias, weight.shape[:1], "bias"), epilogue="bias")
-    return _loss_and_gradient(None, logits, labels)
+    columns, elements = len(weight), PITCH_BYTES // x.itemsize
+    rows = x.device.empty((len(x), -(-columns // elements) * elements), x.dtype)
+    bias = contiguous(bias, (columns,), "bias")
+    x.device.gemm(x, weight.swapaxes(0, 1), bias=bias, epilogue="bias", out=rows[:, :columns])
+    loss, rows = _loss_and_gradient(None, rows, labels, columns)
+    return loss, rows[:, :columns]
 
 
-def _loss_and_gradient(logits: Array | None, dlogits: Array, labels: Array) -> tuple[Array, Array]:
-    """`logits` None: they are in `dlogits`."""
-    device, (rows, columns) = dlogits.device, dlogits.shape
+def _loss_and_gradient(logits: Array | None, dlogits: Array, labels: Array, columns: int) -> tuple[Array, Array]:
+    """`logits` None: they are in `dlogits`. Of both, what a row holds after its first `columns` is left alone."""
+    device, (rows, pitch) = dlogits.device, dlogits.shape
     labels = _labels(labels, rows, columns)
     kept = device.empty((), np.int32)
     losses, loss = device.empty((rows,), np.float32), device.empty((), np.float32)
     count_kept(labels, kept, rows, IGNORED, grid=1)
     grid = blocks_for(rows, 1, device)
-    cross_entropy_rows(logits, dlogits, labels, kept, losses, rows, columns, IGNORED, grid=grid)
+    cross_entropy_rows(logits, dlogits, labels, kept, losses, rows, columns, pitch, IGNORED, grid=grid)
     mean_loss(losses, kept, loss, rows, grid=1)
     return loss, dlogits
 

@@ -55,12 +55,20 @@ def _tables(
 
 
 def _samples(rng: np.random.Generator) -> Iterator[Sample]:
-    for words, columns, rows in [(11, 7, 5), (1, 1, 1), (50, 65, 1031), (5, 3, 40)]:  # the last two repeat every word
+    for words, columns, rows in [
+        (11, 7, 5),
+        (1, 1, 1),
+        (50, 65, 1031),
+        (5, 3, 40),
+        (9, 8, 33),
+    ]:  # the last three repeat words
         yield Sample(_tables(rng, words, columns, rows))
 
 
 def _gathers(rng: np.random.Generator) -> Iterator[Sample]:
-    for table, columns, rows, skip in [(11, 7, 5, None), (1, 1, 1, None), (50, 65, 1031, 3), (5, 3, 40, 0)]:
+    for table, columns, rows, skip in [
+        (11, 7, 5, None), (1, 1, 1, None), (50, 65, 1031, 3), (5, 3, 40, 0), (9, 8, 33, None),
+    ]:  # fmt: skip
         yield Sample(
             (rng.standard_normal((table, columns)), rng.integers(0, table, rows).astype(np.int32)), {"skip": skip}
         )
@@ -70,6 +78,8 @@ def _scatters(rng: np.random.Generator) -> Iterator[Sample]:
     for (x, index), params in _gathers(rng):
         yield Sample((rng.standard_normal((len(index), x.shape[1])), index), {**params, "num_rows": len(x)})
     yield Sample((rng.standard_normal((300, 3)) + 1e4, np.zeros(300, np.int32)), {"num_rows": 2})  # one row gets all
+    runs = rng.permutation(np.repeat(np.arange(3, dtype=np.int32), (150, 64, 140)))  # two long ones, one just short
+    yield Sample((rng.standard_normal((len(runs), 8)), runs), {"num_rows": 3})
 
 
 def _zipf(rng: np.random.Generator, size: BertSize) -> np.ndarray:

@@ -197,6 +197,13 @@ KERNEL(shuffle_of_odd_width) {
     y[threadIdx.x] = __shfl_xor_sync(0xffffffff, x[threadIdx.x], 1, 24);  // fault shuffle_of_odd_width
 }
 
+KERNEL(past_own_array) {
+    float own[4] = {x[0], x[1], x[2], x[3]};
+    float total = 0;
+    for (int i = 0; i <= 4; ++i) total += own[i % (n / 16)];  // fault past_own_array
+    y[threadIdx.x] = total;
+}
+
 // --- giving up ---
 
 KERNEL(gives_up) {

@@ -18,9 +18,9 @@
 // __threadfence and an atomic counter is reported as a race even where it would be right. Texture memory, wgmma, TMA,
 // clusters, grid-wide synchronisation, launches from kernels and inline PTX are refused when the file is compiled.
 //
-// What is not found: an index past the end of a thread's own array (a local variable); one past the end of a
-// __shared__ variable that lands in another of the same kernel; a race that three or more earlier reads or writes of
-// one address have pushed out of its shadow (another schedule may show it). Integer division by zero, which a GPU lets
+// What is not found: a pointer past the end of a thread's own array, or of a __shared__ variable into another of the
+// same kernel (an index is); a race that three or more earlier reads or writes of one address have pushed out of its
+// shadow (another schedule may show it). Integer division by zero, which a GPU lets
 // pass, ends the emulator's process on x86 and passes on ARM.
 #pragma once
 

@@ -57,6 +57,15 @@ void cuda_emulator_trap() {
     emulator::abandon_launch();
 }
 
+// -fsanitize=bounds-strict: an index beyond an array whose size the compiler knows, in registers or shared memory.
+void __ubsan_handle_out_of_bounds(void*, void* index) {
+    char detail[80];
+    std::snprintf(detail, sizeof detail, "index %ld of an array that the kernel declares smaller",
+                  static_cast<long>(reinterpret_cast<intptr_t>(index)));
+    emulator::report({"out of bounds", emulator::here(reinterpret_cast<uintptr_t>(__builtin_return_address(0))), 0, "",
+                      {}, detail});
+}
+
 // assert() of a kernel: found here before the C library's, which would end the process.
 [[noreturn]] void __assert_fail(const char* expression, const char*, unsigned, const char*) noexcept {
     emulator::report({"assertion failed", emulator::here(reinterpret_cast<uintptr_t>(__builtin_return_address(0))),
