@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import gpu_check
-from bench.gpu_check import Part
-from bench.gpu_part import Settings
-from bench.gpu_report import EMULATED, Outcome, Report, file_name, passed, problems, write_json
+from bench.gpu_check import run as gpu_check
+from bench.gpu_check.part import Settings
+from bench.gpu_check.report import EMULATED, Outcome, Report, file_name, passed, problems, write_json
+from bench.gpu_check.run import Part
 from minibert import backends
 from minibert.backends import BackendUnavailable
 from minibert.backends.cuda import cupy_driver
@@ -107,7 +107,7 @@ def test_the_readme_of_results_names_all_there_is(whole: Any, root: Path) -> Non
 
 ODD = """
 import os, signal, time
-from bench.gpu_part import Failed, Skipped
+from bench.gpu_check.part import Failed, Skipped
 
 def good(run):
     run.keep(answer=42)

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from bench import gpu_clock, gpu_correctness, gpu_kernels, gpu_peaks, gpu_steps, gpu_torch
-from bench.gpu_part import Run, Settings
-from bench.gpu_peaks import Peaks
+from bench.gpu_check import clock as clocks
+from bench.gpu_check import correctness, kernels, peaks, steps, torch_peer
+from bench.gpu_check.part import Run, Settings
+from bench.gpu_check.peaks import Peaks
 from minibert import backends
 from minibert.backends import BackendUnavailable
 from minibert.backends.cuda import cupy_driver, nvrtc
@@ -64,18 +65,18 @@ def test_sanitizer(script: str, outcome: str, text: str, tmp_path: Path, monkeyp
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     run = a_run(tmp_path, "cupy")
     if outcome == "ok":
-        gpu_correctness.sanitizer(run)
+        correctness.sanitizer(run)
         assert run.figures["tools"] == {"memcheck": text, "racecheck": text}
     else:
-        with pytest.raises(getattr(gpu_correctness, outcome), match=text):
-            gpu_correctness.sanitizer(run)
+        with pytest.raises(getattr(correctness, outcome), match=text):
+            correctness.sanitizer(run)
 
 
 def test_no_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(gpu_correctness, "PLACES", ())
-    with pytest.raises(gpu_correctness.Skipped, match="not found"):
-        gpu_correctness.sanitizer(a_run(tmp_path, "cupy"))
+    monkeypatch.setattr(correctness, "PLACES", ())
+    with pytest.raises(correctness.Skipped, match="not found"):
+        correctness.sanitizer(a_run(tmp_path, "cupy"))
 
 
 # ------------------------------------------------------------------------------------------------------------ the clock
@@ -126,14 +127,14 @@ class Device:
 def test_events_time_work_behind_enough_blockers(behind: int, monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(behind)
     monkeypatch.setitem(sys.modules, "cupy", device)  # type: ignore[arg-type]
-    clock = gpu_clock.EventClock(device)
+    clock = clocks.EventClock(device)
     with clock.running():
         seconds, still_behind = clock.sample(device.work, 3)
     assert seconds == pytest.approx(1e-3)
     assert still_behind == (behind > 10)
-    assert clock.blockers == {0: 1, 1: 2}.get(behind, gpu_clock.MOST_BLOCKERS)
+    assert clock.blockers == {0: 1, 1: 2}.get(behind, clocks.MOST_BLOCKERS)
     assert device.log[-5 - (clock.blockers > 0) :][-5:] == [0, 1, 2, "wait", "wait"]
-    times = gpu_clock.timed(clock, device.work, 5, 1.0)
+    times = clocks.timed(clock, device.work, 5, 1.0)
     assert times.median == pytest.approx(1.0) and times.samples == 5 and times.calls == 1
 
 
@@ -167,7 +168,7 @@ def test_peaks_of_an_imagined_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(backend.driver, "multiply", products.append)
 
     run = a_run(tmp_path, "cupy")
-    gpu_peaks.peaks(run)
+    peaks.peaks(run)
     found = run.figures
     assert found["clock"] == "EventClock"
     assert set(found["bandwidth"]) == {"memcpy", "copy", "read", "fill"}
@@ -190,14 +191,14 @@ def test_a_figure_above_the_peak_is_refused() -> None:
     work = Cost(flops=10**6, bytes=10**9)
 
     def at(ms: float) -> dict[str, Any]:
-        return gpu_kernels.shares(OPS["add"], work, gpu_clock.Times(ms, ms, ms, ms, 3, 1, 0), "float32", peaks)
+        return kernels.shares(OPS["add"], work, clocks.Times(ms, ms, ms, ms, 3, 1, 0), "float32", peaks)
 
     fast, slow, too_fast = at(1.1), at(2.0), at(0.5)
     assert fast["target_met"] and fast["of_copy"] == pytest.approx(1 / 1.1) and fast["bound_by"] == "bytes"
     assert slow["target_met"] is False and slow["share"] == pytest.approx(1 / 2.2)
     assert too_fast["note"] == "impossible" and too_fast["gbps"] is None and too_fast["share"] is None
-    assert "target_met" not in gpu_kernels.shares(
-        OPS["matmul"], work, gpu_clock.Times(2.0, 2.0, 2.0, 2.0, 3, 1, 0), "float32", peaks
+    assert "target_met" not in kernels.shares(
+        OPS["matmul"], work, clocks.Times(2.0, 2.0, 2.0, 2.0, 3, 1, 0), "float32", peaks
     )
 
 
@@ -205,7 +206,7 @@ def test_a_figure_above_the_peak_is_refused() -> None:
 def test_gradients_are_timed_on_what_their_forward_ops_hand_on(emulator: Any, name: str) -> None:
     """As large as the op's own sample, and the same work."""
     op = OPS[name]
-    prepared = gpu_kernels.prepare(emulator, op, SIZE, "float32")
+    prepared = kernels.prepare(emulator, op, SIZE, "float32")
     expected = op.bench(np.random.default_rng(0), SIZE)
     assert [tuple(a.shape) for a in prepared.arrays] == [np.shape(a) for a in expected.arrays]
     assert all(a.device is emulator for a in prepared.arrays)
@@ -213,7 +214,7 @@ def test_gradients_are_timed_on_what_their_forward_ops_hand_on(emulator: Any, na
 
 
 def test_tiled_numbers_are_random_and_full() -> None:
-    rng = gpu_kernels.Tiled(np.random.PCG64(1))
+    rng = kernels.Tiled(np.random.PCG64(1))
     large = rng.standard_normal((3, 1 << 20))
     assert large.shape == (3, 1 << 20) and abs(large.std() - 1) < 0.01 and np.all(large[0] != large[1])
     assert rng.standard_normal(7).shape == (7,) and isinstance(float(rng.standard_normal()), float)
@@ -221,8 +222,8 @@ def test_tiled_numbers_are_random_and_full() -> None:
 
 def test_flops_are_those_of_the_floors() -> None:
     """Worked out apart: 2.23 TFLOP at B 32, T 128 and 19.3 at B 64, T 512."""
-    assert gpu_steps.flops(BertConfig(), 32, 128) == pytest.approx(2.23e12, rel=0.01)
-    assert gpu_steps.flops(BertConfig(), 64, 512) == pytest.approx(19.3e12, rel=0.01)
+    assert steps.flops(BertConfig(), 32, 128) == pytest.approx(2.23e12, rel=0.01)
+    assert steps.flops(BertConfig(), 64, 512) == pytest.approx(19.3e12, rel=0.01)
 
 
 def test_a_contestant_that_cannot_run_is_noted_and_the_others_go_on(
@@ -231,9 +232,9 @@ def test_a_contestant_that_cannot_run_is_noted_and_the_others_go_on(
     def no_graph(ours: Any) -> float:
         raise MemoryError("no block of 1 bytes")
 
-    monkeypatch.setattr(gpu_steps.Ours, "graph", no_graph)
+    monkeypatch.setattr(steps.Ours, "graph", no_graph)
     run, facts = a_run(tmp_path), {"batch": 2, "length": 8, "mode": "float32", "flops": 10**6}
-    group = gpu_steps.Group(run, facts, SMALL, gpu_steps.random_weights(SMALL), None)
+    group = steps.Group(run, facts, SMALL, steps.random_weights(SMALL), None)
     group.measure(None)
     assert facts["results"]["ours, eager"]["ms"] > 0  # type: ignore[index]
     assert "no block" in facts["results"]["ours, graph"]["error"]  # type: ignore[index]
@@ -246,10 +247,10 @@ def test_a_contestant_that_cannot_run_is_noted_and_the_others_go_on(
 
 @pytest.fixture
 def torch_steps() -> Any:
-    weights, packed = gpu_steps.random_weights(SMALL), gpu_steps.random_batch(SMALL, 2, 8)
+    weights, packed = steps.random_weights(SMALL), steps.random_batch(SMALL, 2, 8)
 
-    def make(mode: str = "float32", plain: bool = True) -> gpu_torch.TorchSteps:
-        return gpu_torch.TorchSteps(SMALL, weights, packed, 8, mode, "cpu", plain=plain)
+    def make(mode: str = "float32", plain: bool = True) -> torch_peer.TorchSteps:
+        return torch_peer.TorchSteps(SMALL, weights, packed, 8, mode, "cpu", plain=plain)
 
     return make
 
@@ -258,8 +259,8 @@ def torch_steps() -> Any:
 @pytest.mark.parametrize("plain", [True, False])
 def test_torch_does_the_same_work(torch_steps: Any, plain: bool) -> None:
     model = BertForMaskedLM(SMALL, "numpy", initialise=False)
-    model.load_state_dict(gpu_steps.random_weights(SMALL))
-    ours = model(gpu_steps.random_batch(SMALL, 2, 8)).loss.item()
+    model.load_state_dict(steps.random_weights(SMALL))
+    ours = model(steps.random_batch(SMALL, 2, 8)).loss.item()
     theirs = torch_steps(plain=plain)
     assert theirs.quiet_loss() == pytest.approx(ours, abs=1e-5)
     assert len({id(p) for p in theirs.parameters}) == len(theirs.parameters) == len(dict(model.named_parameters()))

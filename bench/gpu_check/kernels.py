@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.gpu_clock import Times, clock_of, timed
-from bench.gpu_part import Failed, Run
-from bench.gpu_peaks import MODES, Peaks, measured, products_in
+from bench.gpu_check.clock import Times, clock_of, timed
+from bench.gpu_check.part import Failed, Run
+from bench.gpu_check.peaks import MODES, Peaks, measured, products_in
 from minibert.backends.base import dtype_of
 from minibert.judge import stored_as
 from minibert.kernels import OPS, Op

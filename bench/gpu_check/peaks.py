@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.gpu_clock import EventClock, Times, WallClock, clock_of, timed
-from bench.gpu_part import Run
+from bench.gpu_check.clock import EventClock, Times, WallClock, clock_of, timed
+from bench.gpu_check.part import Run
 from minibert.backends.base import dtype_of
 from minibert.kernels.adamw import square_norm
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from bench import gpu_torch
-from bench.gpu_part import Run
-from bench.gpu_peaks import MODES, measured, products_in
+from bench.gpu_check import torch_peer
+from bench.gpu_check.part import Run
+from bench.gpu_check.peaks import MODES, measured, products_in
 from minibert.backends.cuda.pool import Pool
 from minibert.bert import BertForMaskedLM
 from minibert.config import BertConfig
@@ -46,7 +46,7 @@ def steps(run: Run) -> None:
     modes = ("bfloat16", "tf32") if tiny else ORDER
     peaks = measured(run)
     groups: list[dict[str, Any]] = []
-    lacking = gpu_torch.missing()
+    lacking = torch_peer.missing()
     if lacking:
         run.skip(f"PyTorch: {lacking}")
     run.keep(config=config.to_dict(), groups=groups, predicted=PREDICTED)
@@ -86,14 +86,14 @@ class Group:
     """The contestants of one shape in one mode. What one of them raises is noted; the others go on."""
 
     def __init__(
-        self, run: Run, facts: dict[str, Any], config: BertConfig, weights: gpu_torch.Weights, torch_device: str | None
+        self, run: Run, facts: dict[str, Any], config: BertConfig, weights: torch_peer.Weights, torch_device: str | None
     ) -> None:
         self.run, self.facts, self.backend = run, facts, run.backend
         self.name = f"B {facts['batch']}, T {facts['length']}, {facts['mode']}"
         self.contestants: dict[str, Callable[[], Any]] = {}
         self.synchronize: dict[str, Callable[[], None]] = {}
         self.ours: Ours | None = None
-        self.torch: gpu_torch.TorchSteps | None = None
+        self.torch: torch_peer.TorchSteps | None = None
         facts["results"] = {}
         packed = random_batch(config, facts["batch"], facts["length"])
         facts["predicted"] = 0 if packed.predicted is None else len(packed.predicted)
@@ -105,15 +105,15 @@ class Group:
         if len(known) == 2 and not abs(known[0] - known[1]) <= SAME_LOSS * abs(known[0]):
             facts["refused"] = f"without dropout the losses are {quiet}: they do not do the same work"
 
-    def _ours(self, config: BertConfig, weights: gpu_torch.Weights, packed: Packed) -> float:
+    def _ours(self, config: BertConfig, weights: torch_peer.Weights, packed: Packed) -> float:
         self.ours = Ours(self.backend, config, weights, packed, self.facts["mode"])
         loss = self.ours.quiet_loss()
         self._add(OURS_EAGER, self.ours.eager, self.backend.synchronize, self.ours.peak)
         self._add(OURS_GRAPH, self.ours.graph, self.backend.synchronize, self.ours.graph_peak)
         return loss
 
-    def _torch(self, config: BertConfig, weights: gpu_torch.Weights, packed: Packed, device: str) -> float:
-        torch = gpu_torch.TorchSteps(config, weights, packed, self.facts["length"], self.facts["mode"], device)
+    def _torch(self, config: BertConfig, weights: torch_peer.Weights, packed: Packed, device: str) -> float:
+        torch = torch_peer.TorchSteps(config, weights, packed, self.facts["length"], self.facts["mode"], device)
         self.torch, eager = torch, torch.loss_of
         self.facts["torch"] = torch.library
         loss = torch.quiet_loss()
@@ -240,7 +240,9 @@ class Group:
 class Ours:
     """minibert's model, optimiser and captured step."""
 
-    def __init__(self, backend: Any, config: BertConfig, weights: gpu_torch.Weights, packed: Packed, mode: str) -> None:
+    def __init__(
+        self, backend: Any, config: BertConfig, weights: torch_peer.Weights, packed: Packed, mode: str
+    ) -> None:
         dtype, self.product_mode = MODES[mode]
         self.backend, self.packed = backend, packed
         self.model = BertForMaskedLM(config, backend, dtype, initialise=False)

@@ -1,4 +1,4 @@
-"""One part of `bench.gpu_check`, in a process of its own: `python -m bench.gpu_part MODULE:FUNCTION ...`.
+"""One part of `bench.gpu_check`, in a process of its own: `python -m bench.gpu_check.part MODULE:FUNCTION ...`.
 
 A kernel that hangs, or leaves the GPU's context broken, takes this process with it and nothing else. Figures are on
 disk as soon as the part keeps them.
@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_report import write_json
+from bench.gpu_check.report import write_json
 
 TRACE = 1500  # characters of a traceback that are kept
 QUIET = 5.0  # seconds between two lines of progress where there is no terminal
@@ -135,6 +135,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from bench import gpu_part  # the module that parts import: its exceptions are not those of __main__
+    from bench.gpu_check import part  # the module that parts import: its exceptions are not those of __main__
 
-    gpu_part.main()
+    part.main()

@@ -7,7 +7,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from bench.gpu_report import Report
+from bench.gpu_check.report import Report
 from minibert.cli.options import console, plain_table
 
 COLOURS = {"ok": "green", "skipped": "yellow"}

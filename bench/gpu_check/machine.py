@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from bench.gpu_part import Failed, Run, Skipped
+from bench.gpu_check.part import Failed, Run, Skipped
 from minibert.cli.options import machine as host
 
 LIBRARIES = ("numpy", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "cupy", "torch", "triton", "transformers", "numba")

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.gpu_check import ROOT
-from bench.gpu_part import Failed, Run, Skipped
+from bench.gpu_check.part import Failed, Run, Skipped
+from bench.gpu_check.run import ROOT
 from minibert.backends.base import dtype_of
 from minibert.bert import BertForMaskedLM
 from minibert.check import CheckResult, planned, run_check
@@ -163,7 +163,8 @@ def sanitized(program: str, tool: str, run: Run, limit: float) -> tuple[str, boo
     report.write_text("{}", encoding="utf-8")
     command = [
         program, "--tool", tool, "--error-exitcode", str(FOUND), "--report-api-errors", "no", "--print-limit", "20",
-        sys.executable, "-m", "bench.gpu_part", f"{__name__}:few_ops", settings, str(out), str(report), str(limit),
+        sys.executable, "-m", "bench.gpu_check.part",
+        f"{__name__}:few_ops", settings, str(out), str(report), str(limit),
     ]  # fmt: skip
     code, text = called(command, limit)
     lines = [line.lstrip("= ").strip() for line in text.splitlines() if line.startswith("=========")]

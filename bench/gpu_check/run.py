@@ -2,8 +2,8 @@
 
 Correctness first, then speed: what is here; kernels compiled; every op against its formula; compute-sanitizer; a tiny
 training run; this device's peaks; each kernel against its floor; parity with transformers; training steps of BERT-base
-beside PyTorch. Each part runs in a process of its own (`bench.gpu_part`), so that none takes another with it; results
-so far are always on disk, in bench/results (README.md there says what the names mean).
+beside PyTorch. Each part runs in a process of its own (part.py), so that none takes another with it; results so far are
+always on disk, in bench/results (README.md there says what the names mean).
 
 Exit status 0 if all that was checked is right, 1 if something is not, 2 where there is no GPU.
 `--backend emulator --tiny` goes the same way on a CPU, to try the path: its times are not GPU speed.
@@ -26,15 +26,15 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from bench.gpu_part import Settings
-from bench.gpu_report import Outcome, Report, file_name, write_json
+from bench.gpu_check.part import Settings
+from bench.gpu_check.report import Outcome, Report, file_name, write_json
 from minibert.backends import BackendUnavailable
 from minibert.cli import UsageMistake
 from minibert.cli.options import notes, refuse_unwritable
 from minibert.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
 BUDGET = 520.0  # seconds in all: under nine minutes with what the interpreter and the table take
 GRACE = 5.0  # seconds between telling a part to stop and killing it
 STDERR = 2  # a part's own words: standard output holds the result alone
@@ -52,15 +52,15 @@ class Part(NamedTuple):
 
 
 PARTS = (
-    Part("machine", "what is here", "bench.gpu_machine:machine", False, 20),
-    Part("compile", "kernels compiled", "bench.gpu_machine:compile_all", False, 60),
-    Part("conformance", "every op against its formula", "bench.gpu_correctness:conformance", True, 120),
-    Part("sanitizer", "compute-sanitizer", "bench.gpu_correctness:sanitizer", True, 50),
-    Part("tiny_training", "tiny training run against NumPy", "bench.gpu_correctness:tiny_training", True, 40),
-    Part("peaks", "this device's peaks", "bench.gpu_peaks:peaks", False, 25),
-    Part("kernels", "each kernel against its floor", "bench.gpu_kernels:kernels", False, 90),
-    Part("parity", "parity with transformers", "bench.gpu_correctness:parity", True, 60),
-    Part("steps", "training steps of BERT-base", "bench.gpu_steps:steps", False, 420),
+    Part("machine", "what is here", "bench.gpu_check.machine:machine", False, 20),
+    Part("compile", "kernels compiled", "bench.gpu_check.machine:compile_all", False, 60),
+    Part("conformance", "every op against its formula", "bench.gpu_check.correctness:conformance", True, 120),
+    Part("sanitizer", "compute-sanitizer", "bench.gpu_check.correctness:sanitizer", True, 50),
+    Part("tiny_training", "tiny training run against NumPy", "bench.gpu_check.correctness:tiny_training", True, 40),
+    Part("peaks", "this device's peaks", "bench.gpu_check.peaks:peaks", False, 25),
+    Part("kernels", "each kernel against its floor", "bench.gpu_check.kernels:kernels", False, 90),
+    Part("parity", "parity with transformers", "bench.gpu_check.correctness:parity", True, 60),
+    Part("steps", "training steps of BERT-base", "bench.gpu_check.steps:steps", False, 420),
 )
 
 
@@ -101,7 +101,7 @@ def _run(part: Part, outcome: Outcome, settings: Settings, report: Report, folde
     out, so_far = folder / f"{part.name}.json", folder / "report.json"
     write_json(so_far, report.document())
     seconds = max(LEAST / 2, outcome.limit_s - GRACE)  # it sees less, and stops by itself
-    command = [sys.executable, "-m", "bench.gpu_part", part.target, json.dumps(asdict(settings)), str(out)]
+    command = [sys.executable, "-m", "bench.gpu_check.part", part.target, json.dumps(asdict(settings)), str(out)]
     command += [str(so_far), str(seconds)]
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -179,7 +179,7 @@ def gpu_check(
     ] = None,
 ) -> int:
     """Check and measure this GPU."""
-    from bench.gpu_tables import show
+    from bench.gpu_check.tables import show
 
     if backend not in ("cupy", "emulator") or (backend == "emulator" and not tiny):
         raise UserError(f"--backend: expected cupy, or emulator together with --tiny, got {backend!r}")
@@ -224,7 +224,3 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(status if isinstance(status, int) else 0)
-
-
-if __name__ == "__main__":
-    main()

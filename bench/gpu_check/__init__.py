@@ -1,0 +1,1 @@
+"""`python -m bench.gpu_check`: everything there is to learn on a GPU, in one run; see run.py."""
