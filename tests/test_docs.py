@@ -38,6 +38,8 @@ def test_the_op_and_the_kernel_of_contributing_pass_every_check(
     finally:
         for name in ("silu", "silu_grad"):
             OPS.pop(name, None)
+        for name in [n for n in sys.modules if n.partition(".")[0] == "silu"]:
+            del sys.modules[name]
 
 
 def test_the_backend_of_contributing_is_one(root: Path) -> None:
