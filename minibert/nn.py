@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from minibert.kernels.layer_norm import add_layer_norm, layer_norm
 from minibert.kernels.linear import linear
 from minibert.kernels.op import Array
 from minibert.kernels.philox import Stream, random_words
-from minibert.tensor import Tensor, apply
+from minibert.tensor import Tensor, apply, at_place
 
 INITIALISATION_STREAM = 3
 
@@ -66,10 +67,38 @@ def standard_normal(stream: Stream, count: int) -> np.ndarray:
     return np.sqrt(-2 * np.log(u)) * np.cos(2 * np.pi * v)
 
 
+def _at_its_place(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A module's call, whose ops know where in the model they are."""
+
+    @wraps(call)
+    def placed(self: Module, *args: Any, **kwargs: Any) -> Any:
+        with at_place(self.name):
+            return call(self, *args, **kwargs)
+
+    return placed
+
+
 class Module:
     """Attributes that are parameters or modules are found by name, in the order in which they were set."""
 
     training = False
+    name = ""  # from the model down, as its parameters are named: `bert.encoder.layer.2.attention`
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__call__" in vars(cls):
+            cls.__call__ = _at_its_place(cls.__call__)  # type: ignore[method-assign]
+
+    def __setattr__(self, attribute: str, value: Any) -> None:
+        super().__setattr__(attribute, value)
+        if isinstance(value, Module | list):
+            self._name_children()
+
+    def _name_children(self) -> None:
+        for name, child in self.named_children():
+            if isinstance(child, Module):
+                child.name = f"{self.name}.{name}".removeprefix(".")
+                child._name_children()
 
     def named_children(self) -> Iterator[tuple[str, Any]]:
         for name, value in vars(self).items():

@@ -14,7 +14,7 @@ from minibert.kernels.linear import linear
 from minibert.kernels.philox import Stream
 from minibert.nn import Place
 from minibert.packing import IGNORE, Packed
-from minibert.tensor import Tensor, apply, grad_enabled, set_grad_enabled
+from minibert.tensor import Tensor, apply, at_place, grad_enabled, set_grad_enabled
 
 
 class Batch:
@@ -119,8 +119,9 @@ class MaskedLMOutput(BertOutput):
         packed = self._batch.packed
         if packed.predicted is None or packed.targets is None or not len(packed.predicted):
             raise UserError(f"labels: expected at least one position to predict, but every label is {IGNORE}")
-        targets = self._batch.integers(packed.targets)
-        return apply(linear_cross_entropy, self.transformed(packed.predicted), *self.decoder(), targets)
+        with at_place(self.heads.predictions.name):
+            targets = self._batch.integers(packed.targets)
+            return apply(linear_cross_entropy, self.transformed(packed.predicted), *self.decoder(), targets)
 
 
 class PreTrainingOutput(MaskedLMOutput):

@@ -23,12 +23,13 @@ FREED: Any = ("freed",)  # stands where a tensor's making was remembered, once b
 class Tensor:
     """An array on a backend. `grad`, an array or None, is filled by `backward()` where `requires_grad`."""
 
-    __slots__ = ("__weakref__", "backend", "data", "grad", "grad_buffer", "made_by", "requires_grad")
+    __slots__ = ("__weakref__", "backend", "data", "grad", "grad_buffer", "made_by", "place", "requires_grad")
 
     def __init__(self, data: Array, backend: Backend, requires_grad: bool = False) -> None:
         self.data, self.backend, self.requires_grad = data, backend, requires_grad
         self.grad: Array | None = None
         self.grad_buffer: Array | None = None  # where an optimiser wants the gradient to be
+        self.place = current_place()
         self.made_by: tuple[Op, tuple[Tensor, ...], tuple[Array, ...], dict[str, Any]] | None = None
 
     shape = property(lambda self: self.data.shape)
@@ -96,10 +97,13 @@ class Tensor:
             if op.vjp is None:
                 raise NotImplementedError(f"op {op.name!r} has no vjp: give one where the op is defined")
             arrays = (i.data for i in inputs)
-            gradients = op.vjp(run, g, (tensor.data, *residuals), *arrays, **params)
+            with at_place(tensor.place):
+                gradients = op.vjp(run, g, (tensor.data, *residuals), *arrays, **params)
             tensor.made_by = FREED  # and with it what this step kept
             for i, gi in zip(inputs, gradients, strict=True):
-                if gi is not None and i.requires_grad:
+                if gi is None or not i.requires_grad:
+                    continue
+                with at_place(i.place):  # where what both gradients are of was made
                     grads[i] = run(add, grads[i], gi) if i in grads else gi
 
     def _accumulate(self, g: Array) -> None:
@@ -128,6 +132,22 @@ def apply(op: Op, *inputs: Tensor, **params: Any) -> Tensor:
     if out.requires_grad:
         out.made_by = (op, inputs, tuple(residuals), params)
     return out
+
+
+def current_place() -> str:
+    """The module whose ops run now, as `bert.encoder.layer.2.attention`; in backward, the one whose ops it undoes."""
+    return getattr(_mode, "place", "")
+
+
+@contextmanager
+def at_place(place: str) -> Iterator[None]:
+    """A block whose ops belong to the module of that name."""
+    before = current_place()
+    _mode.place = place
+    try:
+        yield
+    finally:
+        _mode.place = before
 
 
 def grad_enabled() -> bool:
