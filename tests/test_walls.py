@@ -33,6 +33,7 @@ LAYERS = (
     ("optim", "data", "judge", "guard", "training_config"),
     ("graphed",),
     ("train", "check", "compare"),
+    ("watching",),
     ("__init__",),
     ("cli",),
     ("__main__",),

@@ -1,0 +1,34 @@
+"""One look at a kernel, for `minibert watch`: `python -m minibert.cli.look BACKEND OPS DTYPES PEAKS [SPEC ...]`.
+
+OPS and DTYPES by commas (no dtype: the usual ones), PEAKS as JSON (null: measure them), SPECs as of --kernel. Prints
+JSON: the peaks, then a line for each op.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+
+import numpy as np
+
+from minibert import backends
+from minibert.check import find_op
+from minibert.cli.kernels import load_kernels
+from minibert.watching import Peaks, look, measure_peaks
+
+
+def main() -> None:
+    name, ops, dtypes, known, *specs = sys.argv[1:]
+    backend = backends.get(name)
+    peaks = Peaks(**json.loads(known)) if json.loads(known) else measure_peaks()
+    print(json.dumps(asdict(peaks)), flush=True)
+    with np.errstate(all="ignore"), backend.using(dict(load_kernels(specs))):
+        for op in ops.split(","):
+            print(
+                json.dumps(asdict(look(find_op(op), backend, peaks, dtypes.split(",") if dtypes else None))), flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
