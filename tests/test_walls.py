@@ -31,11 +31,13 @@ LAYERS = (
     ("pretrained", "outputs"),
     ("bert",),
     ("optim", "data", "judge", "guard", "training_config"),
-    ("graphed",),
-    ("train", "check", "compare"),
-    ("watching",),
+    ("graphed", "trace"),
+    ("train", "check", "compare", "lockstep"),
+    ("watching", "gradcheck"),
     ("__init__",),
     ("cli",),
+    ("suite",),
+    ("conformance",),
     ("__main__",),
 )
 LEVEL = {module: level for level, line in enumerate(LAYERS) for module in line}
@@ -51,6 +53,8 @@ ALLOWED = {
 }
 # kernels/**/cpu*.py is compiled by Numba; nothing else in kernels/ knows it.
 ALLOWED_IN_CPU_FILES = {"numba", "llvmlite"}
+# The pytest plugin is made of pytest's classes; nothing else in minibert/ knows pytest.
+ALLOWED_IN_PLUGIN = {"minibert/conformance.py": {"pytest"}}
 # Optional libraries: imported inside the function that uses them.
 ALLOWED_LAZILY = {"kernels": set(), "backends": {"cupy", "cupyx"}, "minibert": {"torch", "transformers", "matplotlib"}}
 
@@ -128,6 +132,7 @@ def wall_folders(tree: Path) -> list[str]:
             allowed = ALLOWED[folder] | {package if folder != "minibert" else "minibert"}
             if folder == "kernels" and fnmatch.fnmatch(path.name, "cpu*.py"):
                 allowed = allowed | ALLOWED_IN_CPU_FILES
+            allowed = allowed | ALLOWED_IN_PLUGIN.get(where, set())
             for line, name, lazy in imports(tree, module):
                 if name.split(".")[0] in sys.stdlib_module_names or within(name, allowed):
                     continue
@@ -258,6 +263,7 @@ BAD: list[tuple[Wall, str, str, str]] = [
         "try:\n    import torch\nexcept ImportError: pass",
         "nn.py:2 imports the optional torch",
     ),
+    (wall_folders, "minibert/nn.py", "import pytest", "minibert/nn.py:1 may not import pytest"),
     (wall_folders, "minibert/nn.py", "import requests", "minibert/nn.py:1 may not import requests"),
     (wall_layers, "minibert/tensor.py", "from minibert.nn import Linear", "tensor.py:1 imports upward: tensor <- nn"),
     (
@@ -328,7 +334,7 @@ def python(code: str, folder: Path) -> Any:
 @pytest.mark.parametrize(
     ("code", "uninvited"),
     [
-        ("import minibert", "cupy torch transformers matplotlib onnx numba"),
+        ("import minibert", "cupy torch transformers matplotlib onnx numba pytest"),
         ("import minibert; minibert.backends.get('numpy')", "cupy torch transformers matplotlib onnx numba"),
         ("import minibert; minibert.backends.get('numba')", "cupy torch transformers matplotlib onnx"),
     ],
