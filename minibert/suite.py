@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import platform
 import shlex
 import sys
@@ -84,6 +85,11 @@ def read_suite(option: Any, folder: Path) -> Suite:
     """
     spec = option.conformance_backend or DEFAULT_BACKEND
     place = _backend(spec, folder)
+    threads = os.environ.get(backends.THREADS, "").strip()
+    if threads:
+        if not threads.isdecimal() or not 1 <= int(threads) <= backends.MOST_THREADS:
+            raise UserError(f"${backends.THREADS}: expected 1 to {backends.MOST_THREADS} threads, got {threads!r}")
+        place.set_num_threads(int(threads))
     kernels = load_kernels(option.conformance_kernels)
     seed = str(option.conformance_seed)
     if not seed.isdecimal():
@@ -224,12 +230,13 @@ def header(suite: Suite) -> list[str]:
     place, count = suite.place, len({d.op for d in suite.demands})
     module = sys.modules.get(_module_name(suite.spec.rpartition(":")[0]))
     version = f" {getattr(module, '__version__', '')}".rstrip()
+    what = f"{'a kernel on ' if suite.kernels else ''}{suite.spec}{version}"
+    dtypes = ", ".join(dict.fromkeys(d.dtype for d in suite.demands))
     lines = [
-        f"conformance of {suite.spec}{version}: {place.describe()}; threads {place.num_threads()}",
+        f"conformance of {what}: {place.describe()}; threads {place.num_threads()}",
         f"minibert {minibert.__version__}, Python {platform.python_version()}, NumPy {np.__version__}",
         *(f"kernel under test: {spec}" for spec in suite.kernel_specs),
-        f"{len(suite.demands)} checks of {count} ops in {', '.join(dict.fromkeys(d.dtype for d in suite.demands))}; "
-        f"seed {suite.seed}",
+        f"{len(suite.demands)} checks of {count} op{'s'[: count != 1]} in {dtypes}; seed {suite.seed}",
     ]
     if suite.expected_failures:
         files = sorted({where.rpartition(":")[0] for where in suite.expected_failures.values()})
@@ -244,6 +251,8 @@ def footer(suite: Suite, outcomes: Mapping[str, str], table: bool = True) -> lis
     """
     count = Counter(outcomes.values())
     total = f"{count['passed']} of {len(outcomes)} checks passed, {count['failed']} failed"
+    if not outcomes:
+        return [f"none of {len(suite.demands)} checks was chosen, or none was reached"]
     lines = _table(suite, outcomes) if table else []
     lines.append(total + (f", {count['xfailed']} failed as expected" if count["xfailed"] else ""))
     every = {d.op.name for d in suite.demands}
