@@ -30,7 +30,7 @@ LAYERS = (
     ("nn",),
     ("pretrained", "outputs"),
     ("bert",),
-    ("optim", "data", "judge", "guard", "training_config"),
+    ("optim", "data", "judge", "assess", "guard", "training_config"),
     ("graphed", "trace"),
     ("train", "check", "compare", "lockstep"),
     ("watching", "gradcheck"),

@@ -1,0 +1,159 @@
+"""What `minibert diff` shows: its first line, its table, and the same as plain data."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+from rich.table import Table
+
+from minibert.assess import Assessment, Distance
+from minibert.cli.options import plain_table
+from minibert.data import PackedBatch
+from minibert.lockstep import Difference, Row
+from minibert.trace import Recording
+
+SHOWN = 20  # rows, unless all are asked for
+
+
+def verdict(found: Difference) -> str:
+    """One line: the culprit, where the two sides stop running the same calls, or that there is neither."""
+    row = found.culprit
+    if row is None:
+        if found.parted:
+            return f"[red]PARTED[/red] {found.parted}; the {len(found.rows)} calls before are within their bounds"
+        said = f"[green]no culprit[/green]: {len(found.rows)} calls within their bounds on both sides"
+        if found.unjudged:
+            said += (
+                f", but for {found.unjudged} that a trace does not tell: their inputs are not in it, and those of the "
+                "other side differ"
+            )
+        unbounded = sum(r.unbounded for r in found.rows)
+        return said + (f"; of {unbounded} elements an infinite bound says nothing" if unbounded else "")
+    where = f" in {row.place}" if row.place else ""
+    names = {"A": f"side A ({found.a.name}) is", "B": f"side B ({found.b.name}) is"}
+    names["both"] = f"both sides ({found.a.name}, {found.b.name}) are"
+    said = f"{row.op}{where} ({row.phase}, call {row.call}): {names[row.side]} wrong: {_what(row.worst)}"
+    return f"[red]CULPRIT[/red] {said}" + (f"; the step ended there or later ({found.broken})" if found.broken else "")
+
+
+def _what(wrong: Assessment | None) -> str:
+    """What is wrong with a result that left its bound."""
+    assert wrong is not None
+    worst = wrong.judgement.worst
+    if worst is None:
+        return wrong.judgement.problem
+    where = f"output {worst.output}" + (f"[{', '.join(map(str, worst.place))}]" if worst.place else "")
+    share = wrong.judgement.bound_share
+    off = f"{share:.3g} times its bound" if math.isfinite(share) else "where its bound allows no other number"
+    return f"{where}: expected {worst.expected:.9g}, got {worst.got:.9g}, {off}"
+
+
+def summary(found: Difference, batch: PackedBatch) -> str:
+    losses = ", ".join(f"{name} {loss!r}" for name, loss in zip("AB", found.losses, strict=True) if loss is not None)
+    return (
+        f"{len(batch.cu_seqlens) - 1} sequences, {len(batch.input_ids)} tokens, {int((batch.labels >= 0).sum())} "
+        f"predicted; loss {losses or 'not reached'}"
+    )
+
+
+def table(found: Difference, every: bool) -> Table:
+    """The calls that used up most of their bound; with `every`, all calls in order."""
+    rows = found.rows if every else sorted(found.rows, key=_badness, reverse=True)[:SHOWN]
+    title = "Every call" if every else f"The {len(rows)} calls nearest to their bound, of {len(found.rows)} (--all)"
+    made = plain_table(title=title, header_style="bold")
+    for name in ("call", "op", "phase", "place"):
+        made.add_column(name, justify="right" if name == "call" else "left", overflow="fold")
+    measures = ["A of bound", "B of bound"] + ([] if isinstance(found.b, Recording) else ["local", "exact", "to 1 ulp"])
+    for name in (*measures, "max ulp", "err/uS", "inherited", "output", "growth", "wrong"):
+        made.add_column(name, justify="right")
+    for row in rows:
+        local = [] if isinstance(found.b, Recording) else [_share(row.local), *_ulps(row.local)]
+        told = row.local or row.b
+        made.add_row(
+            str(row.call), row.op, row.phase, row.place, _share(row.a), _share(row.b), *local,
+            f"{told.judgement.ulp_max:.3g}" if told else "", f"{told.judgement.err_over_us:.3g}" if told else "",
+            _relative(row.inputs), _relative(row.outputs), "" if row.growth is None else f"{row.growth:.2g}",
+            f"[red]{row.side}[/red]" if row.side else "",
+        )  # fmt: skip
+    return made
+
+
+def _badness(row: Row) -> tuple[bool, float]:
+    return bool(row.side), max((x.judgement.bound_share for x in row.judged), default=0.0)
+
+
+def _share(result: Assessment | None) -> str:
+    if result is None:
+        return "not judged"
+    share = f"{result.judgement.bound_share:.2%}" if math.isfinite(result.judgement.bound_share) else "beyond"
+    return f"[red]{share}[/red]" if result.wrong else share
+
+
+def _ulps(result: Assessment | None) -> tuple[str, str]:
+    """The shares of elements that are exact, and within one unit in the last place."""
+    counts: Counter[str] = result.ulps if result else Counter()
+    total = sum(counts.values())
+    if not total:
+        return "", ""
+    near = sum(n for bucket, n in counts.items() if bucket == "0" or bucket in ("2^-3", "2^-2", "2^-1", "2^0"))
+    return f"{counts['0'] / total:.1%}", f"{near / total:.1%}"
+
+
+def _relative(distance: Distance | None) -> str:
+    return "" if distance is None else f"{distance.relative:.2g}"
+
+
+def facts(found: Difference) -> dict[str, Any]:
+    """Every row and the culprit as plain data. What is not finite, or not known, is None."""
+    row = found.culprit
+    worst = row.worst if row else None
+    return {
+        "culprit": row and worst and {
+            "op": row.op, "phase": row.phase, "place": row.place, "side": row.side, "call": row.call,
+            "element": _element(worst), "bound_share": _finite(worst.judgement.bound_share),
+            "problem": worst.judgement.problem,
+        },
+        "parted": found.parted,
+        "broken": found.broken,
+        "loss": dict(zip("ab", map(_finite, found.losses), strict=True)),
+        "unjudged": found.unjudged,
+        "calls": [_row_facts(row) for row in found.rows],
+    }  # fmt: skip
+
+
+def _row_facts(row: Row) -> dict[str, Any]:
+    return {
+        "call": row.call, "op": row.op, "phase": row.phase, "place": row.place,
+        "shapes": [list(shape) for shape in row.shapes], "wrong": row.side,
+        **{name: _assessment_facts(getattr(row, name)) for name in ("a", "b", "local")},
+        **{
+            name: distance and {"largest": _finite(distance.largest), "relative": _finite(distance.relative)}
+            for name, distance in (("inputs_apart", row.inputs), ("outputs_apart", row.outputs))
+        },
+        "growth": _finite(row.growth),
+    }  # fmt: skip
+
+
+def _assessment_facts(result: Assessment | None) -> dict[str, Any] | None:
+    if result is None:
+        return None
+    judgement = result.judgement
+    return {
+        **{name: _finite(getattr(judgement, name)) for name in ("ulp_max", "err_over_us", "bound_share")},
+        "ok": judgement.ok, "problem": judgement.problem, "unbounded": judgement.unbounded,
+        "element": _element(result), "ulps": dict(result.ulps),
+    }  # fmt: skip
+
+
+def _element(result: Assessment) -> dict[str, Any] | None:
+    worst = result.judgement.worst
+    if worst is None:
+        return None
+    numbers = {name: _finite(getattr(worst, name)) for name in ("expected", "got", "bound")}
+    return {"output": worst.output, "index": list(worst.place), **numbers}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
