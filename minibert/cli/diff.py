@@ -7,13 +7,12 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from minibert import backends
+from minibert import __version__, backends
 from minibert.backends import MOST_THREADS
 from minibert.backends.base import NARROW
 from minibert.bert import BertForMaskedLM
@@ -62,7 +61,7 @@ def diff_command(
     seed: int = typer.Option(0, min=0, help="Seed of weights, masks and dropout."),
     every: bool = typer.Option(False, "--all", help="Print every call in order, not the worst alone."),
     record_file: Path | None = typer.Option(None, "--record", help="Run A alone and write its trace to this file."),
-    json_file: Path | None = typer.Option(None, "--json", help="Write every call and the culprit to this file as JSON."),
+    json_file: Path | None = typer.Option(None, "--json", help="Write the culprit and every call to this JSON file."),
 ) -> int:
     """Compare one training step of a BERT on two sides, call by call: where they part, and who is wrong.
 
@@ -183,7 +182,7 @@ def _record(
     if step > 1:
         raise UserError("--record: weights of a later step are not in a trace; leave out --step")
     made = record(side, make_model, batch, step)
-    save(made, path, {"machine": machine(), "minibert": version("minibert"), "settings": settings})
+    save(made, path, {"machine": machine(), "minibert": __version__, "settings": settings})
     console.print(
         f"{path}: {len(made.calls)} calls on {made.what}; loss {made.loss!r}", highlight=False, soft_wrap=True
     )
