@@ -117,10 +117,12 @@ def _miniature(layers: int, hidden: int) -> BertConfig:
     )
 
 
-# Google's BERT miniatures: Turc et al., "Well-Read Students Learn Better" (2019).
+# Google's BERT miniatures: Turc et al., "Well-Read Students Learn Better" (2019); but minilm is MiniLM-L6-H384 (Wang et
+# al., "MiniLM: Deep Self-Attention Distillation", 2020), whose heads are 32 wide.
 NAMED: dict[str, BertConfig] = {
     "tiny": _miniature(2, 128),
     "mini": _miniature(4, 256),
+    "minilm": BertConfig(num_hidden_layers=6, hidden_size=384, num_attention_heads=12, intermediate_size=1536),
     "small": _miniature(4, 512),
     "medium": _miniature(8, 512),
     "base": _miniature(12, 768),

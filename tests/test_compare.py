@@ -214,7 +214,7 @@ def test_float64_and_one_backend_alone(monkeypatch: pytest.MonkeyPatch, capsys: 
     [
         (
             ["compare", "--config", "huge"],
-            "--config: expected tiny, mini, small, medium, base or a checkpoint's folder",
+            "--config: expected tiny, mini, minilm, small, medium, base or a checkpoint's folder",
         ),
         (["compare", "--backends", "numpy,tpu"], "no backend is called 'tpu': choose one of numpy, numba"),
         (["compare", "--backends", "numpy,numpy"], "--backends: expected names such as numpy,numba, each once"),

@@ -64,12 +64,12 @@ def test_numbers_take_the_type_of_their_field() -> None:
     assert type(config.vocab_size) is int and type(config.hidden_dropout_prob) is float
 
 
-def test_the_named_configs_are_google_s_miniatures() -> None:
-    """Turc et al. 2019, table 1: layers / width."""
+def test_the_named_configs_are_google_s_miniatures_and_minilm() -> None:
+    """Turc et al. 2019, table 1: layers / width; Wang et al. 2020, table 1: MiniLM of 6 layers."""
     axes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     sizes = {name: tuple(getattr(config, axis) for axis in axes) for name, config in NAMED.items()}
     assert sizes == {
         "tiny": (2, 128, 2, 512), "mini": (4, 256, 4, 1024), "small": (4, 512, 8, 2048), "medium": (8, 512, 8, 2048),
-        "base": (12, 768, 12, 3072),
+        "base": (12, 768, 12, 3072), "minilm": (6, 384, 12, 1536),
     }  # fmt: skip
     assert NAMED["base"] == BertConfig()

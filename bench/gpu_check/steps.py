@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import count
 from typing import Any
 
 import numpy as np
 
+from bench.batches import PREDICTED, forward_flops, random_weights
 from bench.gpu_check import torch_peer
 from bench.gpu_check.part import Run
 from bench.gpu_check.peaks import MODES, measured, products_in
@@ -27,7 +28,6 @@ from minibert.tensor import no_grad
 
 SHAPES = ((32, 128), (64, 512))  # (B, T)
 ORDER = ("bfloat16", "tf32", "float32")  # what matters most comes first, should the time run out
-PREDICTED = 0.15  # share of the tokens
 BLOCK_SECONDS, ROUNDS, FEWEST_ROUNDS = 0.1, 11, 5
 GROUP_SECONDS = 12.0  # what the groups yet to come are reckoned to take, each, without compiling
 FIRST_COMPILE = 45.0  # seconds: a guess until one was measured
@@ -300,23 +300,6 @@ class Ours:
 # ----------------------------------------------------------------------------------------------------------------- data
 
 
-def random_weights(config: BertConfig) -> dict[str, np.ndarray]:
-    """By Hugging Face's names, as BERT begins; drawn by NumPy in float32, which takes seconds less than Philox."""
-    rng = np.random.default_rng(0)
-    shapes = {name: (p.declared_shape, p.begin) for name, p in parameters_of(config)}
-    found = {}
-    for name, (shape, begin) in shapes.items():
-        if begin == "normal":
-            found[name] = rng.standard_normal(shape, np.float32) * np.float32(config.initializer_range)
-        else:
-            found[name] = np.full(shape, begin == "ones", np.float32)
-    return found
-
-
-def parameters_of(config: BertConfig) -> Iterator[tuple[str, Any]]:
-    return BertForMaskedLM(config, "numpy", "float32", initialise=False).named_parameters()
-
-
 def random_batch(config: BertConfig, batch: int, length: int) -> Packed:
     """Full sequences, of which 15 % of the tokens are predicted."""
     rng = np.random.default_rng(1)
@@ -329,7 +312,4 @@ def random_batch(config: BertConfig, batch: int, length: int) -> Packed:
 
 def flops(config: BertConfig, batch: int, length: int) -> int:
     """Of the products of one step, forward and backward: three times the forward pass."""
-    n, c, i = batch * length, config.hidden_size, config.intermediate_size
-    layer = 2 * n * (4 * c * c + 2 * c * i) + 4 * n * length * c
-    head = 2 * max(1, round(PREDICTED * n)) * (c * c + c * config.vocab_size)
-    return 3 * (config.num_hidden_layers * layer + head)
+    return 3 * forward_flops(config, np.full(batch, length), max(1, round(PREDICTED * batch * length)))

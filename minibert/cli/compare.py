@@ -49,7 +49,7 @@ from minibert.errors import UserError
 
 @app.command("compare")
 def compare_command(
-    config: str = typer.Option("tiny", help="tiny, mini, small, medium, base, or a checkpoint's FOLDER."),
+    config: str = typer.Option("tiny", help="tiny, mini, minilm, small, medium, base, or a checkpoint's FOLDER."),
     text: list[Path] = typer.Option(None, help="Text files; default: the one that ships with minibert."),
     backends: str = typer.Option(
         None, help="Backends to compare, as in numpy,numba; the first is the reference. Default: all."

@@ -1,0 +1,324 @@
+"""How a benchmark takes turns, keeps compiling apart and tells what it ran on, for `bench.step` and `bench.infer`.
+
+Contestants run A B A B, so that a machine that slows down slows all of them; figures are medians over the rounds.
+`python -m bench.harness MODULE:FUNCTION JSON` is the child that measures memory.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minibert import backends
+from minibert.backends import Backend, BackendUnavailable
+from minibert.cli import UsageMistake
+from minibert.cli.options import chosen_backends, console, machine
+from minibert.config import NAMED, BertConfig
+from minibert.errors import UserError
+from minibert.kernels.elementwise import add
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bench.peaks import Peaks
+
+WARM_UP = 2  # calls after the first
+SETTLE = 0.02  # seconds between turns: idle threads of the one before may spin for some milliseconds
+CHILD_SECONDS = 900.0
+LIBRARIES = ("minibert", "numpy", "numba", "torch", "transformers", "onnxruntime")
+
+
+@dataclass
+class Contestant:
+    """One side of a comparison: a call, how many steps it makes, and what it took."""
+
+    name: str
+    call: Callable[[], Any]
+    flops: int  # of one step: of the work that this side does
+    steps: int = 1  # in a call
+    first_s: float = 0.0  # the first call, which may compile
+    compile_s: float | None = None  # the part of it that Numba compiled in; None where nobody counts it
+    seconds: list[float] = field(default_factory=list)  # of one step, in each round
+
+    def warm_up(self) -> None:
+        compiled, began = numba_compile_seconds(), time.perf_counter()
+        self.call()
+        self.first_s = time.perf_counter() - began
+        if not self.name.startswith(("torch", "onnx")):
+            self.compile_s = numba_compile_seconds() - compiled
+        for _ in range(WARM_UP):
+            self.call()
+
+    def measure(self) -> None:
+        began = time.perf_counter()
+        self.call()
+        self.seconds.append((time.perf_counter() - began) / self.steps)
+
+    def figures(self) -> dict[str, Any]:
+        p20, middle, p80 = np.percentile(self.seconds, [20, 50, 80]).tolist()
+        return {"median": middle, "p20": p20, "p80": p80, "all": self.seconds}
+
+
+def interleaved(contestants: Sequence[Contestant], rounds: int, progress: Callable[[str], None]) -> None:
+    """Warm every contestant up, then time them in turn, round by round; nothing is collected while one runs."""
+    for one in contestants:
+        progress(f"{one.name}: warm-up")
+        one.warm_up()
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for number in range(rounds):
+            for one in contestants:
+                progress(f"{one.name}: round {number + 1} of {rounds}")
+                time.sleep(SETTLE)
+                one.measure()
+            gc.collect()
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def compared(contestants: Sequence[Contestant], ours: Sequence[str]) -> dict[str, Any]:
+    """Seconds of all, and how many times as fast as each other's each of ours is: of the medians, and its noise."""
+    seconds = {one.name: one.figures() for one in contestants}
+    ratio: dict[str, dict[str, float]] = {name: {} for name in ours}
+    noise: dict[str, dict[str, list[float]]] = {name: {} for name in ours}
+    for name in ours:
+        for one in contestants:
+            if one.name not in ours:
+                ratio[name][one.name] = seconds[one.name]["median"] / seconds[name]["median"]
+                each = np.divide(seconds[one.name]["all"], seconds[name]["all"])
+                noise[name][one.name] = np.percentile(each, [20, 80]).tolist()
+    return {
+        "ratio": ratio, "ratio_p20_p80": noise, "seconds": seconds,
+        "first_call_s": {one.name: one.first_s for one in contestants},
+        "compile_s": {one.name: one.compile_s for one in contestants},
+        "flops": {one.name: one.flops for one in contestants},
+    }  # fmt: skip
+
+
+def shares(facts: dict[str, Any], peaks: Peaks) -> None:
+    """Add each side's share of the peak; above it the figure is wrong, and no ratio is made of it."""
+    facts["share_of_peak"], facts["impossible"] = {}, []
+    for name, taken in facts.get("seconds", {}).items():
+        share = facts["flops"][name] / taken["median"] * 1e-9 / peaks.gflops
+        facts["share_of_peak"][name] = share
+        if share > 1:
+            facts["impossible"].append(name)
+    for name, others in facts.get("ratio", {}).items():
+        for other in others:
+            if {name, other} & set(facts["impossible"]):
+                others[other] = None
+                facts["ratio_p20_p80"][name][other] = None
+
+
+def apart(found: Mapping[str, Sequence[float]], most: float) -> str:
+    """Why the sides do not do the same work, by figures that should agree (relative); empty where they do."""
+    reference, *_ = found
+    for name, values in found.items():
+        for a, b in zip(found[reference], values, strict=True):
+            if not abs(a - b) <= most * abs(a):
+                return f"{name} gives {b:.7g} where {reference} gives {a:.7g}: they do not do the same work"
+    return ""
+
+
+def launches(backend: Backend, call: Callable[[], Any]) -> dict[str, Any]:
+    """Op calls in one step, and what they cost by themselves: one call on an array of one element, times their number.
+
+    Seconds of the tape and of Python around the ops are not in it.
+    """
+    count = 0
+
+    def counted(op: Any, arrays: Any, params: Any, run: Callable[[], Any]) -> Any:
+        nonlocal count
+        count += 1
+        return run()
+
+    with backend.watched_by(counted):
+        call()
+    x = backend.asarray(np.ones(1, np.float32))
+    times = []
+    for _ in range(200):
+        began = time.perf_counter()
+        backend.run(add, x, x)
+        times.append(time.perf_counter() - began)
+    return {"ops": count, "op_s": median(times), "step_s": count * median(times)}
+
+
+def numba_compile_seconds() -> float:
+    """Seconds that this process has spent compiling Numba kernels."""
+    cpu_threads = sys.modules.get("minibert.kernels.cpu_threads")  # without a Numba backend it was never imported
+    return 0.0 if cpu_threads is None else float(cpu_threads.compile_seconds())
+
+
+# --------------------------------------------------------------------------------------------------------- what runs
+
+
+def named_config(name: str, length: int) -> BertConfig:
+    """Raises UserError for a name that is not known and for a length that the model has no positions for."""
+    if name not in NAMED:
+        raise UserError(f"--config: expected {', '.join(NAMED)}, got {name!r}")
+    config = NAMED[name]
+    if length > config.max_position_embeddings:
+        raise UserError(f"--length {length}: the model has {config.max_position_embeddings} positions; give no more")
+    return config
+
+
+def among(option: str, given: str, known: Sequence[str]) -> list[str]:
+    """The names in `a,b`, each once. Raises UserError for any that is not known."""
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    wrong = [name for name in names if name not in known]
+    if wrong or len(set(names)) != len(names):
+        raise UserError(f"{option}: expected {', '.join(known)}, each once at most, got {given!r}")
+    return names
+
+
+def cpu_backends(names: str, threads: int) -> list[Backend]:
+    """Backends of the CPU, on so many threads. Raises UserError for one whose arrays live elsewhere or that plays."""
+    places = chosen_backends(names, threads)
+    for place in places:
+        if place.emulated or not isinstance(place.asarray(np.zeros(1)), np.ndarray):
+            raise UserError(
+                f"--backends: {place.name} is no backend of the CPU, which this measures; for a GPU: make gpu-check"
+            )
+    return places
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def fingerprint(places: Sequence[Backend], threads: int) -> dict[str, Any]:
+    """Machine, versions, threads: what a figure belongs to."""
+    about = machine()
+    if hasattr(os, "getloadavg"):
+        about["load"] = os.getloadavg()[0]  # of the minute before: others' work, if it is not near 0
+    versions = {}
+    for library in LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            versions[library] = None
+    return {
+        "machine": about, "versions": versions, "threads": threads,
+        "backends": {place.name: place.describe() for place in places},
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+
+
+def say_where(about: Mapping[str, Any]) -> None:
+    """Machine, versions and threads on the terminal."""
+    versions = ", ".join(f"{name} {what}" for name, what in about["versions"].items() if what)
+    where = "; ".join(f"{name} {what}" for name, what in about["machine"].items())
+    console.print(f"{where}\n{versions}; {about['threads']} threads", highlight=False)
+
+
+def say_peaks(peaks: Peaks) -> None:
+    console.print(
+        f"measured peak, the better of before and after: {peaks.gflops:.0f} GFLOP/s (product {peaks.product}); "
+        "a side's share is of the work that it does itself, padding and whole head included",
+        highlight=False,
+    )
+
+
+def between_peaks(
+    names: Sequence[str], run: Callable[[str, Callable[[str], None]], dict[str, Any]], notes: Console
+) -> tuple[dict[str, dict[str, Any]], Peaks]:
+    """Run each measure between two measurements of the machine's peak, and add the shares of the better one."""
+    from bench.peaks import better, measure_peaks  # compiles a kernel
+
+    with notes.status("measuring the peaks") as status:
+        peaks = measure_peaks("float32")
+        found = {}
+        for name in names:
+            found[name] = run(name, lambda text, name=name: status.update(f"{name}: {text}"))  # type: ignore[misc]
+        status.update("measuring the peaks")
+        peaks = better(peaks, measure_peaks("float32"))
+    for facts in found.values():
+        shares(facts, peaks)
+    return found, peaks
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+def peak_bytes(worker: str, spec: Mapping[str, Any]) -> tuple[int | None, str]:
+    """Growth of a process of its own from before it made its model to its highest, or None and why not.
+
+    `worker` is MODULE:FUNCTION; called with `spec`, it makes what runs and gives a step to call.
+    """
+    if not Path("/proc/self/status").is_file():
+        return None, "not measured: this system does not say how much memory a process holds"
+    folder = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "bench.harness", worker, json.dumps(spec)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=CHILD_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return None, f"not measured: it took longer than {CHILD_SECONDS:.0f} s"
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+        return None, f"not measured: {last[:200]}"
+    grown = json.loads(done.stdout.strip().splitlines()[-1])
+    return (grown, "") if grown else (None, "not measured: too small to be seen beside the libraries")
+
+
+def resident(key: str) -> int:
+    """Bytes of this process now (VmRSS) or at the most (VmHWM), as Linux counts them."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def memory_child(worker: str, spec: dict[str, Any]) -> int:
+    """Two steps; bytes above what the libraries took, loaded and warmed up on a small model. 0 if not above it."""
+    module, _, function = worker.partition(":")
+    make = getattr(import_module(module), function)
+    backends.set_num_threads(spec["threads"])
+    small = {"vocab_size": 8192, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    make({**spec, "config": {**spec["config"], **small, "intermediate_size": 64}})()
+    gc.collect()
+    before, highest = resident("VmRSS"), resident("VmHWM")
+    step = make(spec)
+    for _ in range(2):
+        step()
+    peak = resident("VmHWM")
+    return peak - before if peak > highest else 0
+
+
+def run_main(command: Callable[..., int]) -> None:
+    """A user's mistake is one line on stderr and exit code 2."""
+    import typer
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    try:
+        status = app(standalone_mode=False)
+    except (UserError, BackendUnavailable, MemoryError) as error:
+        print(f"error: {error or 'out of memory'}", file=sys.stderr)
+        sys.exit(2)
+    except UsageMistake as error:
+        print(f"error: {error.format_message()}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    print(json.dumps(memory_child(sys.argv[1], json.loads(sys.argv[2]))))
