@@ -140,8 +140,9 @@ def _backend(spec: str, folder: Path) -> Backend:
     except (Exception, SystemExit) as error:  # whatever the import of another's code does: it is theirs to mend
         raise UserError(f"--backend {spec}: {place} cannot be imported: {type(error).__name__}: {error}") from error
     if not hasattr(found, attribute):
-        own = ", ".join(name for name in vars(found) if not name.startswith("_")) or "nothing"
-        raise UserError(f"--backend {spec}: {place} has no {attribute!r}; it has {own}")
+        of_module = (k for k, v in vars(found).items() if getattr(v, "__module__", "") == found.__name__)
+        own = ", ".join(name for name in of_module if not name.startswith("_")) or "nothing"
+        raise UserError(f"--backend {spec}: {place} has no {attribute!r}; it defines {own}")
     made = getattr(found, attribute)
     if callable(made) and not isinstance(made, Backend):
         try:
@@ -203,10 +204,11 @@ def _expected_failures(name: str | None) -> dict[str, str]:
 def _not_run(suite: Suite, ops: Sequence[Op]) -> dict[str, set[tuple[str, str]]]:
     """Every check that is not put to an op in some dtype, by the reason."""
     run, place = set(suite.demands), suite.place
+    dtypes = dict.fromkeys(d.dtype for d in suite.demands)  # of the others the footer speaks in one line
     reasons: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for op in ops:
         for check in CHECKS:
-            for dtype in (d for d in DTYPES if d in place.dtypes):
+            for dtype in dtypes:
                 # a gradient is compared with the exact derivative in float64, and with its bound in the others
                 elsewhere = (check == "gradient") != (dtype == "float64") and check.startswith("gradient")
                 if Demand(op, check, dtype) not in run and not elsewhere:
@@ -249,12 +251,15 @@ def footer(suite: Suite, outcomes: Mapping[str, str], table: bool = True) -> lis
 
     `outcomes` gives passed, failed or xfailed (expected to fail, and did) by id. `table` False: the totals alone.
     """
+    stale = {name for name, outcome in outcomes.items() if outcome == "failed" and name in suite.expected_failures}
+    outcomes = {name: "passed" if name in stale else outcome for name, outcome in outcomes.items()}
     count = Counter(outcomes.values())
     total = f"{count['passed']} of {len(outcomes)} checks passed, {count['failed']} failed"
     if not outcomes:
         return [f"none of {len(suite.demands)} checks was chosen, or none was reached"]
     lines = _table(suite, outcomes) if table else []
-    lines.append(total + (f", {count['xfailed']} failed as expected" if count["xfailed"] else ""))
+    total += f", {count['xfailed']} failed as expected" if count["xfailed"] else ""
+    lines.append(total + (f", {len(stale)} passed that should fail: the list is stale" if stale else ""))
     every = {d.op.name for d in suite.demands}
     left = len(suite.demands) - len(outcomes)
     if left:
@@ -262,12 +267,16 @@ def footer(suite: Suite, outcomes: Mapping[str, str], table: bool = True) -> lis
     for reason, checks in sorted(suite.not_run.items()):
         kinds = dict.fromkeys(check for check in CHECKS if any(check == c for _, c in checks))
         lines.append(f"not run: {', '.join(kinds)} of {_some({op for op, _ in checks}, every)}: {reason}")
-    missing = ", ".join(dtype for dtype in DTYPES if dtype not in suite.place.dtypes)
+    absent = [dtype for dtype in DTYPES if all(d.dtype != dtype for d in suite.demands)]
+    unasked = [dtype for dtype in absent if dtype in suite.place.dtypes]
+    missing = [dtype for dtype in absent if dtype not in unasked]
+    if unasked:
+        lines.append(f"not run: anything in {', '.join(unasked)}: not asked for (--dtypes {','.join(unasked)})")
     if missing:
-        lines.append(f"not run: anything in {missing}: {suite.place.name} has no such arrays")
+        lines.append(f"not run: anything in {', '.join(missing)}: {suite.place.name} has no such arrays")
     demanded = set(map(str, suite.demands))
     for name, where in suite.expected_failures.items():
-        if outcomes.get(name) == "failed":
+        if name in stale:
             lines.append(f"stale: {name} passed, though {where} expects it to fail: remove that line")
         elif name not in demanded:
             lines.append(f"not run: {name}, which {where} expects to fail, is no check of this run")
