@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -25,10 +26,11 @@ import numpy as np
 from minibert import backends
 from minibert.backends import Backend, BackendUnavailable
 from minibert.cli import UsageMistake
-from minibert.cli.options import chosen_backends, console, machine
+from minibert.cli.options import chosen_backends, machine
 from minibert.config import NAMED, BertConfig
 from minibert.errors import UserError
 from minibert.kernels.elementwise import add
+from minibert.kernels.op import Array, Op
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,6 +51,8 @@ class Contestant:
     call: Callable[[], Any]
     flops: int  # of one step: of the work that this side does
     steps: int = 1  # in a call
+    shortest: float = 0.0  # seconds that a turn lasts: a quick call is repeated in it
+    repeats: int = 1
     first_s: float = 0.0  # the first call, which may compile
     compile_s: float | None = None  # the part of it that Numba compiled in; None where nobody counts it
     seconds: list[float] = field(default_factory=list)  # of one step, in each round
@@ -60,12 +64,15 @@ class Contestant:
         if not self.name.startswith(("torch", "onnx")):
             self.compile_s = numba_compile_seconds() - compiled
         for _ in range(WARM_UP):
+            began = time.perf_counter()
             self.call()
+        self.repeats = max(1, math.ceil(self.shortest / (time.perf_counter() - began)))
 
     def measure(self) -> None:
         began = time.perf_counter()
-        self.call()
-        self.seconds.append((time.perf_counter() - began) / self.steps)
+        for _ in range(self.repeats):
+            self.call()
+        self.seconds.append((time.perf_counter() - began) / (self.steps * self.repeats))
 
     def figures(self) -> dict[str, Any]:
         p20, middle, p80 = np.percentile(self.seconds, [20, 50, 80]).tolist()
@@ -143,10 +150,10 @@ def launches(backend: Backend, call: Callable[[], Any]) -> dict[str, Any]:
     """
     count = 0
 
-    def counted(op: Any, arrays: Any, params: Any, run: Callable[[], Any]) -> Any:
+    def counted(op: Op, arrays: tuple[Array, ...], params: Mapping[str, Any], call: Callable[[], Any]) -> Any:
         nonlocal count
         count += 1
-        return run()
+        return call()
 
     with backend.watched_by(counted):
         call()
@@ -207,7 +214,7 @@ def fingerprint(places: Sequence[Backend], threads: int) -> dict[str, Any]:
     about = machine()
     if hasattr(os, "getloadavg"):
         about["load"] = os.getloadavg()[0]  # of the minute before: others' work, if it is not near 0
-    versions = {}
+    versions: dict[str, str | None] = {}
     for library in LIBRARIES:
         try:
             versions[library] = version(library)
@@ -218,21 +225,6 @@ def fingerprint(places: Sequence[Backend], threads: int) -> dict[str, Any]:
         "backends": {place.name: place.describe() for place in places},
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
-
-
-def say_where(about: Mapping[str, Any]) -> None:
-    """Machine, versions and threads on the terminal."""
-    versions = ", ".join(f"{name} {what}" for name, what in about["versions"].items() if what)
-    where = "; ".join(f"{name} {what}" for name, what in about["machine"].items())
-    console.print(f"{where}\n{versions}; {about['threads']} threads", highlight=False)
-
-
-def say_peaks(peaks: Peaks) -> None:
-    console.print(
-        f"measured peak, the better of before and after: {peaks.gflops:.0f} GFLOP/s (product {peaks.product}); "
-        "a side's share is of the work that it does itself, padding and whole head included",
-        highlight=False,
-    )
 
 
 def between_peaks(
@@ -254,6 +246,21 @@ def between_peaks(
 
 
 # ------------------------------------------------------------------------------------------------------------ memory
+
+
+def add_memory(
+    facts: dict[str, Any], worker: str, spec: Mapping[str, Any], progress: Callable[[str], None] | None
+) -> None:
+    """Each side's peak, by `peak_bytes`: weights, what training keeps beside them, and all that a step needs."""
+    facts["peak_bytes"], facts["peak_bytes_note"] = {}, {}
+    for who in facts.get("seconds", {}):
+        found: tuple[int | None, str] = (None, "not measured: not asked for")
+        if who == "onnxruntime":
+            found = None, "not measured: its process holds the exporter as well"
+        elif progress is not None:
+            progress(f"{who}: memory, in a process of its own")
+            found = peak_bytes(worker, {**spec, "side": who})
+        facts["peak_bytes"][who], facts["peak_bytes_note"][who] = found
 
 
 def peak_bytes(worker: str, spec: Mapping[str, Any]) -> tuple[int | None, str]:
@@ -288,19 +295,20 @@ def resident(key: str) -> int:
 
 
 def memory_child(worker: str, spec: dict[str, Any]) -> int:
-    """Two steps; bytes above what the libraries took, loaded and warmed up on a small model. 0 if not above it."""
+    """Two steps; bytes above what the libraries took, loaded and warmed up on a small model."""
     module, _, function = worker.partition(":")
     make = getattr(import_module(module), function)
     backends.set_num_threads(spec["threads"])
     small = {"vocab_size": 8192, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
     make({**spec, "config": {**spec["config"], **small, "intermediate_size": 64}})()
     gc.collect()
-    before, highest = resident("VmRSS"), resident("VmHWM")
+    before = resident("VmRSS")
     step = make(spec)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten: making it is no part of a step
     for _ in range(2):
         step()
-    peak = resident("VmHWM")
-    return peak - before if peak > highest else 0
+    return max(0, resident("VmHWM") - before)
 
 
 def run_main(command: Callable[..., int]) -> None:

@@ -14,16 +14,15 @@ inputs not seen, after it, loss and gradient norm without dropout are compared; 
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from bench import harness, torch_peer
+from bench import harness, sides, torch_peer
 from bench.batches import (
     LEARNING_RATE,
     MAX_GRAD_NORM,
@@ -38,13 +37,10 @@ from bench.batches import (
 from minibert import backends
 from minibert.backends import MOST_THREADS, Backend
 from minibert.bert import BertForMaskedLM
-from minibert.cli.options import console, notes, plain_table, refuse_unwritable
+from minibert.cli.options import notes, refuse_unwritable
 from minibert.config import BertConfig
 from minibert.errors import UserError
 from minibert.optim import AdamW, parameter_groups
-
-if TYPE_CHECKING:
-    pass
 
 MEASURES = {
     "same_work": "same work: a loss on every position",
@@ -127,6 +123,7 @@ def one_step(spec: dict[str, Any]) -> Callable[[], Any]:
     """For `harness.peak_bytes`: what makes one step of one side, made anew."""
     task = Task(**{**spec["task"], "config": BertConfig.from_dict(spec["config"])})
     one = side(spec["side"], task, random_weights(task.config, task.seed))
+    one.weights = {}  # kept for `reload` alone
     prepared = [one.prepare(b) for b in task.batches(spec["measure"], task.seed)]
     return lambda: [one.step(p) for p in prepared]
 
@@ -140,36 +137,36 @@ def measure(
     """All sides on the batches of one measure. A side of torch that cannot run is left out, with its reason."""
     weights = random_weights(task.config, task.seed)
     seen, unseen = task.batches(name, task.seed), task.batches(name, task.seed + 1)[:1]
-    facts: dict[str, Any] = {"what": MEASURES[name], **described(seen), "skipped": {}}
-    sides: list[Any] = []
+    facts: dict[str, Any] = {"what": MEASURES[name], **sides.described(seen), "skipped": {}}
+    made: list[Any] = []
     quiet: dict[str, list[float]] = {}
     for one in (*ours, *opponents):
         progress(f"{one}: making the model")
         try:
-            made = side(one, task, weights)
-            prepared = made.prepare(seen[0])
-            quiet[one] = [*made.quiet(prepared, update=True), made.quiet(prepared)[0]]
+            new = side(one, task, weights)
+            prepared = new.prepare(seen[0])
+            quiet[one] = [*new.quiet(prepared, update=True), new.quiet(prepared)[0]]
         except Exception as error:  # torch.compile asks for a compiler, and fails in ways of its own
             if one in ours:
                 raise
             facts["skipped"][one] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             continue
-        sides.append(made)
+        made.append(new)
     facts["without_dropout"] = {
         who: dict(zip(("loss", "gradient_norm", "loss_after_update"), values, strict=True))
         for who, values in quiet.items()
     }
-    facts["libraries"] = {one.name: one.library for one in sides}
+    facts["libraries"] = {one.name: one.library for one in made}
     facts["refused"] = harness.apart(quiet, SAME)
     if facts["refused"]:
         return facts
     last: dict[str, float] = {}
-    contestants = [contestant(one, name, task, seen, last) for one in sides]
+    contestants = [contestant(one, name, task, seen, last) for one in made]
     harness.interleaved(contestants, rounds, progress)
     progress("verifying on inputs not seen")
-    for one in sides:
+    for one in made:
         one.reload()
-    fresh = {one.name: list(one.quiet(one.prepare(unseen[0]))) for one in sides}
+    fresh = {one.name: list(one.quiet(one.prepare(unseen[0]))) for one in made}
     facts["fresh_without_dropout"] = {
         who: dict(zip(("loss", "gradient_norm"), values, strict=True)) for who, values in fresh.items()
     }
@@ -179,8 +176,8 @@ def measure(
     facts["last_loss"] = last
     facts |= harness.compared(contestants, ours)
     facts["launches"] = {
-        one.name: harness.launches(one.backend, lambda one=one: one.step(one.prepare(seen[0])))
-        for one in sides if one.name in ours
+        one.name: harness.launches(one.backend, partial(one.step, one.prepare(seen[0])))
+        for one in made if one.name in ours
     }  # fmt: skip
     return facts
 
@@ -197,82 +194,6 @@ def contestant(one: Any, name: str, task: Task, batches: list[Batch], last: dict
     head = "every" if theirs else "predicted"  # with a loss on every position the same
     flops = 3 * sum(work(task.config, b, theirs, head) for b in batches) // len(batches)
     return harness.Contestant(one.name, call, flops, len(batches))
-
-
-def described(batches: list[Batch]) -> dict[str, Any]:
-    """The batches in figures: padding is the share of the padded batch that no token stands on."""
-    cells = sum(b.real.size for b in batches)
-    tokens = sum(int(b.lengths.sum()) for b in batches)
-    return {
-        "batches": len(batches), "sequences": len(batches[0].lengths), "tokens": tokens / len(batches),
-        "mean_length": tokens / sum(len(b.lengths) for b in batches), "padding": 1 - tokens / cells,
-        "predicted": sum(b.predicted for b in batches) / len(batches),
-    }  # fmt: skip
-
-
-def add_memory(facts: dict[str, Any], name: str, task: Task, progress: Callable[[str], None]) -> None:
-    """Each side's peak, in a process of its own: weights, gradients, moments and all that a step needs."""
-    facts["peak_bytes"], facts["peak_bytes_note"] = {}, {}
-    known = {"batch": task.batch, "length": task.length, "seed": task.seed, "sequences": task.sequences}
-    for who in facts["seconds"]:
-        progress(f"{who}: memory, in a process of its own")
-        spec = {
-            "side": who, "measure": name, "threads": task.threads, "config": task.config.to_dict(),
-            "task": {**known, "threads": task.threads},
-        }  # fmt: skip
-        facts["peak_bytes"][who], facts["peak_bytes_note"][who] = harness.peak_bytes("bench.step:one_step", spec)
-
-
-# ----------------------------------------------------------------------------------------------------------- the output
-
-
-def table(facts: dict[str, Any], opponents: list[str]) -> Table:
-    shown = plain_table(title=title(facts))
-    shown.add_column("side", no_wrap=True)
-    columns = ["ms a step", "p20", "p80", *(f"x {o}" for o in opponents), "of peak", "peak MB", "first call s", "loss"]
-    for column in (*columns, ""):
-        shown.add_column(column, justify="right", no_wrap=True)
-    for who, taken in facts["seconds"].items():
-        share, memory = facts["share_of_peak"][who], facts.get("peak_bytes", {}).get(who)
-        ratios = [facts["ratio"].get(who, {}).get(o) for o in opponents]
-        wrong = who in facts["impossible"]
-        times = [f"{taken[k] * 1e3:.1f}" for k in ("median", "p20", "p80")]
-        shown.add_row(
-            who, *(["-"] * 3 if wrong else times), *("" if r is None else f"{r:.2f}" for r in ratios),
-            "" if share is None else f"{share:.0%}", "not measured" if memory is None else f"{memory * 1e-6:.0f}",
-            f"{facts['first_call_s'][who]:.1f}", f"{facts['last_loss'][who]:.4f}" if "last_loss" in facts else "",
-            "[red]impossible[/red]" if wrong else "",
-        )  # fmt: skip
-    return shown
-
-
-def title(facts: dict[str, Any]) -> str:
-    return (
-        f"{facts['what']}\n{facts['sequences']} sequences, {facts['tokens']:.0f} tokens (mean length "
-        f"{facts['mean_length']:.0f}, padding {facts['padding']:.0%} of the padded batch), "
-        f"{facts['predicted']:.0f} predicted"
-    )
-
-
-def show(facts: dict[str, Any], opponents: list[str]) -> None:
-    for who, why in facts["skipped"].items():
-        console.print(f"{who} left out: {why}", highlight=False, markup=False)
-    if facts["refused"]:
-        console.print(f"{title(facts)}\n[red]refused[/red]: {facts['refused']}", highlight=False)
-        return
-    console.print(table(facts, [o for o in opponents if o in facts["seconds"]]))
-    for who, values in facts.get("without_dropout", {}).items():
-        found = ", ".join(f"{k.replace('_', ' ')} {v:.6g}" for k, v in values.items())
-        console.print(f"{who} without dropout: {found}", highlight=False)
-    for who, cost in facts["launches"].items():
-        share = cost["step_s"] / facts["seconds"][who]["median"]
-        console.print(
-            f"{who}: {cost['ops']} op calls, {cost['op_s'] * 1e6:.1f} us each of themselves: {share:.1%} of a step",
-            highlight=False,
-        )
-    for who, why in facts.get("peak_bytes_note", {}).items():
-        if why:
-            console.print(f"{who}: peak memory {why}", highlight=False, markup=False)
 
 
 def bench(
@@ -300,29 +221,22 @@ def bench(
     task = Task(harness.named_config(config, length), batch, length, threads or harness.cores(), seed, sequences)
     places = harness.cpu_backends(names, task.threads)
     about = harness.fingerprint(places, task.threads)
-    harness.say_where(about)
+    sides.say_where(about)
 
     def run(name: str, progress: Callable[[str], None]) -> dict[str, Any]:
         facts = measure(name, task, [p.name for p in places], opponents, rounds, progress)
         gc.collect()
-        if memory and not facts["refused"]:
-            add_memory(facts, name, task, progress)
+        given = {key: value for key, value in vars(task).items() if key != "config"}
+        spec = {"measure": name, "threads": task.threads, "config": task.config.to_dict(), "task": given}
+        harness.add_memory(facts, "bench.step:one_step", spec, progress if memory else None)
         return facts
 
     found, peaks = harness.between_peaks(wanted, run, notes)
-    for facts in found.values():
-        show(facts, opponents)
-    harness.say_peaks(peaks)
-    bad = [name for name, facts in found.items() if facts["refused"] or facts["impossible"]]
-    if json_file is not None:
-        settings = {"config": config, "batch": batch, "length": length, "seed": seed, "rounds": rounds,
-                    "dropout": task.config.hidden_dropout_prob, "sequences": sequences}  # fmt: skip
-        document = {
-            **about, "settings": settings, "model": task.config.to_dict(), "peaks": peaks._asdict(),
-            "measures": found, "ok": not bad,
-        }  # fmt: skip
-        json_file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    return 1 if bad else 0
+    settings = {
+        "config": config, "batch": batch, "length": length, "seed": seed, "rounds": rounds, "sequences": sequences,
+        "model": task.config.to_dict(),
+    }  # fmt: skip
+    return sides.report(found, peaks, about, settings, opponents, json_file)
 
 
 if __name__ == "__main__":
