@@ -253,7 +253,7 @@ def record(
 
     try:
         made.loss = run_step(side, make_model, batch, look, step, learning_rate)
-    except (FloatingPointError, UserError, RuntimeError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever a wrong kernel leads to
         if not made.calls:
             raise
         made.error = raised(error)
@@ -322,4 +322,6 @@ def load(path: Path) -> Recording:
             name = key.digest + _suffix(key)
             if name in arrays and key not in made.store:
                 made.store.arrays[key] = arrays[name].astype(dtype_of(key.dtype), copy=False)
+        if any(key not in made.store for key in got):
+            raise UserError(f"{path}: an output of {op} is missing: record it anew")
     return made

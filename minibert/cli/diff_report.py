@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from minibert.assess import Assessment, Distance
@@ -22,11 +23,14 @@ def verdict(found: Difference) -> str:
     row = found.culprit
     if row is None:
         if found.parted:
-            return f"[red]PARTED[/red] {found.parted}; the {len(found.rows)} calls before are within their bounds"
-        said = f"[green]no culprit[/green]: {len(found.rows)} calls within their bounds on both sides"
+            return (
+                f"[red]PARTED[/red] {escape(found.parted)}; the {len(found.rows)} calls before are within their bounds"
+            )
+        judged = len(found.rows) - found.unjudged
+        said = f"[green]no culprit[/green]: {judged} calls within their bounds on both sides"
         if found.unjudged:
             said += (
-                f", but for {found.unjudged} that a trace does not tell: their inputs are not in it, and those of the "
+                f"; of {found.unjudged} more a trace does not tell: inputs of theirs are not in it, and those of the "
                 "other side differ"
             )
         unbounded = sum(r.unbounded for r in found.rows)
@@ -35,7 +39,8 @@ def verdict(found: Difference) -> str:
     names = {"A": f"side A ({found.a.name}) is", "B": f"side B ({found.b.name}) is"}
     names["both"] = f"both sides ({found.a.name}, {found.b.name}) are"
     said = f"{row.op}{where} ({row.phase}, call {row.call}): {names[row.side]} wrong: {_what(row.worst)}"
-    return f"[red]CULPRIT[/red] {said}" + (f"; the step ended there or later ({found.broken})" if found.broken else "")
+    said = f"[red]CULPRIT[/red] {escape(said)}"
+    return said + (f"; the step ended there or later ({escape(found.broken)})" if found.broken else "")
 
 
 def _what(wrong: Assessment | None) -> str:
