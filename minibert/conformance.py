@@ -14,6 +14,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ import minibert
 from minibert import backends
 from minibert import gradcheck as own_inputs
 from minibert.backends import Backend, BackendUnavailable
-from minibert.check import CHECKS, Broken, Case, Tally
+from minibert.check import Broken, Case, Tally
 from minibert.errors import UserError
 from minibert.kernels import Op
-from minibert.suite import DEFAULT_BACKEND, PREFIX, Demand, Suite, footer, header, read_suite
+from minibert.suite import CHECKS, DEFAULT_BACKEND, PREFIX, Demand, Suite, footer, header, inputs, read_suite
 
 # "sample 3 (shapes (5, 7); params {'axis': -1}), inputs laid out reversed: " and what was found there
 WHERE = re.compile(
@@ -150,9 +151,12 @@ class CheckItem(pytest.Item):
         lines = {}
         if self.suite.last_call is not None:
             op, shapes, params = self.suite.last_call
-            alike = (one for one in self.case.inputs() if tuple(a.shape for a in one.arrays) == shapes)
-            number = next((str(one.number) for one in alike if op is self.demand.op), "")
-            lines = {"sample": number} if number else {"inside": f"{op.name}, which the gradient calls"}
+            if op is self.demand.op:
+                given = inputs(self.suite, self.demand)
+                alike = (one.number for one in given if tuple(a.shape for a in one.arrays) == shapes)
+                lines = {"sample": ", ".join(map(str, islice(alike, 1)))}
+            else:
+                lines = {"inside": f"{op.name}, which the gradient calls"}
             lines |= {"shapes": ", ".join(map(str, shapes)), "params": str(dict(params))}
         cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
         frames = traceback.extract_tb(cause.__traceback__)

@@ -24,11 +24,14 @@ import minibert
 from minibert import backends
 from minibert.backends import Backend
 from minibert.backends.base import dtype_of
-from minibert.check import CHECKS, find_op, planned
+from minibert.check import CHECKS as USUAL_CHECKS
+from minibert.check import Case, Input, find_op, planned
 from minibert.cli.kernels import TriedKernel, load_kernels
+from minibert.empty import empty_inputs, empty_samples
 from minibert.errors import UserError
 from minibert.kernels import OPS, Op
 
+CHECKS = {**USUAL_CHECKS, "empty_inputs": empty_inputs}
 PREFIX = "conformance::"  # of every id
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 DEFAULT_BACKEND = "numba"
@@ -106,7 +109,7 @@ def read_suite(option: Any, folder: Path) -> Suite:
             raise UserError(f"--kernel replaces {op.name}, but only {option.conformance_ops} is checked")
     suite = Suite(spec, place, kernels, list(option.conformance_kernels), asked, int(seed))
     with suite.under_test():
-        suite.demands = [Demand(op, *pair) for op in ops for pair in planned(place, op, asked)]
+        suite.demands = [demand for op in ops for demand in _planned(suite, op)]
         suite.not_run = _not_run(suite, ops)
     suite.expected_failures = _expected_failures(option.conformance_expected)
     selected = getattr(option, "conformance_selected", None)
@@ -201,9 +204,27 @@ def _expected_failures(name: str | None) -> dict[str, str]:
     return listed
 
 
+def inputs(suite: Suite, demand: Demand) -> tuple[Input, ...]:
+    """What the op of a demand is run on."""
+    case = Case(demand.op, suite.place, demand.dtype, suite.seed)
+    if demand.check == "empty_inputs":
+        return empty_samples(demand.op, demand.dtype, suite.seed, suite.place.product_mode)
+    return case.inputs()
+
+
+def _planned(suite: Suite, op: Op) -> Iterator[Demand]:
+    """What is put to one op: the usual checks, and after those of a dtype that has all of them, the empty inputs."""
+    usual = list(planned(suite.place, op, suite.asked))
+    whole = [dtype for check, dtype in usual if check == "deterministic"]
+    yield from (Demand(op, *pair) for pair in usual)
+    for dtype in whole:
+        if empty_samples(op, dtype, suite.seed, suite.place.product_mode):
+            yield Demand(op, "empty_inputs", dtype)
+
+
 def _not_run(suite: Suite, ops: Sequence[Op]) -> dict[str, set[tuple[str, str]]]:
     """Every check that is not put to an op in some dtype, by the reason."""
-    run, place = set(suite.demands), suite.place
+    run = set(suite.demands)
     dtypes = dict.fromkeys(d.dtype for d in suite.demands)  # of the others the footer speaks in one line
     reasons: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for op in ops:
@@ -212,15 +233,18 @@ def _not_run(suite: Suite, ops: Sequence[Op]) -> dict[str, set[tuple[str, str]]]
                 # a gradient is compared with the exact derivative in float64, and with its bound in the others
                 elsewhere = (check == "gradient") != (dtype == "float64") and check.startswith("gradient")
                 if Demand(op, check, dtype) not in run and not elsewhere:
-                    reasons[_reason(place, op, check, dtype)].add((op.name, check))
+                    reasons[_reason(suite, op, check, dtype)].add((op.name, check))
     return reasons
 
 
-def _reason(place: Backend, op: Op, check: str, dtype: str) -> str:
+def _reason(suite: Suite, op: Op, check: str, dtype: str) -> str:
+    place = suite.place
     if check.startswith("gradient") and op.vjp is None:
         return "the op has no gradient"
     if check == "order_of_work" and place.by(op) != "kernel":
         return f"no kernel whose work could be divided: a {place.by(op)} runs the op"
+    if check == "empty_inputs" and not empty_samples(op, dtype, suite.seed, place.product_mode):
+        return "the formula takes no empty arrays"
     return f"{dtype} was not asked for (--dtypes {dtype})"
 
 

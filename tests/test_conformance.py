@@ -17,12 +17,11 @@ import numpy as np
 import pytest
 
 from minibert import backends
-from minibert.check import CHECKS
 from minibert.errors import UserError
 from minibert.gradcheck import assert_within_bound, gradcheck
 from minibert.kernels import OPS, Op
 from minibert.kernels.softmax import softmax, softmax_grad
-from minibert.suite import footer, read_suite
+from minibert.suite import CHECKS, footer, read_suite
 from minibert.tensor import Tensor, apply
 from tests.test_wheel import installed, run, wheel  # noqa: F401  the fixtures that build a wheel
 
@@ -71,7 +70,7 @@ def test_an_outside_backend_and_kernel_with_the_wheel_installed(
     assert "test_where.py ." in suite and re.search(r"(\d+) of \1 checks passed, 0 failed", suite), suite
     assert demanded == 1 + len(CHECKS)
     kernel = run(*words, "--kernel", "row_softmax.py:softmax=softmax", cwd=examples, path=(installed,))
-    assert "9 of 9 checks passed, 0 failed" in kernel and "kernel under test: row_softmax.py:softmax" in kernel
+    assert "10 of 10 checks passed, 0 failed" in kernel and "kernel under test: row_softmax.py:softmax" in kernel
 
 
 def test_a_module_names_a_backend_as_a_file_does(plugin: Callable[..., Any]) -> None:
@@ -121,18 +120,27 @@ def test_a_kernel_that_raises_is_shown_with_its_line(plugin: Callable[..., Any],
     assert failure["shapes"].count("(") == 2
 
 
+def test_a_kernel_that_takes_no_empty_arrays_is_found(plugin: Callable[..., Any], examples: Path) -> None:
+    (examples / "broken.py").write_text("def add(x, y): return x.reshape(-1, x.shape[-1]).reshape(x.shape) + y\n")
+    ran = plugin(*PLUGIN, "--kernel", "broken.py:add=add", "conformance::add-empty_inputs-float32")
+    assert ran.returncode == 1
+    failure = dict(re.findall(r"^(\w+) {2,}(.*)$", ran.stdout, re.MULTILINE))
+    assert failure["sample"] == "0" and "(3, 0)" in failure["shapes"]
+    assert "cannot reshape array of size 0" in failure["raised"]
+
+
 def test_header_and_footer(plugin: Callable[..., Any]) -> None:
     ran = plugin(*PLUGIN, "--backend", "shelf_backend.py:ShelfBackend", "--ops", "softmax,adamw,gelu")
     text = ran.stdout
     assert ran.returncode == 0
     versions = rf"NumPy {re.escape(np.__version__)}; threads 1\nminibert \S+, Python 3\.\d+\.\d+"
     assert re.search(rf"conformance of shelf_backend.py:ShelfBackend 0.1: arrays on a shelf, {versions}", text)
-    assert "23 checks of 3 ops in float32, float64; seed 0" in text and "collected 23 items" in text
-    #                              formula strided inputs determ. fresh order gradient rounding
-    assert re.search(r"^softmax(\s+2)(\s+1)(\s+1)(\s+1)(\s+1)(\s+1)(\s+1)(\s+1)$", text, re.MULTILINE)
-    assert re.search(r"^adamw(\s+2)(\s+1)(\s+1)(\s+1)(\s+1)(\s+-)(\s+-)(\s+-)$", text, re.MULTILINE)
-    assert re.search(r"^all ops(\s+6)(\s+3)(\s+3)(\s+3)(\s+3)(\s+1)(\s+2)(\s+2)$", text, re.MULTILINE)
-    assert "23 of 23 checks passed, 0 failed" in text
+    assert "26 checks of 3 ops in float32, float64; seed 0" in text and "collected 26 items" in text
+    #                              formula strided inputs determ. fresh order gradient rounding empty
+    assert re.search(r"^softmax\s+2\s+1\s+1\s+1\s+1\s+1\s+1\s+1\s+1$", text, re.MULTILINE)
+    assert re.search(r"^adamw\s+2\s+1\s+1\s+1\s+1\s+-\s+-\s+-\s+1$", text, re.MULTILINE)
+    assert re.search(r"^all ops\s+6\s+3\s+3\s+3\s+3\s+1\s+2\s+2\s+3$", text, re.MULTILINE)
+    assert "26 of 26 checks passed, 0 failed" in text
     assert "not run: gradient, gradient_rounding of adamw: the op has no gradient" in text
     assert "not run: order_of_work of adamw, gelu: no kernel whose work could be divided: a formula runs the op" in text
     assert "of all ops: float64 was not asked for (--dtypes float64)" in text
@@ -145,7 +153,7 @@ def test_expected_failures_that_pass_are_stale(plugin: Callable[..., Any], examp
     (examples / "stale.txt").write_text(listed + "gelu-gradient-float32\n", encoding="utf-8")
     ran = plugin(*PLUGIN, "--kernel", "tanh_gelu.py:gelu=gelu", "--expected-failures", "stale.txt")
     assert ran.returncode == 1
-    said = "5 of 9 checks passed, 1 failed, 3 failed as expected, 1 passed that should fail: the list is stale"
+    said = "6 of 10 checks passed, 1 failed, 3 failed as expected, 1 passed that should fail: the list is stale"
     assert said in ran.stdout and "expected failures: 5 in stale.txt" in ran.stdout
     assert "stale: gelu-deterministic-float32 passed, though stale.txt:4 expects it to fail" in ran.stdout
     assert "gelu-gradient-float32, which stale.txt:6 expects to fail, is no check of this run" in ran.stdout

@@ -33,7 +33,7 @@ LAYERS = (
     ("optim", "data", "judge", "assess", "guard", "training_config"),
     ("graphed", "trace"),
     ("train", "check", "compare", "lockstep"),
-    ("watching", "gradcheck"),
+    ("watching", "gradcheck", "empty"),
     ("__init__",),
     ("cli",),
     ("suite",),
