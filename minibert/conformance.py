@@ -36,7 +36,6 @@ WHERE = re.compile(
 )
 WORST = re.compile(r"(?P<place>output [^:]*): expected (?P<expected>.*), got (?P<got>.*?), (?P<off>off by .*)")
 
-
 SUITE = pytest.StashKey[Suite]()
 
 
@@ -84,7 +83,7 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         config.stash[SUITE] = read_suite(option, config.invocation_params.dir)
     except (UserError, BackendUnavailable) as error:
-        raise pytest.UsageError(str(error)) from None
+        raise pytest.UsageError(" ".join(str(error).split())) from None  # one line, whatever others' code says
 
 
 # ----------------------------------------------------------------------------------------------------------- the items

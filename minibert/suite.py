@@ -109,6 +109,11 @@ def read_suite(option: Any, folder: Path) -> Suite:
             raise UserError(f"--kernel replaces {op.name}, but only {option.conformance_ops} is checked")
     suite = Suite(spec, place, kernels, list(option.conformance_kernels), asked, int(seed))
     with suite.under_test():
+        for op, kernel in kernels.items():
+            if place.kernel(op) is not kernel:  # or the checks would speak of another kernel
+                raise UserError(
+                    f"--kernel: {spec} does not run kernels given by using(): {kernel.spec} cannot be tried"
+                )
         suite.demands = [demand for op in ops for demand in _planned(suite, op)]
         suite.not_run = _not_run(suite, ops)
     suite.expected_failures = _expected_failures(option.conformance_expected)

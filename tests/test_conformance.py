@@ -69,8 +69,10 @@ def test_an_outside_backend_and_kernel_with_the_wheel_installed(
     demanded = sum(len(line.split()) for line in suite.splitlines() if line.startswith("softmax "))
     assert "test_where.py ." in suite and re.search(r"(\d+) of \1 checks passed, 0 failed", suite), suite
     assert demanded == 1 + len(CHECKS)
-    kernel = run(*words, "--kernel", "row_softmax.py:softmax=softmax", cwd=examples, path=(installed,))
-    assert "10 of 10 checks passed, 0 failed" in kernel and "kernel under test: row_softmax.py:softmax" in kernel
+    kernel = ("--kernel", "row_softmax.py:softmax=softmax", "--backend", "numpy")
+    suite = run(*words, *kernel, cwd=examples, path=(installed,))
+    assert re.search(r"(\d\d) of \1 checks passed, 0 failed", suite), suite
+    assert "conformance of a kernel on numpy" in suite and "kernel under test: row_softmax.py:softmax" in suite
 
 
 def test_a_module_names_a_backend_as_a_file_does(plugin: Callable[..., Any]) -> None:
@@ -212,6 +214,17 @@ def test_wrong_options_are_told(given: dict[str, Any], said: str, examples: Path
     with pytest.raises(UserError) as told:
         read_suite(options(**given), examples)
     assert said in str(told.value) and "\n" not in str(told.value)
+
+
+def test_a_backend_that_would_not_run_the_kernel_is_refused(examples: Path) -> None:
+    source = (examples / "shelf_backend.py").read_text(encoding="utf-8")
+    deaf = source.replace("self._kernels.get(op) or KERNELS.get(op.name)", "KERNELS.get(op.name)")
+    assert deaf != source
+    (examples / "deaf.py").write_text(deaf, encoding="utf-8")
+    kernel = f"{examples}/row_softmax.py:softmax=softmax"
+    read_suite(options(backend="shelf_backend.py:ShelfBackend", kernels=[kernel]), examples)
+    with pytest.raises(UserError, match=r"deaf.py:ShelfBackend does not run kernels given by using\(\)"):
+        read_suite(options(backend="deaf.py:ShelfBackend", kernels=[kernel]), examples)
 
 
 def test_the_footer_counts_what_was_not_reached(tmp_path: Path) -> None:
