@@ -118,12 +118,16 @@ def compared(contestants: Sequence[Contestant], ours: Sequence[str]) -> dict[str
     }  # fmt: skip
 
 
-def shares(facts: dict[str, Any], peaks: Peaks) -> None:
-    """Add each side's share of the peak; above it the figure is wrong, and no ratio is made of it."""
-    facts["share_of_peak"], facts["impossible"] = {}, []
+def shares(facts: dict[str, Any], peaks: Peaks, fma: float) -> None:
+    """Add each side's share of the peak; above it the figure is wrong, and no ratio is made of it.
+
+    The peak is that of multiply-adds in registers, `fma` GFLOP/s. Beside it stands the share of NumPy's best product.
+    """
+    facts["share_of_peak"], facts["share_of_product"], facts["impossible"] = {}, {}, []
     for name, taken in facts.get("seconds", {}).items():
-        share = facts["flops"][name] / taken["median"] * 1e-9 / peaks.gflops
-        facts["share_of_peak"][name] = share
+        rate = facts["flops"][name] / taken["median"] * 1e-9
+        share = rate / max(fma, peaks.gflops)
+        facts["share_of_peak"][name], facts["share_of_product"][name] = share, rate / peaks.gflops
         if share > 1:
             facts["impossible"].append(name)
     for name, others in facts.get("ratio", {}).items():
@@ -229,20 +233,22 @@ def fingerprint(places: Sequence[Backend], threads: int) -> dict[str, Any]:
 
 def between_peaks(
     names: Sequence[str], run: Callable[[str, Callable[[str], None]], dict[str, Any]], notes: Console
-) -> tuple[dict[str, dict[str, Any]], Peaks]:
-    """Run each measure between two measurements of the machine's peak, and add the shares of the better one."""
-    from bench.peaks import better, measure_peaks  # compiles a kernel
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Run each measure between two measurements of the machine's peaks, and add the shares of the better ones."""
+    from bench import fma  # they compile kernels
+    from bench import peaks as machine_peaks
 
     with notes.status("measuring the peaks") as status:
-        peaks = measure_peaks("float32")
+        peaks, rate = machine_peaks.measure_peaks("float32"), fma.fma_gflops()
         found = {}
         for name in names:
             found[name] = run(name, lambda text, name=name: status.update(f"{name}: {text}"))  # type: ignore[misc]
         status.update("measuring the peaks")
-        peaks = better(peaks, measure_peaks("float32"))
+        peaks = machine_peaks.better(peaks, machine_peaks.measure_peaks("float32"))
+        rate = max(rate, fma.fma_gflops())
     for facts in found.values():
-        shares(facts, peaks)
-    return found, peaks
+        shares(facts, peaks, rate)
+    return found, {"fma_gflops": rate, **peaks._asdict()}
 
 
 # ------------------------------------------------------------------------------------------------------------ memory

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
 from bench.batches import Batch
 from minibert.cli.options import console, plain_table
-
-if TYPE_CHECKING:
-    from bench.peaks import Peaks
 
 
 def described(batches: Sequence[Batch]) -> dict[str, Any]:
@@ -46,18 +43,19 @@ def table(facts: Mapping[str, Any], opponents: Sequence[str]) -> Table:
     """One line for each side; of an impossible figure only that it is one."""
     shown = plain_table()
     shown.add_column("side", no_wrap=True)
-    columns = ["ms", "p20", "p80", *(f"x {o}" for o in opponents), "of peak", "peak MB", "first call s", "compile s"]
+    columns = ["ms", "p20", "p80", *(f"x {o}" for o in opponents), "of peak", "of product", "peak MB", "first call s"]
     for column in (*columns, *(["loss"] if "last_loss" in facts else []), ""):
         shown.add_column(column, justify="right", no_wrap=True)
     for who, taken in facts["seconds"].items():
         wrong = who in facts["impossible"]
-        share, memory, compiled = (facts[k].get(who) for k in ("share_of_peak", "peak_bytes", "compile_s"))
+        kinds = ("share_of_peak", "share_of_product")
+        memory = facts["peak_bytes"].get(who)
         ratios = [facts["ratio"].get(who, {}).get(o) for o in opponents]
         shown.add_row(
             who, *("-" if wrong else f"{taken[k] * 1e3:.1f}" for k in ("median", "p20", "p80")),
-            *("" if r is None else f"{r:.2f}" for r in ratios), "-" if wrong else f"{share:.0%}",
+            *("" if r is None else f"{r:.2f}" for r in ratios),
+            *("-" if wrong else f"{facts[kind][who]:.0%}" for kind in kinds),
             "" if memory is None else f"{memory * 1e-6:.0f}", f"{facts['first_call_s'][who]:.2f}",
-            "" if compiled is None else f"{compiled:.2f}",
             *([f"{facts['last_loss'][who]:.4f}"] if "last_loss" in facts else []),
             "[red]impossible[/red]" if wrong else "",
         )  # fmt: skip
@@ -91,6 +89,9 @@ def show(facts: Mapping[str, Any], opponents: Sequence[str]) -> None:
     for who, why in facts["peak_bytes_note"].items():
         if why:
             console.print(f"{who}: peak memory {why}", highlight=False, markup=False, soft_wrap=True)
+    for who, seconds in facts["compile_s"].items():
+        if seconds:
+            console.print(f"{who}: {seconds:.1f} s of the first call went into compiling", highlight=False)
     for who, what in facts["libraries"].items():
         if what != "minibert":
             console.print(f"{who}: {what}", highlight=False, markup=False, soft_wrap=True)
@@ -98,19 +99,20 @@ def show(facts: Mapping[str, Any], opponents: Sequence[str]) -> None:
 
 
 def report(
-    found: Mapping[str, dict[str, Any]], peaks: Peaks, about: Mapping[str, Any], settings: Mapping[str, Any],
-    opponents: Sequence[str], json_file: Path | None,
+    found: Mapping[str, dict[str, Any]], peaks: Mapping[str, Any], about: Mapping[str, Any],
+    settings: Mapping[str, Any], opponents: Sequence[str], json_file: Path | None,
 ) -> int:  # fmt: skip
     """Show every measure and write the document; 1 if a figure is impossible or the sides did not do the same."""
     for facts in found.values():
         show(facts, opponents)
     console.print(
-        f"measured peak, the better of before and after: {peaks.gflops:.0f} GFLOP/s (product {peaks.product}); "
-        "a side's share is of the work that it does itself, padding and whole head included",
+        f"measured peaks, the better of before and after: {peaks['fma_gflops']:.0f} GFLOP/s of multiply-adds in "
+        f"registers, {peaks['gflops']:.0f} in NumPy's best product ({peaks['product']}); a side's shares are of "
+        "the work that it does itself, padding and whole head included",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     ok = not any(facts["refused"] or facts["impossible"] for facts in found.values())
     if json_file is not None:
-        document = {**about, "settings": settings, "peaks": peaks._asdict(), "measures": found, "ok": ok}
+        document = {**about, "settings": settings, "peaks": peaks, "measures": found, "ok": ok}
         json_file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     return 0 if ok else 1

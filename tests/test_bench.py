@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 
-from bench import batches, harness, infer, onnx_peer, sides, step, torch_peer
-from bench.peaks import Peaks
+from bench import batches, fma, harness, infer, onnx_peer, sides, step, torch_peer
+from bench.peaks import Peaks, product_gflops
 from minibert import backends
 from minibert.bert import BertForMaskedLM
 from minibert.config import BertConfig
 from minibert.errors import UserError
+from minibert.kernels.cpu_threads import KERNEL_FLAGS, OPTIONS
 from minibert.kernels.readings import cost
 from minibert.tensor import no_grad
 
@@ -32,6 +36,7 @@ STEP, INFER = step.Task(SMALL, 2, 16, 1), infer.Task(SMALL, 2, 16, 1)
 def quick_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's peak takes seconds to measure; here nothing hangs on it."""
     monkeypatch.setattr("bench.peaks.measure_peaks", lambda dtype: PEAKS)
+    monkeypatch.setattr("bench.fma.fma_gflops", lambda: PEAKS.gflops)
 
 
 def silent(text: str) -> None:
@@ -132,12 +137,26 @@ def test_the_ratio_is_theirs_over_ours_of_medians_with_its_noise() -> None:
 
 def test_what_is_above_the_peak_is_called_impossible_and_gives_no_ratio(capsys: pytest.CaptureFixture[str]) -> None:
     facts = facts_of([0.25] * 3, [2.0] * 3)
-    harness.shares(facts, PEAKS._replace(gflops=2.0))
+    harness.shares(facts, PEAKS._replace(gflops=1.0), fma=2.0)
+    assert facts["share_of_product"] == {"numba": 4.0, "torch": 0.5}, "which may be above 1: NumPy is not the limit"
     assert facts["share_of_peak"] == {"numba": 2.0, "torch": 0.25} and facts["impossible"] == ["numba"]
     assert facts["ratio"] == {"numba": {"torch": None}}
     rows = [list(column.cells) for column in sides.table({**facts, "peak_bytes": {}}, ["torch"]).columns]
     assert [column[0] for column in rows[1:5]] == ["-", "-", "-", ""] and "impossible" in str(rows[-1][0])
     assert rows[1][1] == "2000.0"
+
+
+def test_the_peak_is_of_vector_instructions_that_all_run() -> None:
+    backends.get("numba")
+    rate = fma.fma_gflops()
+    assert rate > 0.8 * max(product_gflops("float32", 512, 512, 512)[0] for _ in range(2)), "no product exceeds it"
+    if platform.machine() == "x86_64":
+        anew = numba.njit(fastmath=KERNEL_FLAGS, **OPTIONS)(fma.chains.py_func)  # type: ignore[attr-defined]
+        row = np.zeros((1, 64), np.float32)
+        anew(row, row.copy(), (np.float32(0.1),) * fma.CHAINS, 0, 1)
+        (assembly,) = anew.inspect_asm().values()
+        packed = re.findall(r"vfn?m(?:add|sub)\w+ps\t", assembly)
+        assert len(packed) >= fma.CHAINS * fma.LINKS, "none of the multiply-adds was left out"
 
 
 def test_figures_that_should_agree_are_compared_relatively() -> None:
