@@ -150,7 +150,9 @@ def copied(backend: Backend, array: Array) -> np.ndarray:
 
 
 def raised(error: Exception) -> str:
-    return str(error) if isinstance(error, UserError) else f"raised {type(error).__name__}: {error}"
+    """What an op raised, in one line."""
+    said = " ".join(str(error).split())
+    return said if isinstance(error, UserError) else f"raised {type(error).__name__}: {said}"
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
@@ -253,6 +255,8 @@ def record(
 
     try:
         made.loss = run_step(side, make_model, batch, look, step, learning_rate)
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a wrong kernel leads to
         if not made.calls:
             raise

@@ -220,6 +220,14 @@ CUDA_FAULTS = (
         "cls.predictions.transform.LayerNorm",
         "(g[i] * weight[i] - mean_h - n * mean_hn) * rstd", "(g[i] * weight[i] - n * mean_hn) * rstd",
     ),
+    CudaFault(
+        "no scale of dropout on attention", "attention/gpu.cu", "attention", "forward",
+        "bert.encoder.layer.0.attention.self", "sums[i], kept / sum, lane", "sums[i], 1.0f / sum, lane",
+    ),
+    CudaFault(
+        "gradient of a mean over one row more", "cross_entropy/gpu.cu", "linear_cross_entropy", "forward",
+        "cls.predictions", "const float hit = 1.0f / count;", "const float hit = 1.0f / (count + 1);",
+    ),
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minibert.assess import JUDGED_PIECE, assess
 from minibert.cli import main
 from minibert.cli.diff_report import facts, verdict
 from minibert.errors import UserError
@@ -61,6 +62,22 @@ def test_every_element_is_counted_once() -> None:
     rows, columns = norm.shapes[0]
     assert norm.local is not None
     assert sum(norm.local.ulps.values()) == rows * columns + 2 * rows
+
+
+def test_an_op_that_writes_in_place_is_judged_to_its_last_element() -> None:
+    """Piece by piece; the element is named by its place in the whole."""
+    op, count = OPS["adamw"], JUDGED_PIECE + 5
+    rng = np.random.default_rng(0)
+    param, grad, first = rng.standard_normal((3, count), dtype=np.float32)
+    arrays = [param, grad, first, first * first, np.array(0.5, np.float32)]
+    params = {"lr": 1e-3, "step": 3}
+    right = NUMBA.run(op, *(a.copy() for a in arrays), **params)
+    off = [right[0].copy(), *right[1:]]
+    off[0][-1] += np.float32(0.1)
+    clean, faulty = assess(op, arrays, params, [right, off])
+    assert not clean.wrong and faulty.wrong
+    assert faulty.judgement.worst is not None and faulty.judgement.worst.place == (count - 1,)
+    assert sum(clean.ulps.values()) == sum(faulty.ulps.values()) == 3 * count
 
 
 def test_side_a_may_be_the_wrong_one() -> None:
