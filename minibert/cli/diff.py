@@ -100,7 +100,7 @@ def diff_command(
     console.print(f"{config}, {dtype}, seed {seed}: {summary(found, batch)}", highlight=False, soft_wrap=True)
     for name, side in (("A", first), ("B", second)):
         console.print(f"{name}: {_described(side)}", highlight=False, soft_wrap=True)
-    console.print(table(found, every))
+    console.print(table(found, every, console.width))
     if json_file is not None:
         about = {"machine": machine(), "settings": settings, "a": _described(first), "b": _described(second)}
         json_file.write_text(json.dumps(about | facts(found), indent=1, allow_nan=False) + "\n")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
@@ -13,7 +13,7 @@ from minibert.assess import Assessment, Distance
 from minibert.cli.options import plain_table
 from minibert.data import PackedBatch
 from minibert.lockstep import Difference, Row
-from minibert.trace import Recording
+from minibert.trace import Side
 
 SHOWN = 20  # rows, unless all are asked for
 
@@ -38,9 +38,10 @@ def verdict(found: Difference) -> str:
     where = f" in {row.place}" if row.place else ""
     names = {"A": f"side A ({found.a.name}) is", "B": f"side B ({found.b.name}) is"}
     names["both"] = f"both sides ({found.a.name}, {found.b.name}) are"
-    said = f"{row.op}{where} ({row.phase}, call {row.call}): {names[row.side]} wrong: {_what(row.worst)}"
-    said = f"[red]CULPRIT[/red] {escape(said)}"
-    return said + (f"; the step ended there or later ({escape(found.broken)})" if found.broken else "")
+    what = _what(row.worst)
+    said = f"{row.op}{where} ({row.phase}, call {row.call}): {names[row.side]} wrong: {what}"
+    ended = found.broken if what not in found.broken else ""
+    return f"[red]CULPRIT[/red] {escape(said)}" + (f"; what ended the step: {escape(ended)}" if ended else "")
 
 
 def _what(wrong: Assessment | None) -> str:
@@ -63,25 +64,17 @@ def summary(found: Difference, batch: PackedBatch) -> str:
     )
 
 
-def table(found: Difference, every: bool) -> Table:
-    """The calls that used up most of their bound; with `every`, all calls in order."""
+def table(found: Difference, every: bool, width: int) -> Table:
+    """The calls that used up most of their bound; with `every`, all calls in order. Narrow ones leave columns out."""
     rows = found.rows if every else sorted(found.rows, key=_badness, reverse=True)[:SHOWN]
     title = "Every call" if every else f"The {len(rows)} calls nearest to their bound, of {len(found.rows)} (--all)"
     made = plain_table(title=title, header_style="bold")
-    for name in ("call", "op", "phase", "place"):
-        made.add_column(name, justify="right" if name == "call" else "left", overflow="fold")
-    measures = ["A of bound", "B of bound"] + ([] if isinstance(found.b, Recording) else ["local", "exact", "to 1 ulp"])
-    for name in (*measures, "max ulp", "err/uS", "inherited", "output", "growth", "wrong"):
-        made.add_column(name, justify="right")
+    columns = [c for c in COLUMNS if (width >= WIDE or c.always) and (c.name not in LOCAL or isinstance(found.b, Side))]
+    for column in columns:
+        left = column.name in ("op", "phase", "place")
+        made.add_column(column.name, justify="left" if left else "right", overflow="fold")
     for row in rows:
-        local = [] if isinstance(found.b, Recording) else [_share(row.local), *_ulps(row.local)]
-        told = row.local or row.b
-        made.add_row(
-            str(row.call), row.op, row.phase, row.place, _share(row.a), _share(row.b), *local,
-            f"{told.judgement.ulp_max:.3g}" if told else "", f"{told.judgement.err_over_us:.3g}" if told else "",
-            _relative(row.inputs), _relative(row.outputs), "" if row.growth is None else f"{row.growth:.2g}",
-            f"[red]{row.side}[/red]" if row.side else "",
-        )  # fmt: skip
+        made.add_row(*(column.cell(row) for column in columns))
     return made
 
 
@@ -92,22 +85,53 @@ def _badness(row: Row) -> tuple[bool, float]:
 def _share(result: Assessment | None) -> str:
     if result is None:
         return "not judged"
-    share = f"{result.judgement.bound_share:.2%}" if math.isfinite(result.judgement.bound_share) else "beyond"
-    return f"[red]{share}[/red]" if result.wrong else share
+    share = result.judgement.bound_share
+    if not result.wrong:
+        return f"{share:.2%}"
+    return f"[red]{share:.3g} x[/red]" if math.isfinite(share) else "[red]beyond[/red]"
 
 
-def _ulps(result: Assessment | None) -> tuple[str, str]:
-    """The shares of elements that are exact, and within one unit in the last place."""
-    counts: Counter[str] = result.ulps if result else Counter()
-    total = sum(counts.values())
-    if not total:
-        return "", ""
-    near = sum(n for bucket, n in counts.items() if bucket == "0" or bucket in ("2^-3", "2^-2", "2^-1", "2^0"))
-    return f"{counts['0'] / total:.1%}", f"{near / total:.1%}"
+def _near(row: Row, buckets: tuple[str, ...]) -> str:
+    """The share of the elements of B's local result whose error falls into these buckets."""
+    total = sum(row.local.ulps.values()) if row.local else 0
+    return f"{sum(row.local.ulps[b] for b in buckets) / total:.1%}" if row.local and total else ""
+
+
+def _measure(row: Row, name: str) -> str:
+    told = row.local or row.b
+    return f"{getattr(told.judgement, name):.3g}" if told else ""
 
 
 def _relative(distance: Distance | None) -> str:
     return "" if distance is None else f"{distance.relative:.2g}"
+
+
+class Column(NamedTuple):
+    name: str
+    cell: Callable[[Row], str]
+    always: bool = False  # on a narrow terminal as well
+
+
+WIDE = 120  # characters
+ONE_ULP = ("0", "2^-3", "2^-2", "2^-1", "2^0")
+LOCAL = ("local", "exact", "to 1 ulp")  # what B makes of A's inputs: a trace cannot be asked
+COLUMNS = (
+    Column("call", lambda row: str(row.call), always=True),
+    Column("op", lambda row: row.op, always=True),
+    Column("phase", lambda row: row.phase),
+    Column("place", lambda row: row.place, always=True),
+    Column("A of bound", lambda row: _share(row.a), always=True),
+    Column("B of bound", lambda row: _share(row.b), always=True),
+    Column("local", lambda row: _share(row.local)),
+    Column("exact", lambda row: _near(row, ("0",))),
+    Column("to 1 ulp", lambda row: _near(row, ONE_ULP)),
+    Column("max ulp", lambda row: _measure(row, "ulp_max")),
+    Column("err/uS", lambda row: _measure(row, "err_over_us")),
+    Column("inherited", lambda row: _relative(row.inputs)),
+    Column("output", lambda row: _relative(row.outputs)),
+    Column("growth", lambda row: "" if row.growth is None else f"{row.growth:.2g}"),
+    Column("wrong", lambda row: f"[red]{row.side}[/red]" if row.side else "", always=True),
+)
 
 
 def facts(found: Difference) -> dict[str, Any]:
