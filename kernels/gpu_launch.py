@@ -25,6 +25,7 @@ from minibert.kernels.philox import Stream
 
 STORAGE = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}  # -DSTORAGE=..., by dtype
 MOST_THREADS = 1024  # in a block, unless __launch_bounds__ says fewer
+MOST_BLOCKS = (2**31 - 1, 65535, 65535)  # of a grid, in x, y and z
 WAVES = 8  # blocks for each multiprocessor at most: beyond that, a grid-stride loop does the rest
 
 # C type -> (dtypes that a pointer to it takes, format of a scalar of it)
@@ -98,7 +99,7 @@ def _parameter(declaration: str, kernel: str) -> Parameter:
     name, words = words[-1], words[:-1]
     is_const = "const" in words
     type_name = " ".join(word for word in words if word not in ("const", "*"))
-    if words.count("*") > 1 or (type_name not in TYPES and type_name not in STRUCTS):
+    if words.count("*") > 1 or "[" in name or (type_name not in TYPES and type_name not in STRUCTS):
         raise ValueError(
             f"kernel {kernel}: parameter {declaration.strip()!r} is of a type that a launch cannot check; known are "
             f"{', '.join([*TYPES, *STRUCTS])} and pointers to them"
@@ -131,7 +132,10 @@ class CudaFile:
         `variants` are the -D's that it is compiled with, `storage` the dtypes that its `Storage` may be.
         """
         if name not in self.signatures:
-            raise ValueError(f"{self.path} has no kernel {name!r}; it has {', '.join(self.signatures) or 'none'}")
+            raise ValueError(
+                f"{self.path} has no kernel {name!r}; it has {', '.join(self.signatures) or 'none'}. "
+                'Kernels are written extern "C" __global__ void __launch_bounds__(N) name(...)'
+            )
         signature = self.signatures[name]
         if not 0 < block <= signature.most_threads:
             raise ValueError(f"kernel {name}: a block of {block} threads, but it allows {signature.most_threads}")
@@ -157,19 +161,21 @@ class CudaKernel:
 
         Raises TypeError for a wrong argument.
         """
-        device = on if on is not None else next(a.device for a in arguments if hasattr(a, "device"))
-        blocks = tuple(grid) if isinstance(grid, Sequence) else (grid,)
-        blocks += (1,) * (3 - len(blocks))
+        name = self.signature.name
+        device = on if on is not None else next((a.device for a in arguments if hasattr(a, "device")), None)
+        if device is None:
+            raise TypeError(f"kernel {name}: no argument is a device array: say where to launch, on=x.device")
         if defines not in self.variants:
-            raise TypeError(f"kernel {self.signature.name}: no variant {defines}; declared are {self.variants}")
-        if 0 in blocks:
+            raise TypeError(f"kernel {name}: no variant {defines}; declared are {self.variants}")
+        if 0 in (tuple(grid) if isinstance(grid, Sequence) else (grid,)):
             return
         packed, storage = self.pack(arguments)
+        blocks = _blocks(name, grid)
+        if not _is_whole(shared) or shared < 0:
+            raise TypeError(f"kernel {name}: shared is a number of bytes, got {shared!r}")
         if storage is not None:
             if storage not in self.storage:
-                raise TypeError(
-                    f"kernel {self.signature.name} is for arrays of {', '.join(self.storage)}: not {storage}"
-                )
+                raise TypeError(f"kernel {name} is for arrays of {', '.join(self.storage)}: not {storage}")
             defines = {**defines, "STORAGE": STORAGE[storage]}
         device.launch(self, blocks, shared, packed, defines)
 
@@ -196,6 +202,21 @@ class CudaKernel:
         return packed, storage
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _blocks(kernel: str, grid: Any) -> tuple[int, int, int]:
+    """A grid as given -> its blocks in x, y and z."""
+    given = tuple(grid) if isinstance(grid, Sequence) else (grid,)
+    right = 1 <= len(given) <= 3 and all(map(_is_whole, given))
+    if not right or any(not 0 <= n <= most for n, most in zip(given, MOST_BLOCKS, strict=False)):
+        most = ", ".join(map(str, MOST_BLOCKS))
+        raise TypeError(f"kernel {kernel}: grid is one to three numbers of blocks, at most {most}, got {grid!r}")
+    x, y, z = (*map(int, given), 1, 1)[:3]
+    return x, y, z
+
+
 def _pointer(kernel: str, parameter: Parameter, argument: Any) -> bytes:
     if argument is None:
         return bytes(8)
@@ -219,8 +240,7 @@ def _scalar(kernel: str, parameter: Parameter, argument: Any) -> bytes:
             raise TypeError(f"kernel {kernel}: {parameter.name} takes {parameter.type} as bytes, got {argument!r:.80}")
         return argument
     form = TYPES[parameter.type][1]
-    whole = isinstance(argument, int | np.integer) and not isinstance(argument, bool)
-    if not (whole or (form == "f" and isinstance(argument, float | np.floating))):
+    if not (_is_whole(argument) or (form == "f" and isinstance(argument, float | np.floating))):
         raise TypeError(f"kernel {kernel}: {parameter.name} takes {parameter.type}, got {type(argument).__name__}")
     try:
         return struct.pack(f"<{form}", argument)

@@ -15,7 +15,9 @@ import minibert as mb
 from minibert import backends
 from minibert.cli import main
 from minibert.data import SHIPPED_VOCABULARY
+from minibert.kernels.gpu_launch import CudaFile
 from minibert.train import STATE
+from tests.emulator_device import needs_compiler
 
 SMALL = {
     "vocab_size": 8000, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
@@ -282,3 +284,39 @@ def test_token_ids_out_of_range(wrong: int) -> None:
         model(input_ids=np.array([[2, wrong, 3]]))
     with pytest.raises(mb.UserError, match="labels"):
         model(input_ids=np.array([[2, 5, 3]]), labels=np.array([[-100, wrong, -100]]))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--gdb", ""), "--gdb: expected FILE:LINE"),
+        (("--gdb", "gpu.cu"), "--gdb: expected FILE:LINE"),
+        (("--schedules", ""), "--schedules: expected some of"),
+    ],
+)
+@needs_compiler
+def test_options_of_the_emulator(refused: Refused, options: tuple[str, ...], told: str) -> None:
+    assert told in refused("check", "softmax", "--backend", "emulator", *options)
+
+
+@needs_compiler
+def test_an_emulator_that_does_not_compile_fails_no_check(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "false")
+    assert "false ended with exit status 1" in refused("check", "softmax", "--backend", "emulator")
+
+
+def test_launches_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "k.cu").write_text('extern "C" __global__ void k(float* y) {}')
+    file = CudaFile(str(tmp_path / "k.py"), "k.cu")
+    kernel = file.kernel("k", block=32)
+    device = object()
+    for grid in (1.5, "3", -1, (1, 1, 1, 1), (1, 70000), (), True):
+        with pytest.raises(TypeError, match="kernel k: grid is one to three numbers of blocks"):
+            kernel(None, grid=grid, on=device)
+    for shared in (-4, 4.0):
+        with pytest.raises(TypeError, match="kernel k: shared is a number of bytes"):
+            kernel(None, grid=1, shared=shared, on=device)
+    with pytest.raises(TypeError, match="no argument is a device array"):
+        kernel(None, grid=1)
+    with pytest.raises(ValueError, match=r'has no kernel .*Kernels are written extern "C" __global__ void'):
+        file.kernel("j", block=32)

@@ -15,6 +15,7 @@ import pytest
 
 from minibert.backends.base import BackendUnavailable
 from minibert.backends.emulator import toolchain
+from minibert.backends.emulator.process import EmulatorCrash
 from minibert.errors import UserError
 from tests.emulator_device import KERNELS, Device, marked, needs_compiler
 
@@ -145,3 +146,57 @@ def test_an_edited_header_in_a_folder_within_is_compiled_again(tmp_path: Path) -
     assert toolchain.compile_kernels(source, {}, [], sanitize=False) == first
     (tmp_path / "parts" / "inner.cuh").write_text("constexpr int ANSWER = 2;\n")
     assert toolchain.compile_kernels(source, {}, [], sanitize=False) != first
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "emulator").symlink_to("/proc/self")  # a folder in which not even root may write
+    monkeypatch.setenv("MINIBERT_CACHE_DIR", str(tmp_path))
+    with pytest.raises(BackendUnavailable, match=r"no place for compiled kernels .* set MINIBERT_CACHE_DIR"):
+        toolchain.compile_kernels(KERNELS / "crashes.cu", {}, [], sanitize=False)
+
+
+def test_a_compiler_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "ccache g++")
+    with pytest.raises(BackendUnavailable, match=r"\$CXX names 'ccache g\+\+', which is no program"):
+        toolchain.compiler()
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(UserError, match="false ended with exit status 1 and said nothing"):
+        toolchain.emulator_executable()
+
+
+def test_what_cuda_has_without_a_header_and_large_local_arrays(device: Device, tmp_path: Path) -> None:
+    source = tmp_path / "k.cu"
+    source.write_text("""
+#include <cuda_fp16.h>
+extern "C" __global__ void k(float* y, int n) {
+    float large[120000];  // 480000 bytes: a GPU gives a thread 512 KiB
+    for (int i = 0; i < 120000; ++i) large[i] = i + n;
+    __half2 h = __hmin2(__floats2half2_rn(-3, 4), __floats2half2_rn(5, 6));
+    h = __hmax2(__floats2half2_rn(1, -2), __hneg2(__habs2(h)));
+    y[0] = large[119999 - n] + __low2float(h) + __high2float(h);
+    y[1] = isnan(y[0] / 0.0f) + 2 * isinf(y[0] / 0.0f) + 4 * isfinite(y[0]);
+}
+""")
+    y = device.empty(256)
+    library = toolchain.compile_kernels(source, {}, [], sanitize=True)
+    arguments = [y.to_bytes(8, "little"), bytes(4)]
+    assert not device.process.launch(library, "k", (1,), (1,), 0, arguments).findings
+    assert device.read(y, (2,), "f4").tolist() == [119999 + 1 - 2, 2 + 4]
+
+
+def test_recursion_without_end_is_told() -> None:
+    device = Device()
+    with pytest.raises(EmulatorCrash, match="recursion without end, or local arrays beyond the 512 KiB"):
+        device.run("crashes.cu", "recurses", 1, 1, device.empty(256), np.int32(0), sanitize=False)
+    device.process.close()
+
+
+@pytest.mark.skipif(shutil.which("gdb") is None, reason="needs gdb: apt install gdb")
+def test_leaving_gdb_ends_the_command(tmp_path: Path) -> None:
+    """Once: not to be asked again for each check that is left."""
+    words = ["minibert", "check", "softmax", "--backend", "emulator", "--gdb", "softmax/gpu.cu:60"]
+    code = f"import sys; sys.argv = {words!r}; from minibert.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], input="quit\n", capture_output=True, text=True, timeout=100)
+    if "ptrace: Operation not permitted" in done.stdout + done.stderr:
+        pytest.skip("gdb may not trace processes here")
+    assert done.returncode == 130 and done.stdout.count("(gdb)") == 1, done.stdout + done.stderr

@@ -76,6 +76,7 @@ class EmulatorDriver:
         self.traffic: dict[tuple[str, int, str, str], TrafficLine] = {}
         self.total = memory_asked_for()
         self.gdb: str | None = None
+        self.sources: set[Path] = set()  # .cu files of kernels that were launched
         self._process: EmulatorProcess | None = None
         self._default = Stream()
         self._streams = [self._default]
@@ -196,6 +197,7 @@ class EmulatorDriver:
         settings, name = self.settings, kernel.signature.name
         library = compile_kernels(kernel.file.path, text, [KERNELS], sanitize=settings.sanitize or settings.traffic)
         packed = list(arguments)
+        self.sources.add(kernel.file.path)
         self._compare_signatures(kernel, library)
 
         def run() -> bool:

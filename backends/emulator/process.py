@@ -67,6 +67,10 @@ class EmulatorCrash(RuntimeError):
         self.findings = list(findings)
 
 
+class DebuggerLeft(KeyboardInterrupt):
+    """The user has quit gdb: like an interrupt, it ends what is being done."""
+
+
 class EmulatorProcess:
     """Starts with the first use, and again after a crash.
 
@@ -152,7 +156,7 @@ class EmulatorProcess:
         and lanes: "forward", "reverse" or "random" by `seed`.
 
         Raises UserError for a launch that a GPU would refuse, EmulatorCrash where the kernel ended the process or ran
-        for longer than `timeout`.
+        for longer than `timeout`, DebuggerLeft where the user quit gdb.
         """
         kernels = self._load(so)
         if kernel not in kernels:
@@ -224,6 +228,8 @@ class EmulatorProcess:
         except ConnectionError:
             code = self._child.wait() if self._child is not None else None
             self._stop()
+            if self.gdb is not None:
+                raise DebuggerLeft from None
             raise EmulatorCrash(f"{what}: the emulator ended (exit status {code}); {SPOILT}") from None
         except BaseException:  # an interrupt: the answer that would still come must not be taken for the next one's
             self._stop()

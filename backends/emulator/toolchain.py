@@ -16,9 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minibert.backends.base import BackendUnavailable
@@ -34,6 +34,7 @@ KERNEL_FLAGS = [
     "-fno-strict-aliasing",  # device code reads floats as uint4
     "-fno-threadsafe-statics",
     "-fno-gnu-unique",  # a template's static belongs to its own library
+    "-fstack-clash-protection",  # large local arrays do not step over the guard between two threads' stacks
 ]
 # Copies of whole structs stay whole (no scalar replacement), so that the hooks see a float4 as one access.
 # -fsanitize=bounds-strict calls back where a thread leaves an array of its own, which lies in no watched memory.
@@ -73,9 +74,14 @@ def compiler() -> str:
         raise BackendUnavailable(f"the emulator needs Linux, this is {sys.platform}: run it in a container")
     name = os.environ.get("CXX") or "g++"
     path = shutil.which(name)
+    if path is None and name != "g++":
+        raise BackendUnavailable(
+            f"the emulator needs a C++ compiler, and $CXX names {name!r}, which is no program: "
+            "unset CXX, or name a GCC without options"
+        )
     if path is None:
         raise BackendUnavailable(
-            f"the emulator needs a C++ compiler, and {name} is not found: "
+            "the emulator needs a C++ compiler, and g++ is not found: "
             "apt install g++ (Debian, Ubuntu), dnf install gcc-c++ (Fedora), pacman -S gcc (Arch)"
         )
     if "clang" in _version(path):
@@ -95,13 +101,29 @@ def cache_folder() -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minibert"
     folder = base / "emulator"
-    try:
+    with _a_place_is_needed():
         folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _a_place_is_needed() -> Iterator[None]:
+    """A folder that cannot be made or written is the user's to mend."""
+    try:
+        yield
     except OSError as error:
         raise BackendUnavailable(
             f"the emulator has no place for compiled kernels ({error}); set MINIBERT_CACHE_DIR to a folder"
         ) from None
-    return folder
+
+
+@contextmanager
+def _scratch(target: Path) -> Iterator[str]:
+    """A folder to compile in, on the file system of `target`."""
+    with _a_place_is_needed():
+        made = tempfile.TemporaryDirectory(dir=target.parent)
+    with made as folder:
+        yield folder
 
 
 def emulator_executable() -> Path:
@@ -114,7 +136,7 @@ def emulator_executable() -> Path:
     if _is_kept(target):
         return target
     _remove_unused(target.parent)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    with _scratch(target) as scratch:
         failure = "the emulator does not compile"
 
         def build(source: Path) -> str:
@@ -143,11 +165,11 @@ def compile_kernels(source: Path, defines: Mapping[str, str], include: Sequence[
     defined = [f"-D{name}={value}" for name, value in sorted(defines.items())]
     flags = [*LANGUAGE, *KERNEL_FLAGS, *(SANITIZED if sanitize else FAST)]
     words = [str(source), *map(str, include), *defined, *flags, *WRAPPED]
-    files = [source, *_included(source, include), Path(__file__), *sorted(INCLUDE.glob("*.h"))]
+    files = [source, *included(source, include), Path(__file__), *sorted(INCLUDE.glob("*.h"))]
     target = cache_folder() / f"{source.parent.name}-{source.stem}-{_digest(path, words, files)}.so"
     if _is_kept(target):
         return target
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    with _scratch(target) as scratch:
         where = [f"-I{INCLUDE}", *(f"-I{folder}" for folder in include), "-include", "cuda_emulator.h"]
         preprocess = [path, "-E", *LANGUAGE, *defined, *where, "-x", "c++", str(source)]
         text = translate(_run(preprocess, f"{_short(source)} does not compile for the emulator"), source)
@@ -240,11 +262,13 @@ def _run(command: list[str], failure: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return done.stdout
-    errors = [line for line in done.stderr.splitlines() if re.search(r"\berror:|fatal|undefined reference", line)]
-    raise UserError(f"{failure}: " + " | ".join(errors[:3] or done.stderr.splitlines()[:3]))
+    told = done.stderr.splitlines()
+    errors = [line for line in told if re.search(r"\berror:|fatal|undefined reference", line)]
+    silent = [f"{command[0]} ended with exit status {done.returncode} and said nothing"]
+    raise UserError(f"{failure}: " + " | ".join(errors[:3] or told[:3] or silent))
 
 
-def _included(source: Path, folders: Sequence[Path]) -> list[Path]:
+def included(source: Path, folders: Sequence[Path]) -> list[Path]:
     """The headers that a source includes, and those that they include: beside the file, else in `folders`."""
     found: list[Path] = []
     waiting = [source]

@@ -60,8 +60,10 @@ def check_command(
     results: list[CheckResult] = []
     dtypes = [name.strip() for name in dtype.split(",")] if dtype else None
     with ExitStack() as stack:
+        status = notes.status("checking")
+        if not gdb:  # which has the terminal
+            stack.enter_context(status)
         emulator = stack.enter_context(emulator_options(compared, schedules, sanitize, traffic, gdb))
-        status = stack.enter_context(notes.status("checking"))
         stack.enter_context(show_compiling(status.update))
         for place in compared:
             stack.enter_context(place.using(kernels))

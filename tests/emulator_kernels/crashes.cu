@@ -24,3 +24,12 @@ extern "C" __global__ void never_ends(float* y, int zero) {
 extern "C" __global__ void ones(float* y, int zero) {
     y[threadIdx.x] = 1;  // stop ones
 }
+
+__device__ int depth(int n) {
+    volatile int kept = n;
+    return depth(n + 1) + kept;
+}
+
+extern "C" __global__ void recurses(float* y, int zero) {
+    y[threadIdx.x] = float(depth(zero));
+}

@@ -72,6 +72,10 @@ CUDA_EMULATOR_INLINE float narrowed(Integer x) {
     CUDA_EMULATOR_INLINE Half2 __hfma2(Half2 a, Half2 b, Half2 c) {                                              \
         return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)};                                                   \
     }                                                                                                            \
+    CUDA_EMULATOR_INLINE Half2 __hmin2(Half2 a, Half2 b) { return {__hmin(a.x, b.x), __hmin(a.y, b.y)}; }        \
+    CUDA_EMULATOR_INLINE Half2 __hmax2(Half2 a, Half2 b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; }        \
+    CUDA_EMULATOR_INLINE Half2 __habs2(Half2 a) { return {__habs(a.x), __habs(a.y)}; }                           \
+    CUDA_EMULATOR_INLINE Half2 __hneg2(Half2 a) { return {-a.x, -a.y}; }                                         \
     CUDA_EMULATOR_INLINE float __low2float(Half2 a) { return a.x; }                                              \
     CUDA_EMULATOR_INLINE float __high2float(Half2 a) { return a.y; }                                             \
     CUDA_EMULATOR_ATOMIC(atomicAdd, Half, old + value)

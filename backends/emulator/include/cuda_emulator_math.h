@@ -88,6 +88,11 @@ CUDA_EMULATOR_INLINE double max(double a, float b) { return fmax(a, double(b)); 
 
 // --- floating point ---
 
+using std::isfinite;
+using std::isinf;
+using std::isnan;
+using std::signbit;
+
 namespace cuda_emulator {
 
 CUDA_EMULATOR_INLINE float reciprocal_root(float x) { return float(1 / sqrt(double(x))); }

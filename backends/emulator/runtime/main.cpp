@@ -190,9 +190,12 @@ void crash(int signal, siginfo_t* info, void* context) {
     char detail[200];
     const bool memory = signal == SIGSEGV || signal == SIGBUS;
     std::snprintf(detail, sizeof detail, "%s", strsignal(signal));
-    if (memory) {
-        std::snprintf(detail, sizeof detail, "%s at address 0x%zx", strsignal(signal),
-                      reinterpret_cast<size_t>(info->si_addr));
+    const auto address = reinterpret_cast<uintptr_t>(info->si_addr);
+    if (memory && stack_is_full(address)) {
+        std::snprintf(detail, sizeof detail,
+                      "recursion without end, or local arrays beyond the 512 KiB that a thread of a GPU has");
+    } else if (memory) {
+        std::snprintf(detail, sizeof detail, "%s at address 0x%zx", strsignal(signal), address);
     } else if (signal == SIGFPE) {
         std::snprintf(detail, sizeof detail, "integer division by zero");
     }

@@ -29,7 +29,7 @@ size_t private_bytes = 0;
 
 namespace {
 
-constexpr size_t stack_bytes = 256 * 1024;
+constexpr size_t stack_bytes = 640 * 1024;  // for local arrays of 512 KiB, as on a GPU, and calls
 constexpr size_t guard_bytes = 64 * 1024;
 
 Thread threads[most_threads];
@@ -136,6 +136,11 @@ void release_barrier() {
 }
 
 }  // namespace
+
+bool stack_is_full(uintptr_t address) {
+    const auto stack = reinterpret_cast<uintptr_t>(current == nullptr ? nullptr : current->stack);
+    return address < stack && address >= stack - guard_bytes;
+}
 
 void prepare_threads() {
     thread_count = launch.block.count();

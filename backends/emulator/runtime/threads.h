@@ -88,6 +88,7 @@ extern uintptr_t private_begin;  // stacks and snapshots: a thread's own, not wa
 extern size_t private_bytes;
 
 void prepare_threads();
+bool stack_is_full(uintptr_t address);  // whether the running thread has come to the end of its stack there
 void run_block(uint32_t block);
 bool abandoned();
 
