@@ -55,7 +55,7 @@ def embedding(
         contiguous(token_type, (len(token_type), columns), "token_type"),
     )
     y = np.empty((*input_ids.shape, columns), word.dtype)
-    rows = y.reshape(-1, columns)
+    rows = y.reshape(-1, max(1, columns))
     run_rows(embedding_rows, len(rows), *tables, *ids, rows, grain=rows_worth_a_thread(columns, COST))
     return y
 

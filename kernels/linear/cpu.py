@@ -57,7 +57,7 @@ def matmul(a: Array, b: Array) -> Array:
 def linear(x: Array, weight: Array, bias: Array) -> Array:
     bias = contiguous(bias, weight.shape[:1], "bias")
     y = product_with_transpose(x, weight)
-    rows = y.reshape(-1, bias.size)
+    rows = y.reshape(-1, max(1, bias.size))
     run_rows(bias_rows, len(rows), rows, bias, grain=rows_worth_a_thread(bias.size, cost=0.25))
     return y
 
@@ -70,7 +70,7 @@ def linear_gelu(x: Array, weight: Array, bias: Array, *, approximate: str = "non
     bias = contiguous(bias, weight.shape[:1], "bias")
     before = product_with_transpose(x, weight)
     y = np.empty_like(before)
-    rows = before.reshape(-1, bias.size)
+    rows = before.reshape(-1, max(1, bias.size))
     kernel = bias_gelu_tanh_rows if approximate == "tanh" else bias_gelu_rows
     run_rows(kernel, len(rows), rows, bias, y.reshape(rows.shape), grain=rows_worth_a_thread(bias.size))
     return y, before
