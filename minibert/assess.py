@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minibert.judge import Judgement, expect, judge_against
+from minibert.judge import Judgement, expect, judge_against, unit_in_last_place
 from minibert.kernels.op import Op, holds_floats
-from minibert.kernels.readings import PRECISIONS, Bound
+from minibert.kernels.readings import Bound
 
 JUDGED_PIECE = 1 << 20  # elements of a flat in-place op that are judged at a time: bounds take twenty times the memory
 LEAST_BUCKET, MOST_BUCKET = -3, 24  # log2 of ulps: what is smaller or larger falls into the last
@@ -80,9 +80,7 @@ def _ulps(expected: Sequence[Bound], got: Sequence[np.ndarray]) -> Counter[str]:
     for b, result in zip(expected, got, strict=False):
         if result.shape != b.value.shape:
             continue
-        precision = PRECISIONS[b.dtype]
-        size = np.maximum(np.abs(b.value), precision.tiny)
-        ulps = np.abs(result.astype(np.float64) - b.value) / np.ldexp(2 * precision.roundoff, np.frexp(size)[1] - 1)
+        ulps = np.abs(result.astype(np.float64) - b.value) / unit_in_last_place(b.value, b.dtype)
         finite = np.isfinite(ulps)
         exact = finite & (ulps == 0)
         counts["0"] += int(exact.sum())

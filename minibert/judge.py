@@ -102,7 +102,7 @@ def judge_against(expected: Sequence[Bound], got: Any) -> Judgement:
         if worst is None or shares[at] > share:
             worst = Worst(k, tuple(map(int, at)), float(b.value[at]), float(result[at]), float(allowed[at]))
         share = max(share, float(shares[at]))
-        ulp = max(ulp, float((off / _ulp(b.value, b.dtype)).max()))
+        ulp = max(ulp, float((off / unit_in_last_place(b.value, b.dtype)).max()))
         unit = np.maximum(PRECISIONS[b.dtype].roundoff * b.terms, PRECISIONS[b.dtype].tiny)
         over_us = max(over_us, float(_share(off, unit).max()))
         unbounded += int(np.isinf(allowed).sum())
@@ -139,7 +139,8 @@ def _share(off: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     return np.where(off == 0, 0.0, np.where(np.isinf(off) | np.isnan(share), np.inf, share))
 
 
-def _ulp(value: np.ndarray, dtype: str) -> np.ndarray:
+def unit_in_last_place(value: np.ndarray, dtype: str) -> np.ndarray:
+    """Of each value; below the smallest normal number that of it."""
     precision = PRECISIONS[dtype]
     size = np.where(np.isfinite(value), np.maximum(np.abs(value), precision.tiny), 1.0)
     return np.ldexp(2 * precision.roundoff, np.frexp(size)[1] - 1)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from minibert import checkpoint
 from minibert.backends import MOST_THREADS
-from minibert.bert import BertForMaskedLM
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
+from minibert.cli.inputs import step_inputs
 from minibert.cli.kernels import HELP, load_kernels, refuse_uncalled
 from minibert.cli.options import (
     PRODUCTS_HELP,
@@ -28,23 +26,7 @@ from minibert.cli.options import (
 )
 from minibert.cli.report import markdown, tables, verdict
 from minibert.compare import Comparison, compare, facts
-from minibert.config import NAMED, BertConfig
-from minibert.data import (
-    SHIPPED_TEXT,
-    SHIPPED_VOCABULARY,
-    Batches,
-    Document,
-    PackedBatch,
-    check_vocabulary,
-    encode,
-    load_tokenizer,
-    make_sequences,
-    masking_rule,
-    read_documents,
-    special_ids,
-    tokenizer_files,
-)
-from minibert.errors import UserError
+from minibert.config import BertConfig
 
 
 @app.command("compare")
@@ -74,32 +56,20 @@ def compare_command(
     kernels = load_kernels(kernel)
     compared = chosen_backends(backends, threads)
     set_products(compared, products)
-    folder = None if config in NAMED else Path(config)
-    tokenizer = load_tokenizer(folder if folder and tokenizer_files(folder) else SHIPPED_VOCABULARY)
-    model_config = _config(config, tokenizer.get_vocab_size())
-    check_vocabulary(tokenizer, model_config.vocab_size)
-    if max_seq_length > model_config.max_position_embeddings:
-        raise UserError(
-            f"--max-seq-length {max_seq_length}: the model has {model_config.max_position_embeddings} positions; "
-            "give that many or fewer"
-        )
-    documents = _enough(read_documents(text or [SHIPPED_TEXT]), tokens)
-    rule = masking_rule(special_ids(tokenizer), model_config.vocab_size)
-
-    def make_batch() -> PackedBatch:
-        sequences = make_sequences(encode(documents, tokenizer), special_ids(tokenizer), max_seq_length)
-        return Batches(sequences, max(tokens, int(sequences.lengths.max())), seed, rule).batch(0)
-
-    if folder is None:
-        make_model = partial(BertForMaskedLM, model_config, dtype=dtype, seed=seed)
-    else:
-        make_model = partial(BertForMaskedLM.from_pretrained, folder, dtype=dtype, seed=seed)
+    inputs = step_inputs(config, text, tokens, max_seq_length, seed)
     with ExitStack() as stack:
         status = stack.enter_context(notes.status("reading the text"))
         stack.enter_context(show_compiling(status.update))
-        found = compare(make_model, make_batch, compared, steps, kernels=kernels, progress=status.update)
+        found = compare(
+            lambda backend: inputs.make_model(backend, dtype),
+            inputs.make_batch,
+            compared,
+            steps,
+            kernels=kernels,
+            progress=status.update,
+        )
     refuse_uncalled(kernels)
-    described = _described(config, model_config, dtype, steps, found)
+    described = _described(config, inputs.config, dtype, steps, found)
     console.print(f"{described['name']}: {described['summary']}", highlight=False)
     for run in found.runs:
         console.print(f"{run.backend.name}: {run.backend.describe()}", highlight=False)
@@ -111,28 +81,6 @@ def compare_command(
     if markdown_file is not None:
         markdown_file.write_text(markdown(found, described, machine()))
     return 0 if found.ok else 1
-
-
-def _config(name: str, vocabulary: int) -> BertConfig:
-    if name in NAMED:
-        return replace(NAMED[name], vocab_size=vocabulary)
-    if not name or not Path(name).is_dir():
-        raise UserError(f"--config: expected {', '.join(NAMED)} or a checkpoint's folder, got {name!r}")
-    return checkpoint.read_config(name)
-
-
-def _enough(documents: list[Document], tokens: int) -> list[Document]:
-    """The first sentences, some more than a batch needs: what is timed is the making of one batch."""
-    kept: list[Document] = []
-    characters = 0
-    for document in documents:
-        kept.append([])
-        for sentence in document:
-            kept[-1].append(sentence)
-            characters += len(sentence)
-            if characters > 12 * tokens:  # a token is 4 to 5 characters of English
-                return kept
-    return kept
 
 
 def _described(name: str, config: BertConfig, dtype: str, steps: int, found: Comparison) -> dict[str, Any]:

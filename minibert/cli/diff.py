@@ -15,27 +15,15 @@ import typer
 from minibert import __version__, backends
 from minibert.backends import MOST_THREADS
 from minibert.backends.base import NARROW
-from minibert.bert import BertForMaskedLM
 from minibert.cli import app
-from minibert.cli.compare import _config, _enough
 from minibert.cli.compiling import show_compiling
 from minibert.cli.diff_report import facts, summary, table, verdict
+from minibert.cli.inputs import step_inputs
 from minibert.cli.kernels import HELP, load_kernels, refuse_uncalled, refuse_untriable
 from minibert.cli.options import console, machine, notes, refuse_unwritable
-from minibert.config import NAMED, BertConfig
+from minibert.config import NAMED
 from minibert.data import (
-    SHIPPED_TEXT,
-    SHIPPED_VOCABULARY,
-    Batches,
     PackedBatch,
-    check_vocabulary,
-    encode,
-    load_tokenizer,
-    make_sequences,
-    masking_rule,
-    read_documents,
-    special_ids,
-    tokenizer_files,
 )
 from minibert.errors import UserError
 from minibert.lockstep import diff
@@ -79,7 +67,8 @@ def diff_command(
         raise UserError("expected two sides, as in `minibert diff numpy numba`, or --kernel, --b-threads or --b-dtype")
     second = _side(b or a, b_dtype or dtype, kernels, b_threads)
     _refuse_narrow_beside_wide(first, second)
-    model_config, make_model, batch = _inputs(config, text or [SHIPPED_TEXT], tokens, max_seq_length, seed)
+    model_config, make_model, make_batch = step_inputs(config, text, tokens, max_seq_length, seed)
+    batch = make_batch()
     settings = {
         "config": asdict(model_config), "weights": config, "tokens": tokens, "max_seq_length": max_seq_length,
         "seed": seed, "step": step, "batch": _digest(batch),
@@ -124,32 +113,6 @@ def _refuse_narrow_beside_wide(a: Side | Recording, b: Side | Recording) -> None
         raise UserError(
             f"side A is in {a.dtype}, side B in {b.dtype}: in 16 bits the optimiser runs other ops; give both one dtype"
         )
-
-
-def _inputs(
-    config: str, text: list[Path], tokens: int, max_seq_length: int, seed: int
-) -> tuple[BertConfig, MakeModel, PackedBatch]:
-    """The model and the batch, as `minibert compare` makes them. Raises UserError for settings that do not fit."""
-    folder = None if config in NAMED else Path(config)
-    tokenizer = load_tokenizer(folder if folder and tokenizer_files(folder) else SHIPPED_VOCABULARY)
-    model_config = _config(config, tokenizer.get_vocab_size())
-    check_vocabulary(tokenizer, model_config.vocab_size)
-    if max_seq_length > model_config.max_position_embeddings:
-        raise UserError(
-            f"--max-seq-length {max_seq_length}: the model has {model_config.max_position_embeddings} positions; "
-            "give that many or fewer"
-        )
-    documents = _enough(read_documents(text), tokens)
-    rule = masking_rule(special_ids(tokenizer), model_config.vocab_size)
-    sequences = make_sequences(encode(documents, tokenizer), special_ids(tokenizer), max_seq_length)
-    batch = Batches(sequences, max(tokens, int(sequences.lengths.max())), seed, rule).batch(0)
-
-    def make_model(backend: Any, dtype: str) -> Any:
-        if folder is None:
-            return BertForMaskedLM(model_config, backend, dtype=dtype, seed=seed)
-        return BertForMaskedLM.from_pretrained(folder, backend=backend, dtype=dtype, seed=seed)
-
-    return model_config, make_model, batch
 
 
 def _digest(batch: PackedBatch) -> str:
