@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,13 +28,12 @@ from minibert.cli import UsageMistake
 from minibert.cli.options import chosen_backends, machine
 from minibert.config import NAMED, BertConfig
 from minibert.errors import UserError
-from minibert.kernels.elementwise import add
 from minibert.kernels.op import Array, Op
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bench.peaks import Peaks
+    from minibert.peaks import Peaks
 
 WARM_UP = 2  # calls after the first
 SETTLE = 0.02  # seconds between turns: idle threads of the one before may spin for some milliseconds
@@ -118,15 +116,15 @@ def compared(contestants: Sequence[Contestant], ours: Sequence[str]) -> dict[str
     }  # fmt: skip
 
 
-def shares(facts: dict[str, Any], peaks: Peaks, fma: float) -> None:
+def shares(facts: dict[str, Any], peaks: Peaks) -> None:
     """Add each side's share of the peak; above it the figure is wrong, and no ratio is made of it.
 
-    The peak is that of multiply-adds in registers, `fma` GFLOP/s. Beside it stands the share of NumPy's best product.
+    The peak is that of multiply-adds in registers. Beside it stands the share of NumPy's best product.
     """
     facts["share_of_peak"], facts["share_of_product"], facts["impossible"] = {}, {}, []
     for name, taken in facts.get("seconds", {}).items():
         rate = facts["flops"][name] / taken["median"] * 1e-9
-        share = rate / max(fma, peaks.gflops)
+        share = rate / peaks.limit_gflops
         facts["share_of_peak"][name], facts["share_of_product"][name] = share, rate / peaks.gflops
         if share > 1:
             facts["impossible"].append(name)
@@ -161,13 +159,10 @@ def launches(backend: Backend, call: Callable[[], Any]) -> dict[str, Any]:
 
     with backend.watched_by(counted):
         call()
-    x = backend.asarray(np.ones(1, np.float32))
-    times = []
-    for _ in range(200):
-        began = time.perf_counter()
-        backend.run(add, x, x)
-        times.append(time.perf_counter() - began)
-    return {"ops": count, "op_s": median(times), "step_s": count * median(times)}
+    from minibert.peaks import launch_seconds
+
+    each = launch_seconds(backend)
+    return {"ops": count, "op_s": each, "step_s": count * each}
 
 
 def numba_compile_seconds() -> float:
@@ -235,20 +230,18 @@ def between_peaks(
     names: Sequence[str], run: Callable[[str, Callable[[str], None]], dict[str, Any]], notes: Console
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Run each measure between two measurements of the machine's peaks, and add the shares of the better ones."""
-    from bench import fma  # they compile kernels
-    from bench import peaks as machine_peaks
+    from minibert import peaks as machine_peaks  # it compiles kernels
 
     with notes.status("measuring the peaks") as status:
-        peaks, rate = machine_peaks.measure_peaks("float32"), fma.fma_gflops()
+        peaks = machine_peaks.measure_peaks()
         found = {}
         for name in names:
             found[name] = run(name, lambda text, name=name: status.update(f"{name}: {text}"))  # type: ignore[misc]
         status.update("measuring the peaks")
-        peaks = machine_peaks.better(peaks, machine_peaks.measure_peaks("float32"))
-        rate = max(rate, fma.fma_gflops())
+        peaks = machine_peaks.better(peaks, machine_peaks.measure_peaks())
     for facts in found.values():
-        shares(facts, peaks, rate)
-    return found, {"fma_gflops": rate, **peaks._asdict()}
+        shares(facts, peaks)
+    return found, peaks._asdict()
 
 
 # ------------------------------------------------------------------------------------------------------------ memory

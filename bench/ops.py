@@ -35,7 +35,7 @@ from minibert.kernels.op import BertSize, Sample, outputs
 from minibert.kernels.readings import cost
 
 if TYPE_CHECKING:
-    from bench.peaks import Peaks
+    from minibert.peaks import Peaks
 
 SHORTEST = 0.5e-3  # seconds that one measurement lasts: quick ops are called several times in it
 PER_OP = 2.0  # seconds for all rounds of an op on all backends, beyond the first three rounds
@@ -229,7 +229,7 @@ def _bench(
         raise UserError(
             f"--backends: {', '.join(played)} plays another machine, and its times are no machine's: leave it out"
         )
-    from bench.peaks import better, measure_peaks  # compiles a kernel, so only now that its cache is settled
+    from minibert.peaks import better, measure_peaks  # compiles a kernel, so only now that its cache is settled
 
     about = machine()
     if hasattr(os, "getloadavg"):

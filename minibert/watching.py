@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,19 +19,12 @@ from minibert.kernels import Op
 from minibert.kernels.op import BertSize
 from minibert.kernels.readings import cost
 
+if TYPE_CHECKING:
+    from minibert.peaks import Peaks
+
 SIZE = BertSize()  # the shapes that are timed: a step of MiniLM
 SMALL = BertSize(2, 32, 128, 4, 512, 1000, 16)  # whose traffic is counted
 LEAST_SECONDS = 0.15  # of timing
-STREAM = 1 << 25  # elements: many times any cache
-PRODUCT = 1024
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """What this machine can do, measured when the watch began: float32 operations and bytes a second."""
-
-    flops: float
-    bytes: float
 
 
 @dataclass(frozen=True)
@@ -52,22 +45,13 @@ class Look:
     ideal_sectors: int | None  # that would hold what its lines asked for
 
 
-def measure_peaks() -> Peaks:
-    """A copy of a large array, and a product: the best of a few."""
-    a, b = np.ones(STREAM, np.float32), np.ones(STREAM, np.float32)
-    copied = min(_seconds(lambda: np.copyto(a, b)) for _ in range(3))
-    x = np.ones((PRODUCT, PRODUCT), np.float32)
-    multiplied = min(_seconds(lambda: np.matmul(x, x)) for _ in range(5))
-    return Peaks(2 * PRODUCT**3 / multiplied, 2 * a.nbytes / copied)
-
-
 def _seconds(call: Any) -> float:
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
 
 
-def look(op: Op, backend: Backend, peaks: Peaks, dtypes: Sequence[str] | None = None) -> Look:
+def look(op: Op, backend: Backend, peaks: Peaks | None, dtypes: Sequence[str] | None = None) -> Look:
     """Check one op on a backend, and time it where its time means something."""
     results: list[CheckResult] = []
     for name, dtype in planned(backend, op, dtypes):
@@ -93,7 +77,7 @@ def _worst(results: Sequence[CheckResult], measure: str) -> float | None:
     return max((v for v in found if v is not None), default=None)
 
 
-def _timed(op: Op, backend: Backend, peaks: Peaks) -> tuple[float, float]:
+def _timed(op: Op, backend: Backend, peaks: Peaks | None) -> tuple[float, float | None]:
     """The median time of a call, and the time that peaks allow over it. An op that works in place goes on with it."""
     host, params = _bench_inputs(op, SIZE)
     arrays = [backend.asarray(a) for a in host]
@@ -108,7 +92,11 @@ def _timed(op: Op, backend: Backend, peaks: Peaks) -> tuple[float, float]:
         times.append(_seconds(call))
     seconds = statistics.median(times)
     work = cost(op, *host, **params)
-    return seconds, max(work.flops / peaks.flops, work.bytes / peaks.bytes) / seconds
+    if peaks is None:
+        return seconds, None
+    from minibert.peaks import floor  # it compiles kernels
+
+    return seconds, floor(work, peaks).seconds / seconds
 
 
 def _traffic(op: Op, backend: Any) -> tuple[int, int]:

@@ -14,29 +14,29 @@ import numba
 import numpy as np
 import pytest
 
-from bench import batches, fma, harness, infer, onnx_peer, sides, step, torch_peer
-from bench.peaks import Peaks, product_gflops
+from bench import batches, harness, infer, onnx_peer, sides, step, torch_peer
 from minibert import backends
+from minibert import peaks as machine_peaks
 from minibert.bert import BertForMaskedLM
 from minibert.config import BertConfig
 from minibert.errors import UserError
 from minibert.kernels.cpu_threads import KERNEL_FLAGS, OPTIONS
 from minibert.kernels.readings import cost
+from minibert.peaks import Peaks, product_gflops
 from minibert.tensor import no_grad
 
 SMALL = BertConfig(
     vocab_size=8000, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
     max_position_embeddings=64,
 )  # fmt: skip
-PEAKS = Peaks(gflops=1e9, product="1 x 1 x 1", triad_gbps=1.0, fill_gbps=1.0, cache_bytes=0)
+PEAKS = Peaks(gflops=1e9, product="1 x 1 x 1", fma_gflops=0.0, triad_gbps=1.0, fill_gbps=1.0, cache_bytes=0)
 STEP, INFER = step.Task(SMALL, 2, 16, 1), infer.Task(SMALL, 2, 16, 1)
 
 
 @pytest.fixture
 def quick_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's peak takes seconds to measure; here nothing hangs on it."""
-    monkeypatch.setattr("bench.peaks.measure_peaks", lambda dtype: PEAKS)
-    monkeypatch.setattr("bench.fma.fma_gflops", lambda: PEAKS.gflops)
+    monkeypatch.setattr("minibert.peaks.measure_peaks", lambda: PEAKS)
 
 
 def silent(text: str) -> None:
@@ -137,7 +137,7 @@ def test_the_ratio_is_theirs_over_ours_of_medians_with_its_noise() -> None:
 
 def test_what_is_above_the_peak_is_called_impossible_and_gives_no_ratio(capsys: pytest.CaptureFixture[str]) -> None:
     facts = facts_of([0.25] * 3, [2.0] * 3)
-    harness.shares(facts, PEAKS._replace(gflops=1.0), fma=2.0)
+    harness.shares(facts, PEAKS._replace(gflops=1.0, fma_gflops=2.0))
     assert facts["share_of_product"] == {"numba": 4.0, "torch": 0.5}, "which may be above 1: NumPy is not the limit"
     assert facts["share_of_peak"] == {"numba": 2.0, "torch": 0.25} and facts["impossible"] == ["numba"]
     assert facts["ratio"] == {"numba": {"torch": None}}
@@ -148,15 +148,15 @@ def test_what_is_above_the_peak_is_called_impossible_and_gives_no_ratio(capsys: 
 
 def test_the_peak_is_of_vector_instructions_that_all_run() -> None:
     backends.get("numba")
-    rate = fma.fma_gflops()
+    rate = machine_peaks.fma_gflops()
     assert rate > 0.8 * max(product_gflops("float32", 512, 512, 512)[0] for _ in range(2)), "no product exceeds it"
     if platform.machine() == "x86_64":
-        anew = numba.njit(fastmath=KERNEL_FLAGS, **OPTIONS)(fma.chains.py_func)  # type: ignore[attr-defined]
+        anew = numba.njit(fastmath=KERNEL_FLAGS, **OPTIONS)(machine_peaks.chains.py_func)  # type: ignore[attr-defined]
         row = np.zeros((1, 64), np.float32)
-        anew(row, row.copy(), (np.float32(0.1),) * fma.CHAINS, 0, 1)
+        anew(row, row.copy(), (np.float32(0.1),) * machine_peaks.CHAINS, 0, 1)
         (assembly,) = anew.inspect_asm().values()
         packed = re.findall(r"vfn?m(?:add|sub)\w+ps\t", assembly)
-        assert len(packed) >= fma.CHAINS * fma.LINKS, "none of the multiply-adds was left out"
+        assert len(packed) >= machine_peaks.CHAINS * machine_peaks.LINKS, "none of the multiply-adds was left out"
 
 
 def test_figures_that_should_agree_are_compared_relatively() -> None:

@@ -31,7 +31,7 @@ LAYERS = (
     ("pretrained", "outputs"),
     ("bert",),
     ("optim", "data", "judge", "assess", "guard", "training_config"),
-    ("graphed", "trace"),
+    ("graphed", "trace", "peaks"),
     ("train", "check", "compare", "lockstep"),
     ("watching", "gradcheck", "empty"),
     ("__init__",),

@@ -1,7 +1,7 @@
 """One look at a kernel, for `minibert watch`: `python -m minibert.cli.look BACKEND OPS DTYPES PEAKS [SPEC ...]`.
 
 OPS and DTYPES by commas (no dtype: the usual ones), PEAKS as JSON (null: measure them), SPECs as of --kernel. Prints
-JSON: the peaks, then a line for each op.
+JSON: the peaks (of a CPU; of another device null), then a line for each op.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import numpy as np
 from minibert import backends
 from minibert.check import find_op
 from minibert.cli.kernels import load_kernels
-from minibert.watching import Peaks, look, measure_peaks
+from minibert.peaks import Peaks, measure_peaks
+from minibert.watching import look
 
 
 def main() -> None:
     name, ops, dtypes, known, *specs = sys.argv[1:]
     backend = backends.get(name)
-    peaks = Peaks(**json.loads(known)) if json.loads(known) else measure_peaks()
-    print(json.dumps(asdict(peaks)), flush=True)
+    peaks = None
+    if isinstance(backend.asarray(np.zeros(1, np.float32)), np.ndarray):
+        peaks = Peaks(**json.loads(known)) if json.loads(known) else measure_peaks()
+    print(json.dumps(peaks and peaks._asdict()), flush=True)
     with np.errstate(all="ignore"), backend.using(dict(load_kernels(specs))):
         for op in ops.split(","):
             print(

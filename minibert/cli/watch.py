@@ -127,7 +127,7 @@ def _look(watched: Watched, peaks: dict[str, Any] | None) -> tuple[dict[str, Any
     ]  # fmt: skip
     with notes.status("compiling and checking ..."):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [json.loads(text) for text in done.stdout.splitlines() if text.startswith("{")]
+    lines = [json.loads(text) for text in done.stdout.splitlines() if text.startswith(("{", "null"))]
     problem = ""
     if done.returncode:
         said = [text for text in done.stderr.splitlines() if text.strip()]
@@ -148,8 +148,10 @@ def line(look: dict[str, Any], before: dict[str, Any] | None) -> str:
     if look["seconds"] is not None:
         change = _change(look["seconds"], before["seconds"] if before else None)
         share = look["limit_share"]
-        limit = f"{share:.0%} of the limit" if share <= 1 else "faster than memory: the data fit a cache"
-        parts.append(f"{look['seconds'] * 1e3:.3f} ms{change}, {limit}")
+        limit = "" if share is None else f", {share:.0%} of the limit"
+        if share is not None and share > 1:
+            limit = ", faster than memory: the data fit a cache"
+        parts.append(f"{look['seconds'] * 1e3:.3f} ms{change}{limit}")
     if look["sectors"]:
         change = _change(look["sectors"], before["sectors"] if before else None)
         parts.append(f"{look['sectors']} sectors{change}, {look['ideal_sectors'] / look['sectors']:.0%} of them needed")
