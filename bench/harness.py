@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import minibert
 from minibert import backends
 from minibert.backends import Backend, BackendUnavailable
 from minibert.cli import UsageMistake
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 WARM_UP = 2  # calls after the first
 SETTLE = 0.02  # seconds between turns: idle threads of the one before may spin for some milliseconds
 CHILD_SECONDS = 900.0
-LIBRARIES = ("minibert", "numpy", "numba", "torch", "transformers", "onnxruntime")
+LIBRARIES = ("numpy", "numba", "torch", "transformers", "onnxruntime")
 
 
 @dataclass
@@ -213,7 +214,7 @@ def fingerprint(places: Sequence[Backend], threads: int) -> dict[str, Any]:
     about = machine()
     if hasattr(os, "getloadavg"):
         about["load"] = os.getloadavg()[0]  # of the minute before: others' work, if it is not near 0
-    versions: dict[str, str | None] = {}
+    versions: dict[str, str | None] = {"minibert": minibert.__version__}
     for library in LIBRARIES:
         try:
             versions[library] = version(library)

@@ -12,22 +12,18 @@ nothing is reported.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-from bench import harness, onnx_peer, sides, torch_peer
-from bench.batches import SEQUENCES, Batch, dense_batch, random_weights, text_batches, work
+from bench import frame, harness, onnx_peer, sides, torch_peer
+from bench.batches import Batch, random_weights, work
 from minibert import backends
-from minibert.backends import MOST_THREADS, Backend
+from minibert.backends import Backend
 from minibert.bert import BertForMaskedLM
-from minibert.cli.options import notes, refuse_unwritable
 from minibert.config import BertConfig
 from minibert.errors import UserError
 from minibert.tensor import no_grad
@@ -37,28 +33,22 @@ MEASURES = {
     "packed": "packed: real text; ours packs it, the others pad it to the longest of each batch",
 }
 OPPONENTS = ("torch", "torch.compile", "onnxruntime")
-FEWEST_ROUNDS = 3
-TEXT_BATCHES = 4  # one after the other in each turn, so that a figure does not hang on one mix of lengths
 SHORTEST = 0.05  # seconds that one turn lasts: quick passes are repeated in it
 SAME = 1e-3  # of the largest output: outputs further apart are not those of the same model
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(frame.Task):
     """What is to be measured."""
 
-    config: BertConfig
-    batch: int
-    length: int
-    threads: int
-    seed: int = 0
-    sequences: str = "filled"
     logits: bool = False
 
-    def batches(self, measure: str, seed: int) -> list[Batch]:
-        if measure == "packed":
-            return text_batches(self.config, self.batch, self.length, TEXT_BATCHES, seed, self.sequences)
-        return [dense_batch(self.config, self.batch, self.length, seed)]
+
+@dataclass(frozen=True)
+class Options(frame.Options):
+    """The option that inference alone has."""
+
+    logits: Annotated[bool, typer.Option(help="The vocabulary's logits on every position.")] = False
 
 
 class OurInference:
@@ -98,7 +88,7 @@ def side(name: str, task: Task, weights: torch_peer.Weights, example: Batch) -> 
 
 def one_pass(spec: dict[str, Any]) -> Callable[[], Any]:
     """For `harness.peak_bytes`: what makes one pass of one side, made anew."""
-    task = Task(**{**spec["task"], "config": BertConfig.from_dict(spec["config"])})
+    task = Task.again(spec)
     batches = task.batches(spec["measure"], task.seed)
     one = side(spec["side"], task, random_weights(task.config, task.seed), batches[0])
     prepared = [one.prepare(b) for b in batches]
@@ -114,24 +104,19 @@ def one_pass(spec: dict[str, Any]) -> Callable[[], Any]:
 
 
 def measure(
-    name: str, task: Task, ours: list[str], opponents: list[str], rounds: int, progress: Callable[[str], None]
+    name: str, task: Task, ours: list[str], opponents: list[str], rounds: int, progress: frame.Progress
 ) -> dict[str, Any]:
-    """All sides on the batches of one measure. An opponent that cannot run is left out, with its reason."""
+    """Time inference against others'."""
     weights = random_weights(task.config, task.seed)
     seen, unseen = task.batches(name, task.seed), task.batches(name, task.seed + 1)[:1]
-    facts: dict[str, Any] = {"what": MEASURES[name], **sides.described(seen), "skipped": {}}
-    made: list[Any] = []
-    for one in (*ours, *opponents):
-        progress(f"{one}: making the model")
-        try:
-            new = side(one, task, weights, seen[0])
-            new.run(new.prepare(seen[0]))
-        except Exception as error:  # exporters and compilers fail in ways of their own
-            if one in ours:
-                raise
-            facts["skipped"][one] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            continue
-        made.append(new)
+
+    def make(who: str) -> Any:
+        new = side(who, task, weights, seen[0])
+        new.run(new.prepare(seen[0]))
+        return new
+
+    made, skipped = frame.make_sides((*ours, *opponents), ours, make, progress)
+    facts: dict[str, Any] = {"what": MEASURES[name], **sides.described(seen), "skipped": skipped}
     facts["libraries"] = {one.name: one.library for one in made}
     facts["apart"] = {"before": distances(made, seen[0])}
     facts["refused"] = refusal(facts["apart"]["before"])
@@ -144,11 +129,7 @@ def measure(
     facts["refused"] = refusal(facts["apart"]["after"])
     if facts["refused"]:
         return facts
-    facts |= harness.compared(contestants, ours)
-    facts["launches"] = {
-        one.name: harness.launches(one.backend, partial(one.run, one.prepare(seen[0])))
-        for one in made if one.name in ours
-    }  # fmt: skip
+    facts |= frame.timed(contestants, made, ours, lambda one: one.run(one.prepare(seen[0])))
     return facts
 
 
@@ -179,50 +160,8 @@ def contestant(one: Any, name: str, task: Task, batches: list[Batch]) -> harness
     return harness.Contestant(one.name, call, flops // len(batches), len(batches), SHORTEST)
 
 
-def bench(
-    config: Annotated[str, typer.Option(help="tiny, mini, minilm, small, medium or base.")] = "minilm",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 8,
-    length: Annotated[int, typer.Option(min=8, help="Tokens of a sequence; of real text, at the most.")] = 128,
-    names: Annotated[str, typer.Option("--backends", help="a,b: ours.")] = "numba",
-    versus: Annotated[str, typer.Option("--vs", help="torch,torch.compile,onnxruntime; default: nobody.")] = "",
-    measures: Annotated[str, typer.Option(help="Some of dense,packed.")] = ",".join(MEASURES),
-    sequences: Annotated[str, typer.Option(help="Real text as pretraining has it (filled), or sentences.")] = "filled",
-    logits: Annotated[bool, typer.Option(help="The vocabulary's logits on every position.")] = False,
-    rounds: Annotated[int, typer.Option(min=FEWEST_ROUNDS)] = 7,
-    threads: Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="Of every side; default: all.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory, each side in a process of its own.")] = True,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the facts to this file.")] = None,
-) -> int:
-    """Time inference against others'. Exit status 1 if a figure is impossible or the outputs differ."""
-    opponents = harness.among("--vs", versus, OPPONENTS)
-    wanted = harness.among("--measures", measures, list(MEASURES)) or list(MEASURES)
-    if sequences not in SEQUENCES:
-        raise UserError(f"--sequences: expected {' or '.join(SEQUENCES)}, got {sequences!r}")
-    refuse_unwritable(json_file)
-    if {"torch", "torch.compile"} & set(opponents) and torch_peer.missing():
-        raise UserError(f"--vs {versus}: {torch_peer.missing()}; pip install torch transformers, or leave it out")
-    named = harness.named_config(config, length)
-    task = Task(named, batch, length, threads or harness.cores(), seed, sequences, logits)
-    places = harness.cpu_backends(names, task.threads)
-    about = harness.fingerprint(places, task.threads)
-    sides.say_where(about)
-
-    def run(name: str, progress: Callable[[str], None]) -> dict[str, Any]:
-        facts = measure(name, task, [p.name for p in places], opponents, rounds, progress)
-        gc.collect()
-        given = {key: value for key, value in vars(task).items() if key != "config"}
-        spec = {"measure": name, "threads": task.threads, "config": named.to_dict(), "task": given}
-        harness.add_memory(facts, "bench.infer:one_pass", spec, progress if memory else None)
-        return facts
-
-    found, peaks = harness.between_peaks(wanted, run, notes)
-    settings = {
-        "config": config, "batch": batch, "length": length, "seed": seed, "rounds": rounds, "sequences": sequences,
-        "logits": logits, "model": named.to_dict(),
-    }  # fmt: skip
-    return sides.report(found, peaks, about, settings, opponents, json_file)
-
+BENCH = frame.Bench("infer", MEASURES, OPPONENTS, Task, measure, "bench.infer:one_pass")
+bench = frame.command(BENCH, Options)
 
 if __name__ == "__main__":
     harness.run_main(bench)

@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from bench.batches import Batch
+from bench.figures import add_to_csv
 from minibert.cli.options import console, plain_table
 
 
@@ -98,11 +99,9 @@ def show(facts: Mapping[str, Any], opponents: Sequence[str]) -> None:
     console.print()
 
 
-def report(
-    found: Mapping[str, dict[str, Any]], peaks: Mapping[str, Any], about: Mapping[str, Any],
-    settings: Mapping[str, Any], opponents: Sequence[str], json_file: Path | None,
-) -> int:  # fmt: skip
+def report(document: dict[str, Any], opponents: Sequence[str], json_file: Path | None, csv_file: Path | None) -> int:
     """Show every measure and write the document; 1 if a figure is impossible or the sides did not do the same."""
+    found, peaks = document["measures"], document["peaks"]
     for facts in found.values():
         show(facts, opponents)
     console.print(
@@ -111,8 +110,8 @@ def report(
         "the work that it does itself, padding and whole head included",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-    ok = not any(facts["refused"] or facts["impossible"] for facts in found.values())
+    document["ok"] = not any(facts["refused"] or facts["impossible"] for facts in found.values())
     if json_file is not None:
-        document = {**about, "settings": settings, "peaks": peaks, "measures": found, "ok": ok}
         json_file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    return 0 if ok else 1
+    add_to_csv(csv_file, document)
+    return 0 if document["ok"] else 1
