@@ -32,12 +32,12 @@ from minibert.trace import (
     Recording,
     Seen,
     Side,
+    Training,
     copied,
     described,
     key_of,
     raised,
-    record,
-    run_step,
+    record_step,
     same_bits,
 )
 
@@ -87,6 +87,15 @@ class Row:
         return max((x.judgement.unbounded for x in self.judged), default=0)
 
 
+class Evidence(NamedTuple):
+    """The call of the culprit: what it was given, and who made something wrong of it."""
+
+    op: Op
+    params: Mapping[str, Any]
+    inputs: Sequence[np.ndarray]  # as they were before the call
+    on: str  # "A" or "B"
+
+
 @dataclass
 class Difference:
     """What `diff` found. `parted` says where the two sides stopped running the same calls; else it is empty."""
@@ -97,6 +106,7 @@ class Difference:
     losses: tuple[float | None, float | None] = (None, None)
     parted: str = ""
     broken: str = ""  # what ended the step early, on either side
+    evidence: Evidence | None = None
 
     @property
     def culprit(self) -> Row | None:
@@ -135,11 +145,25 @@ def diff(
     """
     if isinstance(a, Recording) and isinstance(b, Recording):
         raise UserError("diff: two traces hold no inputs to run an op on; give a backend as one side")
-    found = Difference(a, b)
     if isinstance(a, Side):
         progress(f"side A, {a.name}: the step")
-        a = record(a, make_model, batch, step, learning_rate)
-    lockstep = _Lockstep(a, found, progress)
+    before_a, before_b = (
+        x if isinstance(x, Recording) else Training(x, make_model, lambda number: batch, learning_rate) for x in (a, b)
+    )
+    for _ in range(step - 1):
+        for training in (before_a, before_b):
+            if isinstance(training, Training):
+                training.step()
+    return diff_step(before_a, before_b, progress)
+
+
+def diff_step(
+    a: Training | Recording, b: Training | Recording, progress: Callable[[str], None] = lambda text: None
+) -> Difference:
+    """Compare the next step of A and of B, call by call. Raises UserError as `diff` does."""
+    found = Difference(_side_of(a), _side_of(b))
+    recorded = record_step(a) if isinstance(a, Training) else a
+    lockstep = _Lockstep(recorded, found, progress)
     loss: float | None = None
     try:
         if isinstance(b, Recording):
@@ -147,7 +171,7 @@ def diff(
             for number, call in enumerate(b.calls):
                 lockstep.look(b.seen(number, {}), call)
         else:
-            loss = run_step(b, make_model, batch, lockstep.look, step, learning_rate)
+            loss = b.step(lockstep.look)
         lockstep.end()
     except _Parted as parted:
         found.parted = str(parted)
@@ -157,12 +181,16 @@ def diff(
         if not found.rows or (found.ok and not isinstance(error, FloatingPointError)):
             raise
         found.broken = f"side B: {raised(error)}"
-    if a.error and not found.broken:
-        found.broken = f"side A: {a.error}"
-    found.losses = a.loss, loss
+    if recorded.error and not found.broken:
+        found.broken = f"side A: {recorded.error}"
+    found.losses = recorded.loss, loss
     if found.broken and found.ok:
         raise UserError(f"{found.broken}, although no call left its bound: are the weights finite?")
     return found
+
+
+def _side_of(run: Training | Recording) -> Side | Recording:
+    return run.side if isinstance(run, Training) else run
 
 
 class _Lockstep:
@@ -186,7 +214,11 @@ class _Lockstep:
             raise _Parted(f"call {number + 1}: side A calls {_call_of(*theirs)}, side B {_call_of(*mine)}")
         params = self.a.params[number] if recorded else b.params
         a, b = self.a.seen(number, params), b._replace(params=params)
-        self.found.rows.append(self._row(number + 1, _completed(a, b), _completed(b, a)))
+        a, b = _completed(a, b), _completed(b, a)
+        row = self._row(number + 1, a, b)
+        self.found.rows.append(row)
+        if row.side and self.found.evidence is None:
+            self.found.evidence = _evidence(row, a, b)
 
     def end(self) -> None:
         number = len(self.found.rows)
@@ -220,6 +252,18 @@ class _Lockstep:
                 return _Question(given, [copied(backend, r) for r in outputs(result)], side.products)
             except Exception as error:  # whatever a kernel does is part of the verdict
                 return _problem(raised(error))
+
+
+def _evidence(row: Row, a: Seen, b: Seen) -> Evidence | None:
+    """B's fault before A's, on A's inputs before its own; None where those are not in a trace."""
+    local = row.local is not None and row.local.wrong
+    seen = a if local or row.side == "A" else b
+    if not known(seen.inputs) or not known((b if local else seen).inputs):
+        return None
+    # in the dtypes of the side that is wrong, as it was given them
+    pairs = zip(seen.inputs, (b if local else seen).inputs, strict=True)
+    given = [np.array(x, np.asarray(y).dtype) for x, y in pairs]
+    return Evidence(a.op, a.params, given, "A" if row.side == "A" else "B")
 
 
 def _call_of(op: str, phase: str, place: str, params: str, shapes: tuple[tuple[int, ...], ...]) -> str:

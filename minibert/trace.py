@@ -1,7 +1,7 @@
 """One training step, every call of an op as it was: what it was given, what it gave, and where in the model it stands.
 
-`run_step` shows each call to whoever looks on. `record` keeps them all in a `Recording`, which `save` writes to a file
-(a trace) that another machine can compare with: safetensors, the calls as JSON in its metadata. A trace holds the
+`Training.step` shows each call to whoever looks on. `record` keeps them all in a `Recording`, which `save` writes to a
+file (a trace) that another machine can compare with: safetensors, the calls as JSON in its metadata. A trace holds the
 outputs of every call and hashes of every input. Most inputs are outputs of earlier calls, and so are there as well; of
 the gradients that an optimiser reads the trace holds a copy. Weights, batch and moments it does not hold: whoever reads
 it makes them from the same seed and text, and the hashes tell whether they are the same.
@@ -13,7 +13,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,35 +95,67 @@ class Seen(NamedTuple):
 Look = Callable[[Seen], None]
 
 
-def run_step(
-    side: Side, make_model: MakeModel, batch: PackedBatch, look: Look, step: int = 1, learning_rate: float = 1e-4
-) -> float:
-    """Run the `step`-th training step of a new model on one batch and show every call to `look`; returns the loss.
+class Training:
+    """A model on one side and its optimiser, step by step over batches: `batch_of(0)` is the first step's.
 
-    Forward, backward, clipping and AdamW, with dropout. The steps before it run unseen. Raises FloatingPointError where
-    the gradients are not finite, and what a kernel raises.
+    A step is forward, backward, clipping and AdamW, with dropout. `state` is all that the next one depends on, so that
+    a run can be gone through again from any step, bit by bit, or be put where another side's stands.
     """
-    with side.working() as backend:
-        model = make_model(backend, side.dtype).train()
-        optimiser = AdamW(parameter_groups(model, 0.01), lr=learning_rate, max_grad_norm=1.0)
+
+    def __init__(
+        self, side: Side, make_model: MakeModel, batch_of: Callable[[int], PackedBatch], learning_rate: float = 1e-4
+    ) -> None:
+        self.side, self.batch_of, self.taken = side, batch_of, 0
+        with side.working() as backend:
+            self.model = make_model(backend, side.dtype).train()
+            self.optimiser = AdamW(parameter_groups(self.model, 0.01), lr=learning_rate, max_grad_norm=1.0)
+
+    def step(self, look: Look | None = None) -> float:
+        """Run the next step, and show every call to `look`; returns the loss.
+
+        Raises FloatingPointError where the gradients are not finite, and what a kernel raises.
+        """
+        batch = self.batch_of(self.taken)
         inputs = {
             "input_ids": batch.input_ids,
             "token_type_ids": batch.token_type_ids,
             "position_ids": batch.position_ids,
             "cu_seqlens": batch.cu_seqlens,
         }
-        for _ in range(step - 1):
-            model(**inputs, labels=batch.labels).loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
-        with backend.watched_by(_watcher(backend, "forward", look)):
-            loss = model(**inputs, labels=batch.labels).loss
-        value = float(loss.item())
-        with backend.watched_by(_watcher(backend, "backward", look)):
-            loss.backward()
-        with backend.watched_by(_watcher(backend, "optimiser", look)):
-            optimiser.step()
+        with self.side.working() as backend:
+
+            def seen(phase: str) -> AbstractContextManager[Any]:
+                return nullcontext() if look is None else backend.watched_by(_watcher(backend, phase, look))
+
+            self.optimiser.zero_grad()
+            with seen("forward"):
+                loss = self.model(**inputs, labels=batch.labels).loss
+            value = float(loss.item())
+            with seen("backward"):
+                loss.backward()
+            with seen("optimiser"):
+                self.optimiser.step()
+        self.taken += 1
         return value
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Weights, moments, and the number of steps taken, as copies."""
+        with self.side.working():
+            weights = {f"model.{name}": np.array(values) for name, values in self.model.state_dict().items()}
+            moments = {f"optimizer.{name}": values for name, values in self.optimiser.state_dict().items()}
+        return {**weights, **moments, "taken": np.asarray(self.taken)}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from a state, of this side or of another over the same model."""
+        parts: dict[str, dict[str, np.ndarray]] = {"model": {}, "optimizer": {}}
+        for name, values in state.items():
+            if name != "taken":
+                kind, _, rest = name.partition(".")
+                parts[kind][rest] = values
+        with self.side.working():
+            self.model.load_state_dict(parts["model"])
+            self.optimiser.load_state_dict(parts["optimizer"])
+        self.taken = self.model.step = int(state["taken"])  # the model's names its dropout masks
 
 
 def _watcher(backend: Backend, phase: str, look: Look) -> Any:
@@ -244,7 +276,16 @@ def record(
     side: Side, make_model: MakeModel, batch: PackedBatch, step: int = 1, learning_rate: float = 1e-4,
     limit: int = IN_MEMORY,
 ) -> Recording:  # fmt: skip
-    """Run one training step as `run_step` does and keep every call. What breaks the step is in `error`."""
+    """Run the `step`-th step of a new model on one batch and keep every call; the steps before it run unseen."""
+    training = Training(side, make_model, lambda number: batch, learning_rate)
+    for _ in range(step - 1):
+        training.step()
+    return record_step(training, limit)
+
+
+def record_step(training: Training, limit: int = IN_MEMORY) -> Recording:
+    """Run the next step and keep every call. What breaks the step is in `error`."""
+    side = training.side
     made = Recording(side.name, side.describe(), side.dtype, side.products, store=Store(limit))
 
     def look(seen: Seen) -> None:
@@ -254,7 +295,7 @@ def record(
         made.calls.append(Call(seen.op.name, seen.phase, seen.place, text, given, got, seen.problem))
 
     try:
-        made.loss = run_step(side, make_model, batch, look, step, learning_rate)
+        made.loss = training.step(look)
     except MemoryError:
         raise
     except Exception as error:  # whatever a wrong kernel leads to
