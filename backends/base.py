@@ -168,6 +168,19 @@ class Backend:
             if not outer:
                 tracemalloc.stop()
 
+    @contextmanager
+    def live_memory(self) -> Iterator[Callable[[], int]]:
+        """Follow memory within the block; the function it yields gives the live bytes above what was there before."""
+        outer = tracemalloc.is_tracing()
+        if not outer:
+            tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        try:
+            yield lambda: tracemalloc.get_traced_memory()[0] - before
+        finally:
+            if not outer:
+                tracemalloc.stop()
+
     def finely_split(self) -> AbstractContextManager[None]:
         """A block in which kernels divide even the least work among threads: for checks of what happens in between."""
         return nullcontext()

@@ -2,32 +2,41 @@
 
 Every backend gets the same weights, the same batch and the same random masks. Whoever stands in the door of
 `Backend.run` sees every op: one watcher keeps the time, another, on the reference backend, hands each op's inputs to
-every backend and judges what comes out (`minibert.judge`), so that the error of an op is its own and not inherited.
+every backend and judges what comes out (`minibert.assess`), so that the error of an op is its own and not inherited.
+
+What only a report shows is measured when `Extras` are asked for: the machine's peaks, memory over time, energy.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import median
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from minibert.assess import Assessment, assess
 from minibert.backends.base import Backend, Kernel
 from minibert.data.batching import PackedBatch
+from minibert.energy import Meter, Reading
 from minibert.errors import UserError
-from minibert.judge import Judgement, judge
-from minibert.kernels.op import Array, Op, holds_floats, outputs
+from minibert.judge import Judgement
+from minibert.kernels.op import Array, Op, outputs
 from minibert.kernels.readings import Cost, cost
 from minibert.optim import AdamW, parameter_groups
 from minibert.tensor import no_grad
 
+if TYPE_CHECKING:
+    from minibert.peaks import Peaks
+
 JUDGED_PER_SIGNATURE = 2  # calls of one op on equal shapes that are judged: later layers repeat the first
-JUDGED_PIECE = 1 << 20  # elements of a flat in-place op that are judged at a time: bounds take twenty times the memory
 STAGES = ("preprocess", "forward", "backward", "optimiser", "inference")
+TRAINING = ("forward", "backward", "optimiser")
 
 MakeModel = Callable[[Backend], Any]
 MakeBatch = Callable[[], PackedBatch]
@@ -43,6 +52,7 @@ class OpRecord:
     cost: Cost = field(default_factory=lambda: Cost(0, 0))  # of one step
     seconds: list[float] = field(default_factory=list)  # of each step
     judgements: list[Judgement] = field(default_factory=list)
+    ulps: Counter[str] = field(default_factory=Counter)  # elements of the judged calls by error (`assess`)
 
     @property
     def median_seconds(self) -> float:
@@ -55,6 +65,15 @@ class OpRecord:
     def failures(self) -> list[Judgement]:
         """Calls that left their bound, or of which an infinite bound says nothing."""
         return [j for j in self.judgements if not j.ok or j.unbounded]
+
+
+class Moment(NamedTuple):
+    """Memory at the end of one call of an op."""
+
+    seconds: float  # since the step began; following the memory slows it
+    live_bytes: int  # above what was there when it began
+    stage: str
+    op: str
 
 
 class Stage(NamedTuple):
@@ -74,6 +93,9 @@ class Run:
     times: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in STAGES})
     peaks: dict[str, int] = field(default_factory=dict)
     weights: dict[str, np.ndarray] = field(default_factory=dict)  # after the last step
+    joules: dict[str, list[float | None]] = field(default_factory=dict)  # by stage and of the "step", of each step
+    memory: list[Moment] = field(default_factory=list)  # of one training step
+    launch_seconds: float | None = None  # what a call of an op costs by itself
 
     @property
     def stages(self) -> dict[str, Stage]:
@@ -81,10 +103,38 @@ class Run:
 
     @property
     def step_seconds(self) -> float:
-        return sum(median(self.times[name]) for name in ("forward", "backward", "optimiser"))
+        return sum(median(self.times[name]) for name in TRAINING)
 
     def record(self, op: Op) -> OpRecord:
         return self.ops.setdefault(op, OpRecord(op))
+
+    @cached_property
+    def on_cpu(self) -> bool:
+        return on_cpu(self.backend)
+
+
+def on_cpu(backend: Backend) -> bool:
+    """Whether what the CPU can do is what limits this backend."""
+    return not backend.emulated and isinstance(backend.asarray(np.zeros(1)), np.ndarray)
+
+
+@dataclass
+class Extras:
+    """What a report shows beside the comparison: ask for it by handing one to `compare`, which fills it in."""
+
+    dtype: str = "float32"  # of the arrays, for the peaks
+    meter: Meter | None = None  # of energy
+    peaks: Peaks | None = None  # of the CPU, measured where a backend runs on it
+    seconds: dict[str, float] = field(default_factory=dict)  # what measuring each part took
+
+    @contextmanager
+    def taking(self, part: str) -> Iterator[None]:
+        """Add the time of a block to that of a part."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
 
 
 @dataclass
@@ -95,6 +145,7 @@ class Comparison:
     batch: PackedBatch
     samples: int
     timed: bool = True  # False where a wrong op made training break down: there is nothing to time
+    extras: Extras | None = None
 
     @property
     def failures(self) -> list[tuple[Run, OpRecord, Judgement]]:
@@ -124,12 +175,13 @@ def compare(
     learning_rate: float = 1e-4,
     kernels: Mapping[Op, Kernel] | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    extras: Extras | None = None,
 ) -> Comparison:
     """Run `steps` training steps of one batch on every backend in turn; the first backend is the reference.
 
     `kernels` replace those of every backend but the reference (of the only one, where there is one). The first step
     judges every op and compiles what is not compiled yet; it is not timed. After the last, ops are judged once more, on
-    inputs that none of them has seen.
+    inputs that none of them has seen. With `extras` it also measures what they say.
     """
     runs = [Run(backend) for backend in compared]
     batch = make_batch()
@@ -141,20 +193,21 @@ def compare(
             progress(f"{run.backend.name}: making the model")
             trainers.append(_Trainer(run, make_model(run.backend), batch, learning_rate))
         try:
-            _run_all(runs, trainers, make_batch, steps, progress)
+            _run_all(runs, trainers, make_batch, steps, progress, extras)
         except Exception as error:
             if not any(record.failures for run in runs for record in run.ops.values()):
                 if isinstance(error, FloatingPointError):
                     raise UserError(f"{error}: are the weights finite?") from error
                 raise
             # an op that was judged wrong has made training break down: that is the verdict
-            return Comparison(runs, batch, len(batch.cu_seqlens) - 1, timed=False)
-    return Comparison(runs, batch, len(batch.cu_seqlens) - 1)
+            return Comparison(runs, batch, len(batch.cu_seqlens) - 1, timed=False, extras=extras)
+    return Comparison(runs, batch, len(batch.cu_seqlens) - 1, extras=extras)
 
 
 def _run_all(
-    runs: list[Run], trainers: list[_Trainer], make_batch: MakeBatch, steps: int, progress: Callable[[str], None]
-) -> None:
+    runs: list[Run], trainers: list[_Trainer], make_batch: MakeBatch, steps: int, progress: Callable[[str], None],
+    extras: Extras | None,
+) -> None:  # fmt: skip
     for run, trainer in zip(runs, trainers, strict=True):
         progress(f"{run.backend.name}: step 1 of {steps}" + (", judging every op" if run is runs[0] else ""))
         with ExitStack() as stack:
@@ -163,14 +216,21 @@ def _run_all(
                 stack.enter_context(run.backend.watched_by(_judging(runs)))
             trainer.step()
         trainer.infer()
+    if extras is not None:
+        progress("the machine's peaks")
+        with extras.taking("peaks"):
+            _measure_peaks(runs, extras)
     for number in range(2, steps + 1):
         for run, trainer in zip(runs, trainers, strict=True):  # in turn, so that a slow minute slows all alike
             progress(f"{run.backend.name}: step {number} of {steps}")
-            _timed(run, trainer, make_batch)
+            _timed(run, trainer, make_batch, extras.meter if extras else None)
     for run, trainer in zip(runs, trainers, strict=True):
         progress(f"{run.backend.name}: memory")
         run.weights = trainer.model.state_dict()
         _measure_memory(run, trainer, make_batch)
+        if extras is not None:
+            with extras.taking("memory over time"):
+                _follow_memory(run, trainer)
     progress("judging every op once more")
     with runs[0].backend.watched_by(_judging(runs)):
         trainers[0].forward()
@@ -218,7 +278,18 @@ class _Trainer:
         yield from zip(STAGES, (make_batch, self.forward, self.backward, self.optimise, self.infer), strict=True)
 
 
-def _timed(run: Run, trainer: _Trainer, make_batch: MakeBatch) -> None:
+def _measure_peaks(runs: list[Run], extras: Extras) -> None:
+    """What the CPU can do, where a backend runs on it, and what a call costs on each backend."""
+    from minibert.peaks import launch_seconds, measure_peaks  # it compiles kernels
+
+    if any(run.on_cpu for run in runs):
+        extras.peaks = measure_peaks(extras.dtype)
+    for run in runs:
+        if not run.backend.emulated:
+            run.launch_seconds = launch_seconds(run.backend)
+
+
+def _timed(run: Run, trainer: _Trainer, make_batch: MakeBatch, meter: Meter | None) -> None:
     """One step with the clock in the door and at every stage."""
     synchronize = run.backend.synchronize
     spent: dict[Op, float] = dict.fromkeys(run.ops, 0.0)
@@ -231,16 +302,23 @@ def _timed(run: Run, trainer: _Trainer, make_batch: MakeBatch) -> None:
         spent[op] += time.perf_counter() - began
         return result
 
+    readings: dict[str, tuple[Reading, Reading]] = {}
     for stage, work in trainer.stages(make_batch):
         with ExitStack() as stack:
-            if stage in ("forward", "backward", "optimiser"):
+            if stage in TRAINING:
                 stack.enter_context(run.backend.watched_by(clock))
+            before = meter.read() if meter else Reading()
             began = time.perf_counter()
             work()
             synchronize()
             run.times[stage].append(time.perf_counter() - began)
+            readings[stage] = before, meter.read() if meter else before
         if stage == "forward":
             run.losses.append(trainer.loss.item())
+    readings["step"] = readings[TRAINING[0]][0], readings[TRAINING[-1]][1]
+    if meter and not run.backend.emulated:
+        for name, (before, after) in readings.items():
+            run.joules.setdefault(name, []).append(meter.joules(before, after, run.on_cpu))
     for op, seconds in spent.items():
         run.ops[op].seconds.append(seconds)
 
@@ -250,6 +328,21 @@ def _measure_memory(run: Run, trainer: _Trainer, make_batch: MakeBatch) -> None:
         with run.backend.peak_memory() as peak:
             work()
             run.peaks[stage] = peak()
+
+
+def _follow_memory(run: Run, trainer: _Trainer) -> None:
+    """One training step; the memory that is live at the end of each call of an op."""
+    with run.backend.live_memory() as live_bytes:
+        began = time.perf_counter()
+        for stage, work in zip(TRAINING, (trainer.forward, trainer.backward, trainer.optimise), strict=True):
+
+            def look(op: Op, arrays: Any, params: Any, call: Callable[[], Any], stage: str = stage) -> Any:
+                result = call()
+                run.memory.append(Moment(time.perf_counter() - began, live_bytes(), stage, op.name))
+                return result
+
+            with run.backend.watched_by(look):
+                work()
 
 
 def _signature(op: Op, arrays: tuple[Array, ...], params: Mapping[str, Any]) -> Signature:
@@ -282,84 +375,31 @@ def _judging(runs: list[Run]) -> Any:
         judged[signature] = judged.get(signature, 0) + 1
         if judged[signature] <= JUDGED_PER_SIGNATURE:
             inputs = tuple(np.array(runs[0].backend.numpy(a)) for a in arrays)
-            for run in runs:
-                run.record(op).judgements += _judge_on(run.backend, op, inputs, params)
+            _judge(runs, op, inputs, params)
         return call()
 
     return look
 
 
-def _judge_on(backend: Backend, op: Op, inputs: tuple[np.ndarray, ...], params: Mapping[str, Any]) -> list[Judgement]:
-    """Judge one call on one backend, on copies; an op that writes in place is flat, and judged piece by piece."""
-    with backend.unwatched():  # judging the reference must not judge itself
-        given = tuple(backend.asarray(np.array(a)) for a in inputs)
+def _judge(runs: list[Run], op: Op, inputs: tuple[np.ndarray, ...], params: Mapping[str, Any]) -> None:
+    """Run one call on every backend, on copies, and judge what each gave."""
+    by_products: dict[str, list[tuple[OpRecord, tuple[np.ndarray, ...]]]] = {}
+    for run in runs:
+        record = run.record(op)
         try:
-            got = tuple(np.array(backend.numpy(r)) for r in outputs(backend.run(op, *given, **params)))
+            with run.backend.unwatched():  # judging the reference must not judge itself
+                given = tuple(run.backend.asarray(np.array(a)) for a in inputs)
+                got = tuple(np.array(run.backend.numpy(r)) for r in outputs(run.backend.run(op, *given, **params)))
         except Exception as error:  # whatever a kernel under trial does is part of the verdict
             raised = str(error) if isinstance(error, UserError) else f"raised {type(error).__name__}: {error}"
-            return [Judgement(np.inf, np.inf, np.inf, False, None, raised, 0)]
-    dtype = str(next(a.dtype for a in inputs if holds_floats(a)))
-    if not op.writes:
-        return [judge(op, inputs, params, got, dtype, backend.product_mode)]
-    size = max(a.size for a in inputs)
-    pieces = [slice(start, start + JUDGED_PIECE) for start in range(0, size, JUDGED_PIECE)]
-    return [
-        judge(op, [a[p] if a.size == size and a.ndim else a for a in inputs], params, tuple(r[p] for r in got), dtype)
-        for p in pieces
-    ]
-
-
-def facts(found: Comparison, config: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[str, Any]:
-    """The comparison as plain data, as `--json` writes it. Times are milliseconds, medians over the timed steps.
-
-    What is not finite, or was not measured, is None.
-    """
-    ops = [
-        {
-            "op": r.op.name,
-            "backend": run.backend.name,
-            "by": run.backend.by(r.op),
-            "calls": r.calls,
-            "judged": len(r.judgements),
-            "ms": r.median_seconds * 1e3 if found.timed else None,
-            "share": r.median_seconds / run.step_seconds if found.timed else None,
-            "gflops": rate(r.cost.flops, r.median_seconds) if found.timed else None,
-            "gbps": rate(r.cost.bytes, r.median_seconds) if found.timed else None,
-            **{name: _finite(r.worst(name)) for name in ("ulp_max", "err_over_us", "bound_share")},
-            "ok": not r.failures,
-        }
-        for run in found.runs
-        for r in run.ops.values()
-    ]
-    timed = found.runs if found.timed else []
-    stages = [
-        {
-            "stage": name,
-            "backend": run.backend.name,
-            "ms_per_sample": stage.seconds * 1e3 / found.samples,
-            "ms_per_token": stage.seconds * 1e3 / len(found.batch.input_ids),
-            "peak_bytes": stage.peak_bytes,
-        }
-        for run in timed
-        for name, stage in run.stages.items()
-    ]
-    apart = {
-        run.backend.name: {"loss": found.loss_distance(run), "weights": found.weight_distance(run)} for run in timed
-    }
-    return {
-        "machine": dict(machine),
-        "config": dict(config),
-        "backends": [{"name": run.backend.name, "what": run.backend.describe()} for run in found.runs],
-        "ops": ops,
-        "stages": stages,
-        "loss": {run.backend.name: [_finite(loss) for loss in run.losses] for run in found.runs},
-        "distance": {name: {k: _finite(v) for k, v in both.items()} for name, both in apart.items()},
-        "ok": found.ok,
-    }
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and np.isfinite(value) else None
+            record.judgements.append(Judgement(np.inf, np.inf, np.inf, False, None, raised, 0))
+            continue
+        by_products.setdefault(run.backend.product_mode, []).append((record, got))
+    for products, same in by_products.items():  # their bound is the same, and computed once
+        judged: list[Assessment] = assess(op, inputs, params, [got for _, got in same], products)
+        for (record, _), assessment in zip(same, judged, strict=True):
+            record.judgements.append(assessment.judgement)
+            record.ulps.update(assessment.ulps)
 
 
 def rate(amount: float, seconds: float) -> float:

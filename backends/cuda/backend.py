@@ -289,6 +289,11 @@ class CudaBackend(Backend):
             peak = self.pool.peak - before
             self.pool.peak = max(outer, self.pool.peak)
 
+    @contextmanager
+    def live_memory(self) -> Iterator[Callable[[], int]]:
+        before = self.pool.used
+        yield lambda: self.pool.used - before
+
     def orders(self) -> Iterator[tuple[str, AbstractContextManager[Any]]]:
         """A GPU orders its blocks as it likes: once more is all that can be asked."""
         yield "one run", nullcontext()

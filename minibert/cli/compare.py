@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from minibert.backends import MOST_THREADS
+from minibert.backends import MOST_THREADS, Backend, BackendUnavailable, names
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
 from minibert.cli.inputs import step_inputs
@@ -25,8 +27,17 @@ from minibert.cli.options import (
     set_products,
 )
 from minibert.cli.report import markdown, tables, verdict
-from minibert.compare import Comparison, compare, facts
+from minibert.compare import Comparison, Extras, compare, on_cpu
 from minibert.config import BertConfig
+from minibert.energy import open_meter
+from minibert.errors import UserError
+from minibert.prices import Prices, read_prices
+
+if TYPE_CHECKING:
+    from minibert.page import Recorded
+
+ROUNDS = 3  # of the crossovers: they are read off medians, to be measured well by `python -m bench.scaling`
+NEEDED = ("jinja2", "matplotlib")  # by the page
 
 
 @app.command("compare")
@@ -46,17 +57,36 @@ def compare_command(
     seed: int = typer.Option(0, min=0, help="Seed of weights, masks and dropout."),
     json_file: Path = typer.Option(None, "--json", help="Write the facts to this file as JSON."),
     markdown_file: Path = typer.Option(None, "--markdown", help="Write the tables to this file as Markdown."),
+    report: Path | None = typer.Option(None, help="Make a page of figures in this folder, and measure what they need."),
+    recorded: list[Path] = typer.Option(
+        [], "--with", help="Put a result recorded elsewhere on the page of --report: JSON or a trace. May be repeated."
+    ),
+    prices: Path | None = typer.Option(
+        None, help="TOML file of prices, for the cost of tokens in --report and --json."
+    ),
 ) -> int:
     """Train one batch of real text on every backend and compare the backends op by op.
 
     Each op's error is its own: every backend gets the reference's inputs, and is judged against the formula in float64.
     Exit status 1 if any op leaves the error bound that its formula implies.
+
+    --report DIR writes DIR/index.html, one page without need of a network, and what it shows as DIR/facts.json. It also
+    measures the machine's peaks, memory over time, energy, and at which sizes one backend overtakes another.
     """
     refuse_unwritable(json_file, markdown_file)
+    if recorded and report is None:
+        raise UserError("--with: puts a result on a page: name the page's folder by --report")
+    if prices is not None and report is None and json_file is None:
+        raise UserError("--prices: costs are shown by --report DIR and --json FILE: give one of them")
+    priced = read_prices(prices, names()) if prices is not None else None
+    others = _read_others(report, recorded)
     kernels = load_kernels(kernel)
     compared = chosen_backends(backends, threads)
     set_products(compared, products)
     inputs = step_inputs(config, text, tokens, max_seq_length, seed)
+    if report is not None:
+        _make_folder(report)
+    extras = _extras(compared, dtype) if report or json_file else None
     with ExitStack() as stack:
         status = stack.enter_context(notes.status("reading the text"))
         stack.enter_context(show_compiling(status.update))
@@ -67,6 +97,7 @@ def compare_command(
             steps,
             kernels=kernels,
             progress=status.update,
+            extras=extras,
         )
     refuse_uncalled(kernels)
     described = _described(config, inputs.config, dtype, steps, found)
@@ -76,11 +107,74 @@ def compare_command(
     for table in tables(found, console):
         console.print(table)
     console.print(verdict(found), highlight=False, soft_wrap=True)
-    if json_file is not None:
-        json_file.write_text(json.dumps(facts(found, described, machine()), indent=1, allow_nan=False) + "\n")
+    if extras is not None:
+        _write_facts(found, described, extras, priced, json_file, report, others)
     if markdown_file is not None:
         markdown_file.write_text(markdown(found, described, machine()))
     return 0 if found.ok else 1
+
+
+def _read_others(report: Path | None, recorded: list[Path]) -> list[Recorded]:
+    """What `--with` names. Raises BackendUnavailable where a page cannot be made, UserError for a file of no use."""
+    if report is None:
+        return []
+    missing = [library for library in NEEDED if find_spec(library) is None]
+    if missing:
+        raise BackendUnavailable(f"--report needs {' and '.join(missing)}: pip install 'minibert[report]'")
+    from minibert.page import read_recorded
+
+    return [read_recorded(path) for path in recorded]
+
+
+def _make_folder(report: Path) -> None:
+    if report.exists() and not report.is_dir():
+        raise UserError(f"--report: {report} is a file: name a folder")
+    try:
+        report.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--report: the folder {report} cannot be made: {error.strerror}") from None
+    refuse_unwritable(report / "index.html", report / "facts.json")
+
+
+def _extras(compared: list[Backend], dtype: str) -> Extras:
+    gpu = any(not on_cpu(backend) and not backend.emulated for backend in compared)
+    return Extras("float64" if dtype == "float64" else "float32", open_meter(gpu))
+
+
+def _write_facts(
+    found: Comparison, described: Mapping[str, Any], extras: Extras, prices: Prices | None, json_file: Path | None,
+    report: Path | None, others: list[Recorded],
+) -> None:  # fmt: skip
+    """What `--json` and `--report` ask for, and how long it took."""
+    from minibert.compare_facts import facts
+
+    scaling = None
+    if report is not None and found.timed:
+        with extras.taking("crossovers"):
+            scaling = _crossovers([run.backend for run in found.runs if not run.backend.emulated])
+    document = facts(found, described, machine(), prices, scaling)
+    for file in (json_file, report and report / "facts.json"):
+        if file is not None:
+            file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    if report is None:
+        return
+    from minibert.page import write_page
+
+    with extras.taking("page"):
+        page = write_page(report, document, others)
+    took = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in extras.seconds.items())
+    console.print(f"report: {page} ({took})", highlight=False, soft_wrap=True)
+
+
+def _crossovers(places: list[Backend]) -> dict[str, Any] | None:
+    """At which sizes one backend overtakes another, on the threads that are set."""
+    if not places:
+        return None
+    from minibert.scaling import QUICK_AXES, Base, measure
+
+    base = Base(threads=max(place.num_threads() for place in places))
+    with notes.status("crossovers") as status:
+        return measure(places, QUICK_AXES, base, ROUNDS, lambda text: status.update(f"crossovers: {text}"))
 
 
 def _described(name: str, config: BertConfig, dtype: str, steps: int, found: Comparison) -> dict[str, Any]:
