@@ -6,6 +6,9 @@ the line through the medians misses the worst of them. Costs that do not grow (l
 where the batch grows) bend the curve, and so does attention (length^2), so p belongs to the sizes measured;
 `last_exponent`, between the last two alone, log(t2 / t1) / log(size2 / size1), tells what it tends to.
 
+Where every cost is known to be constant or linear in the size, as in the batch, t = `fixed_seconds` + k size is fitted
+as well, by least squares of relative errors; `fixed_seconds` is 0 where it would be negative.
+
 A side overtakes another between two sizes at which each in turn is the faster: there is none where the times' p20-p80
 meet. Between them log(t_a / t_b) is taken to be linear in log size.
 """
@@ -21,21 +24,33 @@ import numpy as np
 Curve = Sequence[float | None]  # a figure for each size; None where there is none
 
 
-def growth(sizes: Sequence[float], seconds: np.ndarray) -> dict[str, Any]:
-    """The exponents of `seconds` (R rounds, S sizes). With fewer than two sizes there is none: an empty dict."""
+def growth(sizes: Sequence[float], seconds: np.ndarray, linear: bool = False) -> dict[str, Any]:
+    """What the docstring above says of `seconds` (R rounds, S sizes); all None where there are fewer than two sizes.
+
+    `linear`: the costs are known to be constant or linear in the size.
+    """
+    names = ("exponent", "exponent_range", "last_exponent", "last_exponent_range", "misfit", "fixed_seconds")
     if len(sizes) < 2:
-        return {}
+        return dict.fromkeys(names)
     x, y = np.log(np.asarray(sizes, float)), np.log(seconds)
     x_off = x - x.mean()
     every = y @ x_off / (x_off @ x_off)  # least squares slope of each round
     last = (y[:, -1] - y[:, -2]) / (x[-1] - x[-2])
     medians = np.log(np.median(seconds, axis=0))
     left = medians - medians.mean() - x_off * (medians @ x_off) / (x_off @ x_off)
-    return {
-        "exponent": float(np.median(every)), "exponent_range": np.percentile(every, [20, 80]).tolist(),
-        "last_exponent": float(np.median(last)), "last_exponent_range": np.percentile(last, [20, 80]).tolist(),
-        "misfit": float(np.expm1(np.abs(left).max())),
-    }  # fmt: skip
+    figures = (
+        float(np.median(every)), np.percentile(every, [20, 80]).tolist(),
+        float(np.median(last)), np.percentile(last, [20, 80]).tolist(),
+        float(np.expm1(np.abs(left).max())), _fixed(sizes, np.median(seconds, axis=0)) if linear else None,
+    )  # fmt: skip
+    return dict(zip(names, figures, strict=True))
+
+
+def _fixed(sizes: Sequence[float], seconds: np.ndarray) -> float:
+    """a of t = a + k size: least squares of (a + k size) / t - 1."""
+    relative = np.stack([1 / seconds, np.asarray(sizes, float) / seconds], axis=1)
+    (fixed, _), *_ = np.linalg.lstsq(relative, np.ones(len(seconds)))
+    return max(0.0, float(fixed))
 
 
 def crossovers(

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -52,6 +53,12 @@ SAME = 1e-3  # relative: results further apart are not those of the same work
 SHORTEST = 0.02  # seconds that a turn lasts at the least: a quick step is repeated in it
 SETTLE = 0.02  # seconds between turns: idle threads of the one before may spin for some milliseconds
 FEWEST_ROUNDS = 3
+MOST = 1 << 20  # a larger size is a slip of the keyboard
+
+
+def thread_counts(most: int) -> tuple[int, ...]:
+    """Powers of two below `most`, and `most`: an axis of threads, where there is more than one."""
+    return (*(1 << i for i in range((most - 1).bit_length())), most)
 
 
 @dataclass(frozen=True)
@@ -75,9 +82,9 @@ def measure(
     """Time `work` ("step" or "inference") along each axis of `axes` (name -> sizes that grow) on every backend.
 
     The document: `axes` -> axis -> `backends` -> name -> `seconds` (median of each size; None where impossible), `p20`,
-    `p80`, `all` (size by round), `exponent`, ..., and `crossovers`. Where backends do not give the same results,
-    `refused` says so and no figure is given. Raises UserError for sizes that cannot be measured and for a backend that
-    plays another machine.
+    `p80`, `all` (size by round), and what `minibert.growth` reads off them; and `crossovers`. Where backends do not
+    give the same results, `refused` says so and no figure is given; one whose threads cannot be set is in `left_out`
+    of that axis. Raises UserError for sizes that cannot be measured and for a backend that plays another machine.
     """
     _check(places, axes, base, rounds, work)
     limits = {threads: 0.0 for threads in sorted({base.threads, *axes.get("threads", ())})}
@@ -113,9 +120,9 @@ def _check(places: Sequence[Backend], axes: Mapping[str, Sequence[int]], base: B
         for size in (getattr(base, axis), *axes.get(axis, ())):
             if axis == "hidden" and (size < 1 or size % HEAD_SIZE):
                 raise UserError(f"hidden: expected multiples of {HEAD_SIZE}, the width of a head, got {size}")
-            if size < 1 or (axis == "threads" and size > MOST_THREADS):
-                most = f" to {MOST_THREADS}" if axis == "threads" else " or more"
-                raise UserError(f"{axis}: expected 1{most}, got {size}")
+            most = MOST_THREADS if axis == "threads" else MOST
+            if not 1 <= size <= most:
+                raise UserError(f"{axis}: expected 1 to {most}, got {size}")
 
 
 # --------------------------------------------------------------------------------------------------------- the timing
@@ -189,7 +196,7 @@ def _points(
             key = (place.name, at.hidden)
             sides[key] = sides.get(key) or Side(place, at.hidden, positions)
             run = getattr(sides[key], work)
-            points.append(Point(place, size, at.threads, lambda run=run, inputs=inputs: run(inputs)))
+            points.append(Point(place, size, at.threads, partial(run, inputs)))
     return points
 
 
@@ -282,6 +289,11 @@ def _threads_kept(places: Sequence[Backend]) -> Iterator[None]:
             place.set_num_threads(count)
 
 
+def _takes_threads(place: Backend, count: int) -> bool:
+    place.set_num_threads(count)
+    return place.num_threads() == count
+
+
 def _raise_limits(limits: dict[int, float], progress: Callable[[str], None]) -> None:
     """The CPU's peak on so many threads, GFLOP/s: the best measured so far, since others' work can only lower it.
 
@@ -308,13 +320,15 @@ def _axis(
     limits: dict[int, float], progress: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Time one axis, and read it."""
-    points = _points(axis, sizes, places, base, work, progress)
+    able = [p for p in places if axis != "threads" or all(_takes_threads(p, count) for count in sizes)]
+    left_out = {p.name: "its threads cannot be set" for p in places if p not in able}
+    points = _points(axis, sizes, able, base, work, progress)
     refused = _time(axis, points, rounds, progress)
     _raise_limits(limits, progress)
-    facts: dict[str, Any] = {"sizes": list(sizes), "unit": UNITS[axis], "refused": refused}
+    facts: dict[str, Any] = {"sizes": list(sizes), "unit": UNITS[axis], "refused": refused, "left_out": left_out}
     if refused:
         return {**facts, "backends": {}, "crossovers": []}
-    curves = {p.name: read_curve(axis, [q for q in points if q.backend is p], limits) for p in places}
+    curves = {p.name: read_curve(axis, [q for q in points if q.backend is p], limits) for p in able}
     pairs = combinations(curves, 2)
     named = {name: (name, c["seconds"], c["p20"], c["p80"]) for name, c in curves.items()}
     met = [one for a, b in pairs for one in crossovers(sizes, named[a], named[b], PLACES[axis])]
@@ -334,7 +348,7 @@ def read_curve(axis: str, points: Sequence[Point], limits: Mapping[int, float]) 
         "all": _where(possible, every), "flops": [point.flops for point in points],
         "share_of_peak": [share if ok else None for share, ok in zip(shares, possible, strict=True)],
         "first_call_s": [point.first_s for point in points], "impossible": sizes[~possible].tolist(),
-        **growth(sizes[possible], every[possible].T),
+        **growth(sizes[possible], every[possible].T, linear=axis == "batch"),
     }  # fmt: skip
     if axis == "threads":
         speedup = middle[0] / middle if possible[0] else np.full(len(sizes), np.nan)
