@@ -47,13 +47,13 @@ def run_call(side: Side, op: Op, params: Mapping[str, Any], inputs: Sequence[np.
         return Tried(assess(op, inputs, params, [got], side.products)[0].judgement, got)
 
 
-def smallest(evidence: Evidence, side: Side) -> Evidence:
-    """The same call on as little as still goes wrong; unchanged where it does not go wrong again by itself."""
+def smallest(evidence: Evidence, side: Side) -> Evidence | None:
+    """The same call on as little as still goes wrong; None where it does not go wrong again by itself."""
     op, params = evidence.op, evidence.params
     inputs = list(evidence.inputs)
     tried = run_call(side, op, params, inputs)
     if tried.judgement.ok:
-        return evidence
+        return None
     names = [p.name for p in list(inspect.signature(op.formula).parameters.values())[1:]]
     offsets = names.index(OFFSETS) if OFFSETS in names[: len(inputs)] else None
     axes = _axes(inputs, offsets)

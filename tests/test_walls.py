@@ -33,6 +33,8 @@ LAYERS = (
     ("optim", "data", "judge", "assess", "guard", "training_config"),
     ("graphed", "trace", "peaks"),
     ("train", "check", "compare", "lockstep"),
+    ("bisect", "drift", "reproduce", "scaling"),
+    ("compare_facts", "energy", "prices", "page"),
     ("watching", "gradcheck", "empty"),
     ("__init__",),
     ("cli",),

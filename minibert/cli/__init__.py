@@ -25,7 +25,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run a command. A user's mistake is one line on stderr and exit code 2; an interrupt is exit code 130."""
-    from minibert.cli import build, check, compare, diff, pretrain, tables, tokenizer, watch  # noqa: F401  register commands
+    from minibert.cli import bisect, build, check, compare, diff, pretrain, tables, tokenizer, watch  # noqa: F401  register commands
 
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:

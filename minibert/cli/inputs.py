@@ -34,11 +34,17 @@ class Inputs(NamedTuple):
 
     config: BertConfig
     make_model: Callable[[Backend, str], Any]  # on a backend, in a dtype
-    make_batch: Callable[[], PackedBatch]
+    make_batches: Callable[[], Batches]
+
+    def make_batch(self) -> PackedBatch:
+        """The first, from text: what `preprocess` times."""
+        return self.make_batches().batch(0)
 
 
-def step_inputs(config: str, text: list[Path] | None, tokens: int, max_seq_length: int, seed: int) -> Inputs:
-    """Read what `--config` and `--text` name. Raises UserError for settings that do not fit."""
+def step_inputs(
+    config: str, text: list[Path] | None, tokens: int, max_seq_length: int, seed: int, steps: int = 1
+) -> Inputs:
+    """Read what `--config` and `--text` name, text for so many steps. Raises UserError for settings that do not fit."""
     folder = None if config in NAMED else Path(config)
     tokenizer = load_tokenizer(folder if folder and tokenizer_files(folder) else SHIPPED_VOCABULARY)
     model_config = named_config(config, tokenizer.get_vocab_size())
@@ -48,19 +54,19 @@ def step_inputs(config: str, text: list[Path] | None, tokens: int, max_seq_lengt
             f"--max-seq-length {max_seq_length}: the model has {model_config.max_position_embeddings} positions; "
             "give that many or fewer"
         )
-    documents = enough(read_documents(text or [SHIPPED_TEXT]), tokens)
+    documents = enough(read_documents(text or [SHIPPED_TEXT]), tokens * steps)
     rule = masking_rule(special_ids(tokenizer), model_config.vocab_size)
 
-    def make_batch() -> PackedBatch:
+    def make_batches() -> Batches:
         sequences = make_sequences(encode(documents, tokenizer), special_ids(tokenizer), max_seq_length)
-        return Batches(sequences, max(tokens, int(sequences.lengths.max())), seed, rule).batch(0)
+        return Batches(sequences, max(tokens, int(sequences.lengths.max())), seed, rule)
 
     def make_model(backend: Backend, dtype: str) -> Any:
         if folder is None:
             return BertForMaskedLM(model_config, backend, dtype=dtype, seed=seed)
         return BertForMaskedLM.from_pretrained(folder, backend=backend, dtype=dtype, seed=seed)
 
-    return Inputs(model_config, make_model, make_batch)
+    return Inputs(model_config, make_model, make_batches)
 
 
 def named_config(name: str, vocabulary: int) -> BertConfig:

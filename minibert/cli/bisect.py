@@ -1,0 +1,121 @@
+"""`minibert bisect A B --steps N`: the first step, op and element at which a run leaves its bound, and a test of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from minibert import backends
+from minibert.bisect import Bisection, bisect
+from minibert.cli import app, sides
+from minibert.cli.compiling import show_compiling
+from minibert.cli.diff_report import facts, table, verdict
+from minibert.cli.inputs import step_inputs
+from minibert.cli.kernels import load_kernels, refuse_uncalled, refuse_untriable
+from minibert.cli.options import console, machine, notes, refuse_unwritable
+from minibert.errors import UserError
+from minibert.reproduce import Case, smallest
+from minibert.trace import Recording
+
+
+@app.command("bisect")
+def bisect_command(
+    a: str = typer.Argument(help="A backend, as numpy: the side that trains."),
+    b: str | None = typer.Argument(
+        None, help="Another, which repeats each step. Default: A again, with what --kernel and --b-... make of it."
+    ),
+    steps: int = typer.Option(50, min=1, help="Training steps to look through."),
+    output: Path = typer.Option(Path("."), "--output", "-o", help="Folder for the test and its inputs."),
+    kernel: sides.Kernels = [],  # noqa: B006
+    b_threads: sides.BThreads = None,
+    b_dtype: sides.BDtype = None,
+    config: sides.Config = "tiny",
+    text: sides.Text = None,
+    tokens: sides.Tokens = 1024,
+    max_seq_length: sides.MaxSeqLength = 128,
+    dtype: sides.Dtype = "float32",
+    products: sides.Products = "float32",
+    threads: sides.Threads = None,
+    seed: sides.Seed = 0,
+    json_file: Path | None = typer.Option(None, "--json", help="Write what was found to this JSON file."),
+) -> int:
+    """Find the first step of a training run, in it the op, and of that the element, that leaves its error bound.
+
+    Writes the smallest inputs on which it still does (.npz), and a pytest file that fails until the kernel is mended.
+    Exit status 1 with a culprit.
+    """
+    refuse_unwritable(json_file, output / "test_x.py" if output.is_dir() else None)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output: {output} is a file: name a folder")
+    if threads is not None:
+        backends.set_num_threads(threads)
+    kernels = load_kernels(kernel)
+    if b is None and not (kernels or b_threads or b_dtype):
+        raise UserError("expected two sides, as in `minibert bisect numpy numba`, or --kernel, --b-threads, --b-dtype")
+    first, second = sides.side(a, dtype), sides.side(b or a, b_dtype or dtype, kernels, b_threads)
+    if isinstance(first, Recording) or isinstance(second, Recording):
+        raise UserError("bisect: a trace holds one step and cannot be run again; give two backends, or use diff")
+    sides.fit(first, second, products)
+    inputs = step_inputs(config, text, tokens, max_seq_length, seed, steps)
+    batches = inputs.make_batches()
+    with notes.status("making the models") as status, show_compiling(status.update):
+        run = bisect(first, second, inputs.make_model, batches.batch, steps, progress=status.update)
+        refuse_untriable(kernels)
+        if run.first is None:
+            refuse_uncalled(kernels)
+        status.update("looking for the smallest inputs")
+        case = _case(run, first, second, kernel)
+    console.print(said(run), highlight=False, soft_wrap=True)
+    for name, side in (("A", first), ("B", second)):
+        console.print(f"{name}: {sides.described(side)}", highlight=False, soft_wrap=True)
+    written: list[str] = []
+    if run.first is not None:
+        console.print(table(run.found, False, console.width))
+        if case is None:
+            console.print("the call does not go wrong by itself: it hangs on what ran before it; no test was written")
+        else:
+            written = [str(path) for path in case.write(output)]
+            shapes = ", ".join(str(x.shape) for x in case.evidence.inputs)
+            console.print(
+                f"{written[1]}: the smallest inputs that still go wrong, {shapes}\n{written[0]}: fails until the "
+                f"kernel is mended: python -m pytest {written[0]}",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+    if json_file is not None:
+        json_file.write_text(json.dumps(_facts(run, written), indent=1, allow_nan=False) + "\n")
+    return 0 if run.first is None else 1
+
+
+def said(run: Bisection) -> str:
+    """One line: the step and the culprit in it, or that there is none."""
+    judged = ", ".join(map(str, sorted(run.judged)))
+    if run.first is None:
+        return (
+            f"[green]no culprit[/green] in {run.steps} steps: B repeated each, and those that stood out most were "
+            f"judged call by call: {judged}"
+        )
+    return f"step {run.first} of {run.steps} (judged: {judged}): {verdict(run.found)}"
+
+
+def _case(run: Bisection, a: Any, b: Any, specs: list[str]) -> Case | None:
+    """The culprit's call by itself, on the smallest inputs; None where it does not go wrong by itself."""
+    evidence = run.found.evidence
+    if run.first is None or evidence is None:
+        return None
+    side = a if evidence.on == "A" else b
+    found = smallest(evidence, side)
+    line = verdict(run.found).replace("[red]CULPRIT[/red] ", "")
+    return found and Case(found, side, specs if evidence.on == "B" else (), f"Step {run.first}: {line}")
+
+
+def _facts(run: Bisection, written: list[str]) -> dict[str, Any]:
+    distances = [asdict(d) for d in run.distances]
+    found = {} if run.first is None else {"found": facts(run.found)}
+    return {
+        "machine": machine(), "steps": run.steps, "first": run.first, "judged": sorted(run.judged),
+        "distances": distances, "written": written, **found,
+    }  # fmt: skip
