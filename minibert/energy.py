@@ -122,8 +122,7 @@ def rapl(powercap: Path = POWERCAP) -> Source:
             return Source((), f"RAPL: {file}: permission denied: {remedy}")
         except (OSError, ValueError) as error:
             return Source((), f"RAPL: {file} cannot be read: {error}")
-        # within the driver the counter runs from 0 to the range, both included
-        counters.append(Counter(_named(zone, name, zones), _reader(file), 1e-6, largest and largest + 1))
+        counters.append(Counter(_named(zone, name, zones), _reader(file), 1e-6, largest))
     if not counters:
         missing = f"{powercap} has no intel-rapl:* of a package (virtual machines and most containers have none)"
         return Source((), f"RAPL: {missing}")

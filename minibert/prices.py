@@ -12,7 +12,7 @@ A price file is TOML::
 
 from __future__ import annotations
 
-import math
+import sys
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -90,6 +90,6 @@ def read_prices(path: Path, backends: Collection[str]) -> Prices:
 
 
 def _price(path: Path, name: str, price: Any) -> float:
-    if isinstance(price, bool) or not isinstance(price, int | float) or not math.isfinite(price) or price < 0:
+    if isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price <= sys.float_info.max:
         raise UserError(f"--prices: {path}: {name}: expected a number that is not negative, got {price!r}")
     return float(price)

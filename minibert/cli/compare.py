@@ -61,9 +61,7 @@ def compare_command(
     recorded: list[Path] = typer.Option(
         [], "--with", help="Put a result recorded elsewhere on the page of --report: JSON or a trace. May be repeated."
     ),
-    prices: Path | None = typer.Option(
-        None, help="TOML file of prices, for the cost of tokens in --report and --json."
-    ),
+    prices: Path | None = typer.Option(None, help="TOML file of prices: the cost of tokens in --report and --json."),
 ) -> int:
     """Train one batch of real text on every backend and compare the backends op by op.
 
