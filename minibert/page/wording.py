@@ -1,0 +1,214 @@
+"""Numbers and findings in words: what a reader takes away from each part of the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from minibert.page.facts import STEP, Facts, OpRow, mapping, number
+
+MISSING = "–"
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+MINUS_ONE_DIGIT = 0.9995  # above it three digits would round to the next power of ten
+
+
+class Headline(NamedTuple):
+    """The page's first sentence, with the number that stands out of it, and the line below."""
+
+    before: str
+    figure: str
+    after: str
+    below: str
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """A number in so many digits and no more; powers of ten where it is very large or small."""
+    if value is None:
+        return MISSING
+    if value == 0:
+        return "0"
+    power = math.floor(math.log10(abs(value)) + math.log10(1 / MINUS_ONE_DIGIT))
+    if power < -3 or power > 5:
+        mantissa = f"{value / 10.0**power:.{max(digits - 2, 0)}f}"
+        return power_of_ten(power) if mantissa == "1.0" else f"{mantissa}×{power_of_ten(power)}"
+    return f"{value:,.{max(digits - 1 - power, 0)}f}"
+
+
+def power_of_ten(power: int) -> str:
+    return "10" + str(power).translate(SUPERSCRIPTS)
+
+
+def power_of_two(power: int) -> str:
+    return "2" + str(power).translate(SUPERSCRIPTS)
+
+
+def milliseconds(value: float | None) -> str:
+    if value is None:
+        return MISSING
+    for unit, size in (("s", 1e3), ("ms", 1.0)):
+        if value >= size * MINUS_ONE_DIGIT:
+            return f"{significant(value / size)} {unit}"
+    return f"{significant(value * 1e3)} µs"
+
+
+def megabytes(value: float | None) -> str:
+    if value is None:
+        return MISSING
+    return f"{significant(value / 1e9)} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+
+
+def percent(value: float | None) -> str:
+    """Rounded down near 100, so that nothing looks as if it had reached its limit which has not."""
+    if value is None:
+        return MISSING
+    if 0.999 <= value < 1:
+        return f"{math.floor(value * 1e4) / 100:.2f} %"
+    return f"{value * 100:.1f} %" if 0.001 <= value < 10 else f"{significant(value * 100)} %" if value else "0 %"
+
+
+def times(slower: float, faster: float) -> str:
+    return f"{significant(slower / faster)}×"
+
+
+def count(amount: int, what: str) -> str:
+    return f"{amount} {what}" if amount == 1 else f"{amount} {what}s"
+
+
+def joined(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def headline(facts: Facts) -> Headline:
+    """The verdict, and the largest number there is: how much faster, else how near to the bound."""
+    ops, judged = {row.op for row in facts.ops}, sum(int(row.judged or 0) for row in facts.ops)
+    worst = max(facts.ops, key=lambda row: row.bound_share or 0.0, default=None)
+    names = [b.name for b in facts.backends]
+    bad = [row for row in facts.ops if not row.ok]
+    if bad or not facts.ok:
+        wrong = joined(sorted({f"{row.op} on {row.backend}" for row in bad})) or "the comparison"
+        return Headline("", wrong, " " + ("leave" if len(bad) > 1 else "leaves") + " the error bound of the formula.",
+                        f"{count(len(ops), 'op')} on {joined(names)}; {judged} calls judged.")  # fmt: skip
+    below = f"{count(len(ops), 'op')} on {joined(names)}: all {judged} judged calls are within the bound of their formula."
+    apart = facts.largest_distance("loss")
+    if apart is not None:
+        below += f" Losses are within {significant(apart, 2)} of each other." if apart else " Losses are equal."
+    speeds = {b.name: ms for b in facts.timed if (ms := facts.step_ms(b.name))}
+    reference = names[0] if names else ""
+    others = {name: ms for name, ms in speeds.items() if name != reference}
+    if reference in speeds and others:
+        name = min(others, key=lambda n: others[n])
+        faster = others[name] <= speeds[reference]
+        figure = times(speeds[reference], others[name]) if faster else times(others[name], speeds[reference])
+        said = " as fast." if faster else " as long."
+        return Headline(f"{name} trains the same BERT as {reference}, and {'is' if faster else 'takes'} ", figure, said, below)
+    if speeds and len(names) == 1:
+        return Headline(f"A training step on {reference} takes ", milliseconds(speeds[reference]), " a sequence.", below)
+    if worst is None or worst.bound_share is None:
+        return Headline("", "Nothing", " was compared.", "The document holds no ops.")
+    end = f" of its error bound, by {worst.op} on {worst.backend}."
+    return Headline(f"{joined(names)} compute the same: ", percent(worst.bound_share), end, below)
+
+
+def about_stages(facts: Facts) -> str:
+    said = []
+    for b in facts.timed:
+        step = facts.step_ms(b.name)
+        parts = {name: row.ms for name in STEP if (row := facts.stage(name, b.name)) is not None and row.ms is not None}
+        if step and parts:
+            longest = max(parts, key=lambda n: parts[n])
+            said.append(
+                f"{b.name} trains a sequence in {milliseconds(step)}, {parts[longest] / step:.0%} of it {longest}"
+            )
+    return "; ".join(said) + "." if said else ""
+
+
+def about_roof(facts: Facts) -> str:
+    shares = {b.name: share for b in facts.timed if (share := facts.roof_share(b.name)) is not None}
+    if not shares:
+        return ""
+    whole = "; ".join(f"{name}'s step runs at {share:.0%} of what its machine allows" for name, share in shares.items())
+    near = [row for row in facts.ops if row.limit_share is not None and row.limit_share <= 1 and (row.flops or 0) > 0]
+    best = max(near, key=lambda row: row.limit_share or 0.0, default=None)
+    said = f"{whole}."
+    if best is not None:
+        said += f" Nearest to its roof: {best.op} on {best.backend}, {percent(best.limit_share)}."
+    return said
+
+
+def about_errors(facts: Facts) -> str:
+    known = [row for row in facts.ops if row.bound_share is not None]
+    worst = max(known, key=lambda row: row.bound_share or 0.0, default=None)
+    if worst is None:
+        return ""
+    inside = sum(row.ok for row in facts.ops)
+    return (
+        f"{inside} of {count(len(facts.ops), 'row')} within bound. "
+        f"Nearest to it: {worst.op} on {worst.backend}, {percent(worst.bound_share)}."
+    )
+
+
+def about_losses(facts: Facts) -> str:
+    loss, weights = facts.largest_distance("loss"), facts.largest_distance("weights")
+    steps = max((len(values) for values in facts.losses.values()), default=0)
+    if loss is None or weights is None:
+        return ""
+    return (
+        f"After {count(steps, 'step')} from the same weights, losses are at most {significant(loss, 2)} apart (relative), "
+        f"weights {significant(weights, 2)}."
+    )
+
+
+def limit_words(row: OpRow) -> str:
+    return {"arithmetic": "arithmetic", "memory": "memory", "launch": "launch"}.get(row.limit, "")
+
+
+def place_words(machine: Mapping[str, Any]) -> str:
+    """A machine in one line."""
+    cores = number(machine.get("cores"))
+    said = [str(machine.get("device") or ""), str(machine.get("processor") or "")]
+    said += [f"{cores:.0f} cores"] if cores else []
+    said += [str(machine["system"])] if machine.get("system") else []
+    return ", ".join(dict.fromkeys(part for part in said if part)) or "machine not recorded"
+
+
+def date_words(value: Any) -> str:
+    """A date as it was written, without what nobody reads."""
+    text = str(value or "").replace("T", " ").removesuffix("+00:00").removesuffix("Z")
+    return f"{text[:16]} UTC" if len(text) >= 16 else text or "date not recorded"
+
+
+class Spent(NamedTuple):
+    """Energy and cost of one backend, or why there is none."""
+
+    backend: str
+    colour: int
+    joules: str
+    per_token: str  # millijoules
+    source: str
+    cost: str
+    basis: str
+
+
+def spent(facts: Facts) -> list[Spent]:
+    """A row for each backend. What was not read is said to be unavailable, with the reason, and never guessed."""
+    energy, cost = mapping(facts.document.get("energy")), mapping(facts.document.get("cost"))
+    tokens, found = number(facts.config.get("tokens")), []
+    for b in facts.backends:
+        joules = None if b.emulated else number(mapping(energy.get("joules_per_step")).get(b.name))
+        per_token = None if joules is None or not tokens else joules / tokens
+        price = {} if b.emulated else mapping(cost.get(b.name))
+        amount = number(price.get("per_million_tokens"))
+        why = "plays another machine" if b.emulated else str(energy.get("why") or "not measured")
+        no_price = "plays another machine" if b.emulated else str(price.get("unavailable") or "no price given")
+        found.append(
+            Spent(
+                b.name, b.colour,
+                "unavailable" if joules is None else f"{significant(joules)} J",
+                MISSING if per_token is None else f"{significant(per_token * 1e3)} mJ",
+                why if joules is None else str(energy.get("source") or ""),
+                "unavailable" if amount is None else f"{significant(amount)} {price.get('currency', '')}".strip(),
+                no_price if amount is None else str(price.get("basis") or ""),
+            )
+        )  # fmt: skip
+    return found
