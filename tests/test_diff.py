@@ -1,4 +1,4 @@
-"""`minibert diff`: a one-line fault planted in a kernel is named by op, side and place; none is invented.
+"""A one-line fault planted in a kernel is named by op, side and place, and `bisect` tests for it; none is invented.
 
 A fault is text of a kernel's source that is replaced. Where an edit of the kernel removes what a fault replaces, the
 fault is to be planted elsewhere.
@@ -7,16 +7,19 @@ fault is to be planted elsewhere.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 import minibert as mb
+from minibert.bisect import Bisection, bisect
 from minibert.cli.diff_report import facts, verdict
 from minibert.kernels import OPS
 from minibert.lockstep import diff
+from minibert.reproduce import Case, smallest
 from minibert.trace import Recording, Side, record
 from tests.planted import emulator, planted, replaced, source
 from tests.small_steps import NUMBA, NUMPY, OTHER, SMALL, TINY, assert_clean, batch, maker, tiny_batch
@@ -59,10 +62,17 @@ class Fault(NamedTuple):
     def __str__(self) -> str:
         return self.what.replace(" ", "-")
 
+    @property
+    def sound(self) -> str:
+        return source(f"{self.family}/cpu.py")
+
+    @property
+    def text(self) -> str:
+        return replaced(self.sound, self.old, self.new)
+
     def kernel(self) -> Callable[..., Any]:
-        file = f"{self.family}/cpu.py"
         module = types.ModuleType(f"planted_{self.family}")  # no file, so that Numba keeps no code of it
-        exec(compile(replaced(source(file), self.old, self.new), f"<planted {file}>", "exec"), module.__dict__)
+        exec(compile(self.text, f"<planted {self.family}/cpu.py>", "exec"), module.__dict__)
         found: Callable[..., Any] = getattr(module, self.op)
         return found
 
@@ -178,8 +188,9 @@ FAULTS = (
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
-def test_a_fault_in_a_numba_kernel_is_named(fault: Fault) -> None:
-    found = diff(Side(NUMPY), Side(NUMBA, kernels={OPS[fault.op]: fault.kernel()}), maker(), batch(), fault.step)
+def test_a_fault_in_a_numba_kernel_is_named(fault: Fault, tmp_path: Path) -> None:
+    side = Side(NUMBA, kernels={OPS[fault.op]: fault.kernel()})
+    found = diff(Side(NUMPY), side, maker(), batch(), fault.step)
     row = found.culprit
     assert row is not None, "the fault was not noticed"
     assert (row.op, row.phase, row.side) == (fault.op, fault.phase, "B"), verdict(found)
@@ -189,6 +200,39 @@ def test_a_fault_in_a_numba_kernel_is_named(fault: Fault) -> None:
     share = facts(found)["culprit"]["bound_share"]
     assert share is None or share > 1  # None: infinitely often a bound of 0
     assert found.losses[1] == pytest.approx(reference_loss(fault.step), rel=0.05), "so the loss gives it away"
+
+    run = bisect(Side(NUMPY), side, maker(), lambda number: batch(), fault.step)
+    assert run.first == fault.step and run.found.culprit is not None
+    assert (run.found.culprit.op, run.found.culprit.place) == (row.op, row.place)
+    test = written(run, side, tmp_path, [f"{tmp_path / 'mine.py'}:{fault.op}={fault.op}"])
+    for text, ok in ((fault.text, False), (fault.sound, True)):
+        (tmp_path / "mine.py").write_text(text)
+        assert passes(test) == ok, "the test does not tell the fault from the sound kernel"
+
+
+def written(run: Bisection, side: Side, folder: Path, specs: Sequence[str] = ()) -> Path:
+    """The test of what was found on B."""
+    evidence = run.found.evidence
+    assert evidence is not None and evidence.on == "B"
+    found = smallest(evidence, side)
+    assert found is not None
+    assert sum(x.size for x in found.inputs) <= sum(x.size for x in evidence.inputs)
+    test, data = Case(found, side, specs, "said").write(folder / "case")
+    assert data.is_file()
+    return test
+
+
+def passes(test: Path) -> bool:
+    """Run the one test of a file that `bisect` wrote."""
+    module: dict[str, Any] = {"__file__": str(test)}
+    exec(compile(test.read_text(), str(test), "exec"), module)
+    (function,) = [f for name, f in module.items() if name.startswith("test_")]
+    try:
+        function()
+    except AssertionError as error:
+        assert str(error), "without a word of what is wrong"
+        return False
+    return True
 
 
 class CudaFault(NamedTuple):
@@ -232,9 +276,14 @@ CUDA_FAULTS = (
 
 
 @pytest.mark.parametrize("fault", CUDA_FAULTS, ids=str)
-def test_a_fault_in_a_cuda_kernel_is_named(fault: CudaFault) -> None:
+def test_a_fault_in_a_cuda_kernel_is_named(fault: CudaFault, tmp_path: Path) -> None:
+    side = Side(emulator())
     with planted(fault.file, replaced(source(fault.file), fault.old, fault.new)):
-        found = diff(Side(NUMBA), Side(emulator()), maker(TINY), tiny_batch())
+        run = bisect(Side(NUMBA), side, maker(TINY), lambda number: tiny_batch(), 1)
+        test = written(run, side, tmp_path)
+        assert not passes(test)
+    assert passes(test)
+    found = run.found
     row = found.culprit
     assert row is not None, "the fault was not noticed"
     assert (row.op, row.phase, row.place, row.side) == (fault.op, fault.phase, fault.place, "B"), verdict(found)
