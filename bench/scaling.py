@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from bench.figures import add_to_csv, refuse_other_csv
 from bench.harness import among, cores, fingerprint, run_main
 from bench.sides import say_where
 from minibert.cli.options import chosen_backends, console, notes, plain_table, refuse_unwritable
@@ -65,12 +66,11 @@ def _sizes(axis: str, text: str) -> tuple[int, ...]:
 def times(axis: str, facts: Mapping[str, Any]) -> Table:
     """One line for each size and backend; of an impossible time only that it is one."""
     first, *others = facts["backends"]
-    impossible = any(curve["impossible"] for curve in facts["backends"].values())
     shown = plain_table(axis)
     shown.add_column("backend", no_wrap=True)
     columns = ["ms", "p20", "p80", *([f"x {first}"] if others else []), "of peak"]
     more = {"speedup": ".2f", "efficiency": ".0%"} if axis == "threads" else {}
-    for column in (*columns, *more, *([""] if impossible else [])):
+    for column in (*columns, *more):
         shown.add_column(column, justify="right", no_wrap=True)
     for i, size in enumerate(facts["sizes"]):
         reference = facts["backends"][first]["seconds"][i]
@@ -79,10 +79,10 @@ def times(axis: str, facts: Mapping[str, Any]) -> Table:
             ratio = None if took is None or reference is None else reference / took
             shown.add_row(
                 str(size) if name == first else "", name,
-                *(_figure(curve[kind][i], ".2f", 1e3) for kind in ("seconds", "p20", "p80")),
+                "[red]impossible[/red]" if size in curve["impossible"] else _figure(took, ".2f", 1e3),
+                *(_figure(curve[kind][i], ".2f", 1e3) for kind in ("p20", "p80")),
                 *([_figure(ratio, ".2f")] if others else []), _figure(curve["share_of_peak"][i], ".0%"),
                 *(_figure(curve[kind][i], form) for kind, form in more.items()),
-                *(["[red]impossible[/red]" if size in curve["impossible"] else ""] if impossible else []),
             )  # fmt: skip
         if others:
             shown.add_section()
@@ -94,20 +94,26 @@ def _figure(value: float | None, form: str, factor: float = 1.0, before: str = "
 
 
 def exponents(axis: str, facts: Mapping[str, Any]) -> Table:
-    """One line for each backend: the fit, by how much it misses the worst size, and the exponent of the last two."""
+    """One line for each backend."""
     curves = facts["backends"]
     fixed = any(curve["fixed_seconds"] is not None for curve in curves.values())
-    shown = plain_table("time grows as")
-    columns = ["", "p20..p80", "off by", "last two", "p20..p80", *(["fixed ms"] if fixed else [])]
-    for column in columns:
+    shown = plain_table("growth")
+    for column in ("time ~", "p20..p80", "off by", "last", "p20..p80", *(["fixed ms"] if fixed else [])):
         shown.add_column(column, justify="right", no_wrap=True)
     for name, curve in curves.items():
         shown.add_row(
-            name, _figure(curve["exponent"], ".2f", before=f"{axis}^"), _range(curve["exponent_range"]), _figure(curve["misfit"], ".0%"),
+            name, _figure(curve["exponent"], ".2f", before=f"{axis}^"), _range(curve["exponent_range"]),
+            _figure(curve["misfit"], ".0%"),
             _figure(curve["last_exponent"], ".2f"), _range(curve["last_exponent_range"]),
             *([_figure(curve["fixed_seconds"], ".2f", 1e3)] if fixed else []),
         )  # fmt: skip
     return shown
+
+
+LEGEND = (
+    "off by: what k size^p misses the worst size by; last: the exponent between the last two sizes, which tells what it "
+    "tends to; fixed: what does not grow with the batch"
+)
 
 
 def _range(both: Sequence[float] | None) -> str:
@@ -142,8 +148,9 @@ def show(found: Mapping[str, Any]) -> None:
         for name, curve in facts["backends"].items():
             warm[name] = max(warm.get(name, 0.0), *curve["first_call_s"])
     if warm:
+        console.print(f"\n{LEGEND}", highlight=False)
         told = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in warm.items())
-        console.print(f"\nlongest first call, not in the times: {told}", highlight=False, soft_wrap=True)
+        console.print(f"longest first call, not in the times: {told}", highlight=False, soft_wrap=True)
 
 
 def bench(
@@ -157,13 +164,15 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and rounds.")] = False,
     rounds: Annotated[int | None, typer.Option(min=FEWEST_ROUNDS, help=f"Default: {ROUNDS}.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the facts to this file.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Add the times to this file.")] = None,
 ) -> int:
     """Time a step against batch, length, width and threads. Exit status 1 if a figure is impossible or work differs."""
     if work not in WORK:
         raise UserError(f"--work: expected {' or '.join(WORK)}, got {work!r}")
     given = {"batch": batch, "length": length, "hidden": hidden, "threads": threads}
     sizes, base = plan(given, axes, quick, cores())
-    refuse_unwritable(json_file)
+    refuse_unwritable(json_file, csv_file)
+    refuse_other_csv(csv_file)
     places = chosen_backends(names or None, base.threads)
     about = fingerprint(places, base.threads)
     with notes.status("") as status:
@@ -172,8 +181,9 @@ def bench(
     show(found)
     curves = [curve for facts in found["axes"].values() for curve in facts["backends"].values()]
     ok = not any(facts["refused"] for facts in found["axes"].values()) and not any(c["impossible"] for c in curves)
+    document = {"bench": "scaling", **about, "scaling": found, "ok": ok}
+    add_to_csv(csv_file, document)
     if json_file is not None:
-        document = {**about, "scaling": found, "ok": ok}
         json_file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     return 0 if ok else 1
 

@@ -49,7 +49,7 @@ QUICK_AXES = {"batch": (1, 4, 16), "length": (16, 64, 256), "hidden": (64, 128, 
 LAYERS, VOCABULARY, HEAD_SIZE, POSITIONS = 2, 8000, 64, 512
 PREDICTED = 0.15  # share of the tokens, as BERT was trained
 LEARNING_RATE = 1e-6  # the update costs the same, and after hundreds of them the backends' losses can still be compared
-SAME = 1e-3  # relative: results further apart are not those of the same work
+SAME = 1e-4  # of the largest: results further apart are not those of the same work
 SHORTEST = 0.02  # seconds that a turn lasts at the least: a quick step is repeated in it
 SETTLE = 0.02  # seconds between turns: idle threads of the one before may spin for some milliseconds
 FEWEST_ROUNDS = 3
@@ -96,7 +96,7 @@ def measure(
             gc.collect()  # the models of one axis are not to stand in the way of the next
     model = {"layers": LAYERS, "vocabulary": VOCABULARY, "head_size": HEAD_SIZE, "predicted": PREDICTED}
     return {
-        "what": WORK[work], "base": asdict(base), "model": model, "rounds": rounds,
+        "what": WORK[work], "work": work, "base": asdict(base), "model": model, "rounds": rounds,
         "limit_gflops": {str(threads): limit or None for threads, limit in limits.items()}, "axes": found,
     }  # fmt: skip
 
