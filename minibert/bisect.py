@@ -161,13 +161,15 @@ class _Run:
         self.a.restore(arrays)
         for number in range(start + 1, taken + 1):
             self.progress(f"step {number} again")
-            loss = self._step_of_a(number)
-            if loss != self.losses.get(number, loss):
-                raise UserError(
-                    f"side A ({self.a.side.name}) gave a loss of {self.losses[number]!r} in step {number}, and "
-                    f"{loss!r} when it was run again: a kernel of its own gives other bits each time; "
-                    "`minibert check` says which"
-                )
+            self.hold(number, self._step_of_a(number))
+
+    def hold(self, number: int, loss: float | None) -> None:
+        """A's step must be the same each time: there is nothing else to hold on to."""
+        if loss != self.losses.get(number, loss):
+            raise UserError(
+                f"side A ({self.a.side.name}) gave a loss of {self.losses[number]!r} in step {number}, and {loss!r} "
+                "when it was run again: a kernel of its own gives other bits each time; `minibert check` says which"
+            )
 
     def judge(self, step: int) -> Difference:
         """Every call of one step, on both sides, from A's state before it."""
@@ -175,9 +177,10 @@ class _Run:
             self.replay(step - 1)
             self.b.restore(self.a.state())
             self.progress(f"judging step {step}")
-            self.found.judged[step] = diff_step(
-                self.a, self.b, lambda text: self.progress(f"judging step {step}: {text}")
-            )
+            found = diff_step(self.a, self.b, lambda text: self.progress(f"judging step {step}: {text}"))
+            if found.ok:
+                self.hold(step, found.losses[0])
+            self.found.judged[step] = found
         return self.found.judged[step]
 
     def narrow(self, bad: int) -> None:
