@@ -111,8 +111,8 @@ def exponents(axis: str, facts: Mapping[str, Any]) -> Table:
 
 
 LEGEND = (
-    "off by: what k size^p misses the worst size by; last: the exponent between the last two sizes, which tells what it "
-    "tends to; fixed: what does not grow with the batch"
+    "off by: what k size^p misses the worst size by; last: the exponent between the last two sizes, which tells what "
+    "it tends to; fixed: what does not grow with the batch"
 )
 
 

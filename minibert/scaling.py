@@ -136,11 +136,11 @@ class Point:
     size: int
     threads: int
     call: Callable[[], np.ndarray]  # makes one step; its result on the host
+    unseen: Callable[[], np.ndarray]  # the same on another batch, to be compared after the timing
     flops: int = 0  # of a step
     repeats: int = 1  # steps in a turn
     first_s: float = 0.0  # the first call, which may compile
-    first: Any = None  # its result
-    last: Any = None
+    result: Any = None
     seconds: list[float] = field(default_factory=list)  # of one step, in each round
 
 
@@ -171,9 +171,9 @@ class Side:
             return np.array(self.model.eval().bert(**given).last_hidden_state.numpy())
 
 
-def random_batch(batch: int, length: int) -> dict[str, np.ndarray]:
+def random_batch(batch: int, length: int, seed: int = 0) -> dict[str, np.ndarray]:
     """B sequences of T tokens, packed: ids and labels (N,), of which a share is predicted; cu_seqlens (B + 1,)."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     ids = rng.integers(1, VOCABULARY, batch * length)
     chosen = rng.permutation(ids.size)[: max(1, round(PREDICTED * ids.size))]
     labels = np.full(ids.size, IGNORE)
@@ -190,13 +190,13 @@ def _points(
     positions = max(POSITIONS, base.length, *(sizes if axis == "length" else ()))
     for size in sizes:
         at = replace(base, **{axis: size})
-        inputs = random_batch(at.batch, at.length)
+        seen, unseen = (random_batch(at.batch, at.length, seed) for seed in (0, 1))
         for place in places:
             progress(f"{axis}: making the model of width {at.hidden} on {place.name}")
             key = (place.name, at.hidden)
             sides[key] = sides.get(key) or Side(place, at.hidden, positions)
             run = getattr(sides[key], work)
-            points.append(Point(place, size, at.threads, partial(run, inputs)))
+            points.append(Point(place, size, at.threads, partial(run, seen), partial(run, unseen)))
     return points
 
 
@@ -206,9 +206,8 @@ def _time(axis: str, points: list[Point], rounds: int, progress: Callable[[str],
     for size, turn in by_size.items():
         progress(f"{axis} {size}: warm-up")
         _warm_up(turn)
-        refused = _apart(turn, "first")
-        if refused:
-            return f"{axis} {size}: {refused}"
+        if why := _apart(turn):
+            return f"{axis} {size}: {why}"
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -221,7 +220,12 @@ def _time(axis: str, points: list[Point], rounds: int, progress: Callable[[str],
     finally:
         if enabled:
             gc.enable()
-    return next((f"{axis} {size}: {why}" for size, turn in by_size.items() if (why := _apart(turn, "last"))), "")
+    for size, turn in by_size.items():
+        for point in turn:
+            point.result = point.unseen()
+        if why := _apart(turn):
+            return f"{axis} {size}, after the timing: {why}"
+    return ""
 
 
 def _warm_up(turn: list[Point]) -> None:
@@ -230,7 +234,7 @@ def _warm_up(turn: list[Point]) -> None:
     for point in turn:
         point.backend.set_num_threads(point.threads)
         began = time.perf_counter()
-        point.first = point.call()
+        point.result = point.call()
         point.first_s = time.perf_counter() - began
         began = time.perf_counter()
         point.call()
@@ -250,7 +254,7 @@ def _take_turn(point: Point, settle: bool) -> None:
     time.sleep(SETTLE)
     began = time.perf_counter()
     for _ in range(point.repeats):
-        point.last = point.call()
+        point.call()
     point.seconds.append((time.perf_counter() - began) / point.repeats)
 
 
@@ -268,12 +272,11 @@ def count_flops(backend: Backend, call: Callable[[], Any]) -> int:
     return flops
 
 
-def _apart(turn: Sequence[Point], which: str) -> str:
+def _apart(turn: Sequence[Point]) -> str:
     """Why the results of the backends are not those of the same work; empty where they are."""
-    reference = getattr(turn[0], which)
+    reference = turn[0].result
     for point in turn[1:]:
-        got = getattr(point, which)
-        distance = float(np.abs(got - reference).max() / np.abs(reference).max())
+        distance = float(np.abs(point.result - reference).max() / np.abs(reference).max())
         if not distance <= SAME:
             return f"{point.backend.name} is {distance:.1e} away from {turn[0].backend.name}: not the same work"
     return ""

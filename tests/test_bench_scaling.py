@@ -58,6 +58,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return int(exit_.value.code or 0)
 
 
+def nothing() -> np.ndarray:
+    return np.ones(1)
+
+
 # ---------------------------------------------------------------------------------------------------------- exponents
 
 
@@ -169,7 +173,7 @@ def test_every_round_takes_every_size_and_backends_in_turn(quick: None) -> None:
             calls.append(f"{name}{size}")
             return np.ones(1)
 
-        return Point(Backend(name, numpy_module), size, 1, call)
+        return Point(Backend(name, numpy_module), size, 1, call, nothing)
 
     points = [point(name, size) for size in (1, 2) for name in "ab"]
     assert scaling._time("batch", points, 3, lambda text: None) == ""
@@ -258,7 +262,7 @@ def test_what_is_above_the_peak_is_impossible_and_gives_no_figure(
 
 def test_points_above_the_peak_are_left_out_of_the_fit() -> None:
     def point(size: int, seconds: float, flops: int) -> Point:
-        return Point(Backend("a", numpy_module), size, 1, lambda: np.ones(1), flops, seconds=[seconds] * 3)
+        return Point(Backend("a", numpy_module), size, 1, nothing, nothing, flops, seconds=[seconds] * 3)
 
     points = [point(1, 1.0, 10**9), point(2, 1e-9, 10**9), point(4, 4.0, 10**9), point(8, 8.0, 10**9)]
     curve = scaling.read_curve("threads", points, {1: 2.0})
@@ -282,6 +286,14 @@ def test_sides_that_do_other_work_are_refused(
     assert facts["backends"] == {} and facts["crossovers"] == []
     command.show(found)
     assert "refused" in capsys.readouterr().out
+
+
+def test_a_side_that_is_right_only_on_what_it_has_seen_is_refused_after_the_timing(quick: None) -> None:
+    points = [Point(Backend(name, numpy_module), 1, 1, nothing, nothing) for name in "ab"]
+    points[1].unseen = lambda: np.full(1, 1.001)
+    assert scaling._time("batch", points, 3, lambda text: None).startswith("batch 1, after the timing: b is 1.0e-03")
+    points[1].unseen = lambda: np.full(1, np.nan)
+    assert "not the same work" in scaling._time("batch", points, 3, lambda text: None)
 
 
 def test_a_backend_whose_threads_cannot_be_set_is_left_out_of_that_axis(quick: None) -> None:
