@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from itertools import pairwise
 from math import ceil, log2
@@ -18,9 +18,11 @@ import pytest
 
 from minibert.backends import Backend
 from minibert.cli import main
+from minibert.cli.compare import NEEDED
 from minibert.compare import STAGES, TRAINING, Comparison, Extras, compare
 from minibert.compare_facts import BROKE_DOWN, NO_METER, PLAYED, facts
 from minibert.energy import Counter, Meter, Source
+from minibert.errors import UserError
 from minibert.kernels import OPS
 from minibert.kernels.array_module import numpy_module
 from minibert.peaks import Peaks
@@ -162,11 +164,10 @@ def test_joules_are_means_over_the_timed_steps(document: dict[str, Any]) -> None
 
 def test_cost_follows_from_the_time(document: dict[str, Any], found: Comparison) -> None:
     cost, tokens = document["cost"], len(found.batch.input_ids)
-    step = sum(
-        np.median(r["seconds"]) for r in document["stages"] if r["backend"] == "numba" and r["stage"] in TRAINING
-    )
+    rows = [row for row in document["stages"] if row["backend"] == "numba"]
+    step = sum(np.median(row["seconds"]) for row in rows if row["stage"] in TRAINING)
     assert cost["numba"]["per_million_tokens"] == pytest.approx(step * 1e-3 / tokens * 1e6)
-    inference = next(r for r in document["stages"] if (r["backend"], r["stage"]) == ("numba", "inference"))
+    inference = next(row for row in rows if row["stage"] == "inference")
     assert cost["numba"]["inference_per_million_tokens"] == pytest.approx(inference["ms_per_token"])
     assert cost["numba"]["currency"] == "USD" and "3.6 USD an hour" in cost["numba"]["basis"]
     assert cost["numpy"] == {"unavailable": "the price file has no [per_hour] numpy"}
@@ -234,15 +235,18 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 @pytest.fixture
 def laboratory(monkeypatch: pytest.MonkeyPatch, quick_peaks: list[str]) -> SimpleNamespace:
     """The page and the crossovers, played: what they were called with."""
-    seen = SimpleNamespace(measured=[], pages=[], read=[], dtypes=quick_peaks)
+    seen = SimpleNamespace(measured=[], pages=[], kernels=[], refuses="", dtypes=quick_peaks)
     quick_peaks.clear()
 
     def measure(
-        places: list[Backend], axes: Mapping[str, Any], base: Any, rounds: int, progress: Any
+        places: list[Backend], axes: Mapping[str, Any], base: Any, rounds: int, progress: Callable[[str], None]
     ) -> dict[str, Any]:
         progress("batch")
         seen.measured.append(([place.name for place in places], base.threads))
-        return {"axes": {}}
+        seen.kernels = [place.kernel(OPS["gelu_grad"]) for place in places]
+        if seen.refuses:
+            raise UserError(seen.refuses)
+        return {"what": "work", "axes": {}}
 
     def write_page(folder: Path, document: Mapping[str, Any], others: list[Any]) -> Path:
         (folder / "index.html").write_text("a page")
@@ -250,8 +254,6 @@ def laboratory(monkeypatch: pytest.MonkeyPatch, quick_peaks: list[str]) -> Simpl
         return folder / "index.html"
 
     def read_recorded(path: Path) -> str:
-        from minibert.errors import UserError
-
         if not path.is_file():
             raise UserError(f"--with: there is no file {path}")
         return path.name
@@ -275,7 +277,10 @@ def test_a_report_is_a_folder_with_a_page_and_its_facts(
     ((where, document, others),) = laboratory.pages
     assert where == folder and others == ["older.json", "older.json"]
     assert json.loads((folder / "facts.json").read_text()) == json.loads(json.dumps(document))
-    assert document["scaling"] == {"axes": {}} and document["cost"]["numba"]["currency"] == "USD"
+    assert (
+        document["scaling"] == {"what": "work, in float32", "axes": {}}
+        and document["cost"]["numba"]["currency"] == "USD"
+    )
     assert laboratory.measured == [(["numpy", "numba"], threads)] and laboratory.dtypes == ["float32"]
     last = capsys.readouterr().out.splitlines()[-1]
     pattern = r" \(peaks [\d.]+ s, memory over time [\d.]+ s, crossovers [\d.]+ s, page [\d.]+ s\)"
@@ -300,6 +305,27 @@ def test_a_wrong_op_has_a_report_and_no_crossovers(
     assert run(monkeypatch, "--backends", "numpy,numba", "--report", str(tmp_path / "report"), *kernel) == 1
     ((_, document, _),) = laboratory.pages
     assert document["ok"] is False and document["scaling"] is None and laboratory.measured == []
+
+
+RIGHT = """
+def right(g, x, approximate="none"):
+    from minibert.kernels.activation import gelu_grad
+    from minibert.kernels.array_module import numpy_module
+    return gelu_grad.formula(numpy_module, g, x, approximate=approximate)
+"""
+
+
+def test_crossovers_are_those_of_a_kernel_of_ones_own(
+    laboratory: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(RIGHT)
+    laboratory.refuses = "it does not take 64 rows"
+    kernel = ["--kernel", f"{tmp_path / 'mine.py'}:right=gelu_grad"]
+    assert run(monkeypatch, "--backends", "numpy,numba", "--report", str(tmp_path / "report"), *kernel) == 0
+    reference, tried = laboratory.kernels
+    assert reference is None and tried.spec.endswith("right=gelu_grad")
+    ((_, document, _),) = laboratory.pages
+    assert document["scaling"] is None and "no crossovers: it does not take 64 rows" in capsys.readouterr().err
 
 
 def test_json_alone_needs_no_page_and_measures_no_crossovers(
@@ -344,3 +370,29 @@ def test_a_page_without_its_libraries_says_what_to_install(
     assert run(monkeypatch, "--report", str(tmp_path / "new")) == 2
     assert "--report needs no_such_library: pip install 'minibert[report]'" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--backends", "numpy,numba"], 0),
+        (["--backends", "numpy", "--dtype", "float64"], 0),
+        (["--backends", "numpy,numba", "--kernel", "FOLDER/mine.py:nan=mul"], 1),
+    ],
+)
+def test_the_page_is_made_of_what_was_found(
+    quick_peaks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], status: int
+) -> None:
+    """The page itself, with two sizes of one axis: a step of training that broke down has one too."""
+    for library in NEEDED:
+        pytest.importorskip(library)
+    monkeypatch.setattr("minibert.scaling.QUICK_AXES", {"hidden": (64, 128)})
+    (tmp_path / "mine.py").write_text("def nan(a, b):\n    return a * b * a.dtype.type('nan')\n")
+    words = [word.replace("FOLDER", str(tmp_path)) for word in arguments]
+    assert run(monkeypatch, *words, "--report", str(tmp_path / "report")) == status
+    page = (tmp_path / "report" / "index.html").read_text()
+    document = json.loads((tmp_path / "report" / "facts.json").read_text())
+    assert "<svg" in page and all(row["op"] in page for row in document["ops"])
+    assert (document["scaling"] is not None) == (status == 0)
+    if status == 0:
+        assert list(document["scaling"]["axes"]["hidden"]["backends"]) == list(document["loss"])

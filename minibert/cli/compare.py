@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from minibert.backends import MOST_THREADS, Backend, BackendUnavailable, names
+from minibert.backends.base import Kernel
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
 from minibert.cli.inputs import step_inputs
@@ -31,6 +32,7 @@ from minibert.compare import Comparison, Extras, compare, on_cpu
 from minibert.config import BertConfig
 from minibert.energy import open_meter
 from minibert.errors import UserError
+from minibert.kernels import Op
 from minibert.prices import Prices, read_prices
 
 if TYPE_CHECKING:
@@ -106,7 +108,7 @@ def compare_command(
         console.print(table)
     console.print(verdict(found), highlight=False, soft_wrap=True)
     if extras is not None:
-        _write_facts(found, described, extras, priced, json_file, report, others)
+        _write_facts(found, kernels, described, extras, priced, json_file, report, others)
     if markdown_file is not None:
         markdown_file.write_text(markdown(found, described, machine()))
     return 0 if found.ok else 1
@@ -140,16 +142,16 @@ def _extras(compared: list[Backend], dtype: str) -> Extras:
 
 
 def _write_facts(
-    found: Comparison, described: Mapping[str, Any], extras: Extras, prices: Prices | None, json_file: Path | None,
-    report: Path | None, others: list[Recorded],
+    found: Comparison, kernels: Mapping[Op, Kernel], described: Mapping[str, Any], extras: Extras,
+    prices: Prices | None, json_file: Path | None, report: Path | None, others: list[Recorded],
 ) -> None:  # fmt: skip
     """What `--json` and `--report` ask for, and how long it took."""
     from minibert.compare_facts import facts
 
     scaling = None
-    if report is not None and found.timed:
+    if report is not None and found.ok:  # how fast a wrong op is nobody needs to know
         with extras.taking("crossovers"):
-            scaling = _crossovers([run.backend for run in found.runs if not run.backend.emulated])
+            scaling = _crossovers([run.backend for run in found.runs], kernels)
     document = facts(found, described, machine(), prices, scaling)
     for file in (json_file, report and report / "facts.json"):
         if file is not None:
@@ -164,15 +166,24 @@ def _write_facts(
     console.print(f"report: {page} ({took})", highlight=False, soft_wrap=True)
 
 
-def _crossovers(places: list[Backend]) -> dict[str, Any] | None:
-    """At which sizes one backend overtakes another, on the threads that are set."""
+def _crossovers(compared: list[Backend], kernels: Mapping[Op, Kernel]) -> dict[str, Any] | None:
+    """At which sizes one backend overtakes another, on the threads that are set and with the kernels of `compare`."""
+    places = [backend for backend in compared if not backend.emulated]
     if not places:
         return None
     from minibert.scaling import QUICK_AXES, Base, measure
 
     base = Base(threads=max(place.num_threads() for place in places))
-    with notes.status("crossovers") as status:
-        return measure(places, QUICK_AXES, base, ROUNDS, lambda text: status.update(f"crossovers: {text}"))
+    with ExitStack() as stack:
+        status = stack.enter_context(notes.status("crossovers"))
+        for backend in compared[1:] or compared:
+            stack.enter_context(backend.using(kernels))
+        try:
+            found = measure(places, QUICK_AXES, base, ROUNDS, lambda text: status.update(f"crossovers: {text}"))
+        except UserError as error:  # a kernel of one's own that does not take these sizes
+            notes.print(f"no crossovers: {error}", highlight=False, soft_wrap=True)
+            return None
+    return found | {"what": f"{found['what']}, in float32"}
 
 
 def _described(name: str, config: BertConfig, dtype: str, steps: int, found: Comparison) -> dict[str, Any]:
