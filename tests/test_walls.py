@@ -31,12 +31,12 @@ LAYERS = (
     ("pretrained", "outputs"),
     ("bert",),
     ("optim", "data", "judge", "assess", "guard", "training_config"),
-    ("graphed", "trace", "peaks"),
+    ("graphed", "trace", "peaks", "energy", "prices", "growth"),
     ("train", "check", "compare", "lockstep"),
     ("bisect", "drift", "reproduce", "scaling"),
-    ("compare_facts", "energy", "prices", "page"),
     ("watching", "gradcheck", "empty"),
     ("__init__",),
+    ("compare_facts", "page"),
     ("cli",),
     ("suite",),
     ("conformance",),
@@ -58,7 +58,11 @@ ALLOWED_IN_CPU_FILES = {"numba", "llvmlite"}
 # The pytest plugin is made of pytest's classes; nothing else in minibert/ knows pytest.
 ALLOWED_IN_PLUGIN = {"minibert/conformance.py": {"pytest"}}
 # Optional libraries: imported inside the function that uses them.
-ALLOWED_LAZILY = {"kernels": set(), "backends": {"cupy", "cupyx"}, "minibert": {"torch", "transformers", "matplotlib"}}
+ALLOWED_LAZILY = {
+    "kernels": set(),
+    "backends": {"cupy", "cupyx"},
+    "minibert": {"torch", "transformers", "matplotlib", "jinja2", "markupsafe", "pynvml"},
+}
 
 LONGEST_FILE = 450
 UNFINISHED = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK)\b")
