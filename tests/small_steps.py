@@ -24,6 +24,13 @@ OTHER = dataclasses.replace(
     SMALL, hidden_size=48, num_hidden_layers=1, num_attention_heads=3, hidden_act="gelu_new", hidden_dropout_prob=0.0,
     tie_word_embeddings=False,
 )  # fmt: skip
+DEEP = dataclasses.replace(
+    SMALL, hidden_size=24, num_hidden_layers=4, num_attention_heads=3, intermediate_size=40,
+    attention_probs_dropout_prob=0.3,
+)  # fmt: skip
+WIDE = dataclasses.replace(
+    SMALL, hidden_size=96, num_hidden_layers=1, num_attention_heads=1, intermediate_size=96, hidden_dropout_prob=0.5
+)
 TINY = dataclasses.replace(
     SMALL, vocab_size=64, hidden_size=16, num_hidden_layers=1, intermediate_size=32, max_position_embeddings=32
 )

@@ -123,6 +123,14 @@ def test_unknown_config_key(refused: Refused, text: Path, tmp_path: Path) -> Non
     assert "'hidden_sizes'" in message and "'hidden_size'" in message and "config.json" in message
 
 
+def test_unknown_dtype_before_a_vocabulary_is_trained(
+    refused: Refused, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minibert.cli.pretrain.choose_tokenizer", lambda *given: pytest.fail("it was"))
+    message = refused("pretrain", text, "--output", tmp_path / "o", "--dtype", "nonsense")
+    assert "float32" in message and "'nonsense'" in message
+
+
 def test_unknown_config(refused: Refused, text: Path, tmp_path: Path) -> None:
     assert "gigantic" in refused("pretrain", text, "--output", tmp_path / "o", "--config", "gigantic")
 

@@ -22,7 +22,7 @@ from minibert.lockstep import diff
 from minibert.reproduce import Case, smallest
 from minibert.trace import Recording, Side, record
 from tests.planted import emulator, planted, replaced, source
-from tests.small_steps import NUMBA, NUMPY, OTHER, SMALL, TINY, assert_clean, batch, maker, tiny_batch
+from tests.small_steps import DEEP, NUMBA, NUMPY, OTHER, SMALL, TINY, WIDE, assert_clean, batch, maker, tiny_batch
 
 PLACES = {
     "embeddings": "bert.embeddings",
@@ -290,8 +290,8 @@ def test_a_fault_in_a_cuda_kernel_is_named(fault: CudaFault, tmp_path: Path) -> 
     assert "side B (emulator) is wrong" in verdict(found)
 
 
-@pytest.mark.parametrize("config", [SMALL, OTHER], ids=["small", "other"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("config", [SMALL, OTHER, DEEP, WIDE], ids=["small", "other", "deep", "wide"])
+@pytest.mark.parametrize("seed", range(5))
 def test_clean_kernels_have_no_culprit(seed: int, config: mb.BertConfig) -> None:
     assert_clean(diff(Side(NUMPY), Side(NUMBA), maker(config, seed), batch(seed=seed), step=1 + seed))
 

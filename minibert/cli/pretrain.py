@@ -198,6 +198,8 @@ def make_trainer(
 ) -> Trainer:
     """Model, tokens and optimiser: new ones, or those of the run that is resumed."""
     kind = BertForPreTraining if training.next_sentence else BertForMaskedLM
+    if options["dtype"] not in place.dtypes:
+        raise UserError(f"--dtype: backend {place.name} has {', '.join(place.dtypes)}, got {options['dtype']!r}")
     if state is None:
         model, tokenizer = new_model(kind, documents, training, place, options)
     else:
