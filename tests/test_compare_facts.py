@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from minibert.backends import Backend
+from minibert.backends.cuda.backend import CudaBackend
 from minibert.cli import main
 from minibert.cli.compare import NEEDED
 from minibert.compare import STAGES, TRAINING, Comparison, Extras, compare
@@ -201,6 +202,8 @@ def test_a_counter_too_coarse_for_a_stage_tells_of_the_step(quick_peaks: list[st
         "preprocess": None, "forward": None, "backward": 3.0, "optimiser": None, "inference": None,
     }  # fmt: skip
     assert document["energy"]["joules_per_step"] == {"numpy": 3.0} and document["energy"]["why"] == ""
+    once = written(compared([NUMPY], Extras(meter=ticking(*[1.0] * 9, 0, *[0] * 10))))
+    assert once["energy"]["joules_per_step"] == {"numpy": None}, "in one step of two it did not move"
     still = written(compared([NUMPY], Extras(meter=ticking(0))), Prices("USD", {}, per_kwh=1.0))
     assert "its steps are coarser" in still["energy"]["why"]
     assert "its steps are coarser" in still["cost"]["numpy"]["unavailable"]
@@ -217,6 +220,15 @@ def test_a_wrong_op_that_breaks_training_leaves_facts(quick_peaks: list[str]) ->
     assert wrong["ulps"]["not finite"] > 0 and wrong["ms"] is None and wrong["seconds"] == []
     assert document["energy"]["why"] == BROKE_DOWN
     assert document["cost"]["numba"] == {"unavailable": BROKE_DOWN}
+
+
+def test_live_memory_of_a_device_is_that_of_its_pool() -> None:
+    device = SimpleNamespace(pool=SimpleNamespace(used=1000))
+    with CudaBackend.live_memory(device) as live:  # type: ignore[arg-type]
+        device.pool.used = 5000
+        assert live() == 4000
+        device.pool.used = 1000
+        assert live() == 0
 
 
 # -------------------------------------------------------------------------------------------------- compare --report
