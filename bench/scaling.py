@@ -24,6 +24,7 @@ from minibert.errors import UserError
 from minibert.scaling import AXES, FEWEST_ROUNDS, QUICK_AXES, UNITS, WORK, Base, measure, thread_counts
 
 ROUNDS, QUICK_ROUNDS = 9, 5
+DISTURBED = 1.3  # p80 over p20 that a quiet machine does not come to
 AXIS_HELP = "Its sizes, as in 1,2,4,8; or one number, for the other axes."
 
 
@@ -144,11 +145,19 @@ def show(found: Mapping[str, Any]) -> None:
         for one in facts["crossovers"]:
             console.print(one["said"], highlight=False, soft_wrap=True)
     warm: dict[str, float] = {}
+    spread = 1.0
     for facts in found["axes"].values():
         for name, curve in facts["backends"].items():
             warm[name] = max(warm.get(name, 0.0), *curve["first_call_s"])
+            both = zip(curve["p20"], curve["p80"], strict=True)
+            spread = max(spread, *(high / low for low, high in both if low is not None), 1.0)
     if warm:
         console.print(f"\n{LEGEND}", highlight=False)
+        if spread > DISTURBED:
+            console.print(
+                f"p80 is up to {spread:.1f} times p20: other work ran on this machine, and a quiet one tells more",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
         told = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in warm.items())
         console.print(f"longest first call, not in the times: {told}", highlight=False, soft_wrap=True)
 

@@ -76,9 +76,9 @@ def crossovers(
     if found:
         return found
     faster, slower = (a[0], b[0]) if next(iter(leads.values())) > 0 else (b[0], a[0])
-    tied = [str(sizes[i]) for i in known if i not in leads]
-    but = f" but {', '.join(tied)}, where the two cannot be told apart" if tied else ""
-    return [_entry(slower, faster, f"{faster} is faster than {slower} at every size measured{but}")]
+    told = ", ".join(str(sizes[i]) for i in leads)
+    where = "every size measured" if len(leads) == len(known) else f"{told}; elsewhere the two cannot be told apart"
+    return [_entry(slower, faster, f"{faster} is faster than {slower} at {where}")]
 
 
 def _entry(slower: str | None, faster: str | None, said: str) -> dict[str, Any]:

@@ -145,9 +145,9 @@ def test_no_crossover_is_claimed_within_the_noise() -> None:
     assert one["said"] == "A and B cannot be told apart at any size measured"
 
 
-def test_sizes_within_the_noise_are_named_or_lie_within_the_crossover() -> None:
+def test_sizes_within_the_noise_are_not_claimed_or_lie_within_the_crossover() -> None:
     (one,) = met(side("A", [1, 2, 3, 4, 5]), side("B", [1.001, 1.999, 6, 8, 10]))
-    assert one["said"] == "A is faster than B at every size measured but 1, 2, where the two cannot be told apart"
+    assert one["said"] == "A is faster than B at 4, 8, 16; elsewhere the two cannot be told apart"
     (one,) = met(side("A", [1, 2, 3, 4, 5]), side("B", [2, 2.01, 2.99, 3, 3]))
     assert one["between"] == [1, 8] and 2 < one["size"] < 4
 
@@ -325,6 +325,17 @@ def test_the_command_shows_and_writes_what_it_found(
     assert "batch^" in tables and "threads^" in tables and "efficiency" in tables and "…" not in tables
     took = document["scaling"]["axes"]["batch"]["backends"]["numba"]["seconds"][2]
     assert f"{took * 1e3:.2f}" in tables
+
+
+def test_what_else_ran_on_the_machine_is_told(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    found = measure([backends.get("numpy")], {"batch": (1, 2)}, TINY, 3)
+    curve = found["axes"]["batch"]["backends"]["numpy"]
+    curve["p20"], curve["p80"] = [1.0, 1.0], [1.1, 1.2]
+    command.show(found)
+    assert "times p20" not in capsys.readouterr().out
+    curve["p80"] = [1.1, 2.0]
+    command.show(found)
+    assert "p80 is up to 2.0 times p20" in capsys.readouterr().out
 
 
 def test_which_axes_and_which_base_sizes() -> None:
