@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 
 from minibert.errors import UserError
 from minibert.page import wording
+from minibert.page.cards import card
 from minibert.page.curves import WIDE, crossovers, roofline
-from minibert.page.facts import STEP, Facts, OpRow, mapping
-from minibert.page.figures import losses, memory_over_time, stage_memory, stage_times, ulp_histograms
-from minibert.page.recorded import Recorded, card, read_recorded
+from minibert.page.distances import losses, nearest_to_bound, ulp_histograms
+from minibert.page.facts import STAGES, Facts, OpRow, mapping
+from minibert.page.figures import headroom, memory_over_time, stage_memory, stage_times
+from minibert.page.recorded import Recorded, read_recorded
 from minibert.page.svg import Drawing, drawn_for_the_page
 
 __all__ = ["Recorded", "read_recorded", "write_page"]
@@ -83,14 +85,16 @@ def render(facts: Facts, others: Sequence[Recorded] = ()) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["drawn"] = Markup  # figures alone: their text is escaped where it is put in
-    environment.globals |= {name: getattr(wording, name) for name in ("milliseconds", "megabytes", "significant", "times")}
+    environment.globals |= {
+        name: getattr(wording, name) for name in ("milliseconds", "megabytes", "percent", "significant", "times")
+    }
     with drawn_for_the_page():
-        shown = {**_figures(facts), "cards": [card(one, i) for i, one in enumerate(others)]}
+        shown = {**_figures(facts), "cards": [card(one, i, facts) for i, one in enumerate(others)]}
     return environment.from_string(_own("page.html.jinja")).render(
-        facts=facts, style=Markup(_own("style.css")), script=Markup(script), digest=digest, headline=wording.headline(facts),
-        columns=COLUMNS, op_rows=[(row, _cells(row)) for row in _slowest_first(facts)], tiles=_tiles(facts),
-        spent=wording.spent(facts), energy=mapping(facts.document.get("energy")), about=wording,
-        colours={b.name: b.colour for b in facts.backends}, step=STEP,
+        facts=facts, style=Markup(_own("style.css")), script=Markup(script), digest=digest,
+        headline=wording.headline(facts), tiles=_tiles(facts), spent=wording.spent(facts), about=wording,
+        columns=COLUMNS, op_rows=[(row, _cells(row)) for row in _slowest_first(facts)],
+        colours={b.name: b.colour for b in facts.backends}, stage_names=STAGES,
         versions=mapping(facts.document.get("versions")), **shown,
     )  # fmt: skip
 
@@ -103,6 +107,7 @@ def _figures(facts: Facts) -> dict[str, Any]:
     single: dict[str, Drawing | None] = {
         "stages": stage_times(facts), "peaks": stage_memory(facts), "memory": memory_over_time(facts),
         "losses": losses(facts), "roof": roofline(facts), "wide_roof": roofline(facts, WIDE),
+        "headroom": headroom(facts), "bounds": nearest_to_bound(facts),
     }  # fmt: skip
     return {**single, "ulps": ulp_histograms(facts), "scaling": crossovers(facts.scaling, facts.emulated)}
 
@@ -120,6 +125,8 @@ def _cells(row: OpRow) -> list[Cell]:
             text = wording.milliseconds(value)
         elif column.bar:
             text = wording.percent(value)
+        elif column.key == "calls":
+            text = wording.whole(value)
         bar = f"{min(value, 1.0):.3f}" if column.bar and value is not None else ""
         made.append(Cell(text, "" if value is None else repr(value), bar))
     return made
@@ -135,7 +142,7 @@ class Tile(NamedTuple):
 def _tiles(facts: Facts) -> list[Tile]:
     """The verdict in four or five figures."""
     good, names = sum(row.ok for row in facts.ops), [b.name for b in facts.backends]
-    tiles = [Tile(f"{good} / {len(facts.ops)}", f"ops within their error bound, {wording.joined(names)}")]
+    tiles = [Tile(f"{good} / {len(facts.ops)}", f"results of ops within their error bound, {wording.joined(names)}")]
     apart = facts.largest_distance("loss")
     if apart is not None:
         tiles.append(Tile(wording.significant(apart, 2), "largest distance of a loss, relative"))
@@ -146,5 +153,5 @@ def _tiles(facts: Facts) -> list[Tile]:
     for b in facts.timed:
         share = facts.roof_share(b.name)
         if share is not None:
-            tiles.append(Tile(f"{share:.0%}".replace("%", " %"), f"of its roofline: a step on {b.name}"))
+            tiles.append(Tile(f"{share:.0%}", f"of its roofline: a step on {b.name}"))
     return tiles

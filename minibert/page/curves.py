@@ -14,6 +14,8 @@ from minibert.page.wording import milliseconds, percent, power_of_ten, significa
 
 WIDE = 730.0  # two columns of a desk
 LABELLED = {WIDTH: 4, WIDE: 9}  # ops that are named in the roofline of that width
+SIDES = ((9, 0, "left", "center"), (-9, 0, "right", "center"), (0, -9, "center", "top"), (0, 9, "center", "bottom"))
+LEAST_SHARE = 0.0005  # of a step: ops that take less are in the table alone
 WORDS = {"batch": "batch", "length": "sequence length", "hidden": "width", "threads": "threads"}
 
 
@@ -40,7 +42,7 @@ def roofline(facts: Facts, width: float = WIDTH) -> Drawing | None:
         (owner, row, row.flops / row.bytes, row.gflops)
         for row in facts.ops
         for owner in facts.timed
-        if owner.name == row.backend and row.flops and row.bytes and row.gflops
+        if owner.name == row.backend and row.flops and row.bytes and row.gflops and (row.share or 0) >= LEAST_SHARE
     ]
     if not points:
         return None
@@ -75,8 +77,9 @@ def roofline(facts: Facts, width: float = WIDTH) -> Drawing | None:
     _name_the_largest(figure, axes, points, LABELLED.get(width, 4))
     said = "; ".join(f"{row.op} on {owner.name} {significant(rate)} GFLOP/s" for owner, row, _, rate in points)
     caption = (
-        "A point is an op; its size is its share of the step. Lines: the machine's measured bandwidth, its best matrix "
-        "product and its multiply-adds in registers."
+        "A point is an op; its size is its share of the step. Lines: the machine's measured bandwidth, its best "
+        "matrix product, its multiply-adds in registers. "
+        f"Ops below {LEAST_SHARE * 100:g}% of a step are in the table alone."
     )
     return Drawing(name, "Roofline", inline(figure, name, "Roofline", said, tips), caption)
 
@@ -103,24 +106,24 @@ def _draw_roof(
     whose = "" if owner is None else f"{owner.name} "
     slope, heights = _bandwidth(peaks), _heights(peaks)
     top = max(heights, default=math.inf)
-    for key, word in (("gflops", "product"), ("fma_gflops", "multiply-add")):
+    words = []
+    for key, word, dashes in (("fma_gflops", "multiply-add", (0, (4, 2))), ("gflops", "product", "-")):
         height = number(peaks.get(key))
         if height:
             begins = max(left, height / slope) if slope else left
-            dashes = "-" if key == "gflops" else (0, (4, 2))
             axes.plot([begins, right], [height, height], color=ink, linewidth=1.2, linestyle=dashes)
-            above = height == top
-            axes.text(
-                right, height * (1.06 if above else 0.94), f"{whose}{word} {significant(height)} ", color=ink,
-                ha="right", va="bottom" if above else "top",
-            )  # fmt: skip
+            words.append(f"{word} {significant(height)}")
+    axes.annotate(
+        whose + ", ".join(words), (right, top if words else 1), xytext=(-2, 3), textcoords="offset points", color=ink,
+        ha="right", va="bottom",
+    )  # fmt: skip
     if slope:
-        end = min(right, top / slope)
+        end, begins = min(right, top / slope), max(left * 1.15, low / slope * 1.3)
         axes.plot([left, end], [slope * left, slope * end], color=ink, linewidth=1.2)
         axes.annotate(
-            f"{whose}memory {significant(slope)} GB/s", (max(left * 1.15, low / slope * 1.3), slope * max(left * 1.15, low / slope * 1.3)),
-            xytext=(0, 4), textcoords="offset points", rotation=math.degrees(math.atan(1)), rotation_mode="anchor",
-            transform_rotates_text=True, color=ink, va="bottom",
+            f"{whose}memory {significant(slope)} GB/s", (begins, slope * begins), xytext=(0, 4),
+            textcoords="offset points", rotation=45, rotation_mode="anchor", transform_rotates_text=True,
+            color=ink, va="bottom",
         )  # fmt: skip
 
 
@@ -137,12 +140,14 @@ def _name_the_largest(
     for owner, row, x, y in sorted(points, key=lambda p: p[1].ms or 0.0, reverse=True):
         if named == most:
             return
-        for dx, dy, across, up in ((8, 0, "left", "center"), (-8, 0, "right", "center"), (0, -8, "center", "top"), (0, 8, "center", "bottom")):
+        for dx, dy, across, up in SIDES:
             label = axes.annotate(
                 row.op, (x, y), xytext=(dx, dy), textcoords="offset points", ha=across, va=up, color=colour(owner)
             )
             box = label.get_window_extent(renderer)
-            hidden = any(box.padded(2).overlaps(other) for other in taken) or any(box.padded(1).contains(*d) for d in dots)
+            hidden = any(box.padded(2).overlaps(other) for other in taken) or any(
+                box.padded(1).contains(*d) for d in dots
+            )
             if not hidden and frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1:
                 taken.append(box)
                 named += 1
@@ -184,23 +189,27 @@ def _crossover(name: str, axis: str, found: Mapping[str, Any], hidden: set[str])
         if exponent is not None:
             span = numbers(curve.get("exponent_range"))
             between = f" ({span[0]:.2f} to {span[1]:.2f})" if len(span) == 2 else ""
-            said.append(f"{backend.name} grows as size^{exponent:.2f}{between}")
-    crossed = [row for row in rows(found.get("crossovers")) if not {str(row.get("slower")), str(row.get("faster"))} & hidden]
+            said.append(f"{exponent:.2f}{between} on {backend.name}")
+    crossed = [
+        row for row in rows(found.get("crossovers")) if not {str(row.get("slower")), str(row.get("faster"))} & hidden
+    ]
     for row in crossed:
         _ring(axes, row, sizes, curves, tips)
     axes.set_xlim(sizes[0] / 1.15, sizes[-1] * 1.15)
     axes.set_xticks(sizes, [f"{s:g}" for s in sizes])
     axes.set_xticks([], minor=True)
     low, high = axes.get_ylim()
-    ticks = [step * 10.0**p for p in range(-7, 4) for step in ((1, 2, 5) if high / low < 40 else (1,)) if low <= step * 10.0**p <= high]
-    axes.set_yticks(ticks, [milliseconds(t * 1e3) for t in ticks])
+    steps = (1, 2, 5) if high / low < 100 else (1,)
+    ticks = [t for p in range(-7, 4) for step in steps if low <= (t := step * 10.0**p) <= high]
+    axes.set_yticks(ticks, [milliseconds(t * 1e3, digits=1) for t in ticks])
     axes.set_yticks([], minor=True)
     axes.grid()
-    axes.set_xlabel(f"{WORDS.get(axis, axis)} ({unit})" if unit else WORDS.get(axis, axis))
-    words = [str(row["said"]) for row in crossed if row.get("said")]
-    caption = ". ".join([*words, *said])
-    caption = caption[:1].upper() + caption[1:] + "." if caption else ""
-    title = f"Time against {WORDS.get(axis, axis)}"
+    varied = WORDS.get(axis, axis)
+    axes.set_xlabel(f"{varied} ({unit})" if unit not in ("", varied) else varied)
+    words = [f"{row['said']}." for row in crossed if row.get("said")]
+    words += [f"Time goes with the power {', '.join(said)}."] if said else []
+    caption = " ".join(words)
+    title = f"Time against {varied}"
     return Drawing(name, title, inline(figure, name, title, caption, tips), caption)
 
 

@@ -19,7 +19,7 @@ from minibert.page.facts import PLACES
 NAMES = ("text", "muted", "grid", "band", "paper", "bad", *(f"b{place}" for place in range(PLACES)))
 TOKENS = {name: f"#0101{i + 1:02x}" for i, name in enumerate(NAMES)}
 POINTS = 72.0  # units of the SVG in matplotlib's inch
-FONT_SIZE = 11.5  # units; a figure of 350 units is shown on 343 pixels of a phone
+FONT_SIZE = 12.0  # units; a figure of 350 units is shown on 329 pixels of a phone
 
 
 class Drawing(NamedTuple):

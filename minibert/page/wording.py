@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from minibert.page.facts import STEP, Facts, OpRow, mapping, number
+from minibert.page.facts import STEP, Facts, mapping, number
 
 MISSING = "–"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -43,13 +43,17 @@ def power_of_two(power: int) -> str:
     return "2" + str(power).translate(SUPERSCRIPTS)
 
 
-def milliseconds(value: float | None) -> str:
+def whole(value: float | None) -> str:
+    return MISSING if value is None else f"{value:,.0f}"
+
+
+def milliseconds(value: float | None, digits: int = 3) -> str:
     if value is None:
         return MISSING
     for unit, size in (("s", 1e3), ("ms", 1.0)):
         if value >= size * MINUS_ONE_DIGIT:
-            return f"{significant(value / size)} {unit}"
-    return f"{significant(value * 1e3)} µs"
+            return f"{significant(value / size, digits)} {unit}"
+    return f"{significant(value * 1e3, digits)} µs"
 
 
 def megabytes(value: float | None) -> str:
@@ -63,8 +67,8 @@ def percent(value: float | None) -> str:
     if value is None:
         return MISSING
     if 0.999 <= value < 1:
-        return f"{math.floor(value * 1e4) / 100:.2f} %"
-    return f"{value * 100:.1f} %" if 0.001 <= value < 10 else f"{significant(value * 100)} %" if value else "0 %"
+        return f"{math.floor(value * 1e4) / 100:.2f}%"
+    return f"{value * 100:.1f}%" if 0.001 <= value < 10 or not value else f"{significant(value * 100)}%"
 
 
 def times(slower: float, faster: float) -> str:
@@ -89,7 +93,9 @@ def headline(facts: Facts) -> Headline:
         wrong = joined(sorted({f"{row.op} on {row.backend}" for row in bad})) or "the comparison"
         return Headline("", wrong, " " + ("leave" if len(bad) > 1 else "leaves") + " the error bound of the formula.",
                         f"{count(len(ops), 'op')} on {joined(names)}; {judged} calls judged.")  # fmt: skip
-    below = f"{count(len(ops), 'op')} on {joined(names)}: all {judged} judged calls are within the bound of their formula."
+    below = (
+        f"{count(len(ops), 'op')} on {joined(names)}: all {judged} judged calls are within the bound of their formula."
+    )
     apart = facts.largest_distance("loss")
     if apart is not None:
         below += f" Losses are within {significant(apart, 2)} of each other." if apart else " Losses are equal."
@@ -101,9 +107,13 @@ def headline(facts: Facts) -> Headline:
         faster = others[name] <= speeds[reference]
         figure = times(speeds[reference], others[name]) if faster else times(others[name], speeds[reference])
         said = " as fast." if faster else " as long."
-        return Headline(f"{name} trains the same BERT as {reference}, and {'is' if faster else 'takes'} ", figure, said, below)
+        return Headline(
+            f"{name} trains the same BERT as {reference}, and {'is' if faster else 'takes'} ", figure, said, below
+        )
     if speeds and len(names) == 1:
-        return Headline(f"A training step on {reference} takes ", milliseconds(speeds[reference]), " a sequence.", below)
+        return Headline(
+            f"A training step on {reference} takes ", milliseconds(speeds[reference]), " a sequence.", below
+        )
     if worst is None or worst.bound_share is None:
         return Headline("", "Nothing", " was compared.", "The document holds no ops.")
     end = f" of its error bound, by {worst.op} on {worst.backend}."
@@ -121,6 +131,19 @@ def about_stages(facts: Facts) -> str:
                 f"{b.name} trains a sequence in {milliseconds(step)}, {parts[longest] / step:.0%} of it {longest}"
             )
     return "; ".join(said) + "." if said else ""
+
+
+def gain(facts: Facts, stage: str = "") -> str:
+    """How much longer the reference takes than the fastest, in a stage or, without its name, in a training step."""
+    spent = {}
+    for b in facts.timed:
+        row = facts.stage(stage, b.name) if stage else None
+        taken = facts.step_ms(b.name) if not stage else row.ms if row else None
+        if taken:
+            spent[b.name] = taken
+    first, *others = facts.timed
+    others = [b for b in others if b.name in spent]
+    return times(spent[first.name], min(spent[b.name] for b in others)) if others and first.name in spent else MISSING
 
 
 def about_roof(facts: Facts) -> str:
@@ -143,7 +166,8 @@ def about_errors(facts: Facts) -> str:
         return ""
     inside = sum(row.ok for row in facts.ops)
     return (
-        f"{inside} of {count(len(facts.ops), 'row')} within bound. "
+        f"{'All' if inside == len(facts.ops) else f'{inside} of'} {count(len(facts.ops), 'result')} are within the "
+        "bound that the op's own formula implies, whatever the order of its sums. "
         f"Nearest to it: {worst.op} on {worst.backend}, {percent(worst.bound_share)}."
     )
 
@@ -154,22 +178,17 @@ def about_losses(facts: Facts) -> str:
     if loss is None or weights is None:
         return ""
     return (
-        f"After {count(steps, 'step')} from the same weights, losses are at most {significant(loss, 2)} apart (relative), "
-        f"weights {significant(weights, 2)}."
+        f"After {count(steps, 'step')} from the same weights, losses are at most {significant(loss, 2)} apart "
+        f"(relative), weights {significant(weights, 2)}."
     )
-
-
-def limit_words(row: OpRow) -> str:
-    return {"arithmetic": "arithmetic", "memory": "memory", "launch": "launch"}.get(row.limit, "")
 
 
 def place_words(machine: Mapping[str, Any]) -> str:
     """A machine in one line."""
     cores = number(machine.get("cores"))
-    said = [str(machine.get("device") or ""), str(machine.get("processor") or "")]
-    said += [f"{cores:.0f} cores"] if cores else []
-    said += [str(machine["system"])] if machine.get("system") else []
-    return ", ".join(dict.fromkeys(part for part in said if part)) or "machine not recorded"
+    core = str(machine.get("processor") or machine.get("system") or "")
+    where = " on ".join(filter(None, [str(machine.get("device") or ""), core]))
+    return ", ".join(filter(None, [where, count(round(cores), "core") if cores else ""])) or "machine not recorded"
 
 
 def date_words(value: Any) -> str:
