@@ -228,14 +228,16 @@ def _run_all(
         progress(f"{run.backend.name}: memory")
         run.weights = trainer.model.state_dict()
         _measure_memory(run, trainer, make_batch)
-        if extras is not None:
-            with extras.taking("memory over time"):
-                _follow_memory(run, trainer)
     progress("judging every op once more")
     with runs[0].backend.watched_by(_judging(runs)):
         trainers[0].forward()
         trainers[0].backward()
         trainers[0].optimise()
+    if extras is not None:  # last, so that what is judged does not depend on it
+        progress("memory over time")
+        with extras.taking("memory over time"):
+            for run, trainer in zip(runs, trainers, strict=True):
+                _follow_memory(run, trainer)
 
 
 class _Trainer:
