@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,12 @@ def test_no_crossover_is_claimed_within_the_noise() -> None:
     assert one["said"] == "A and B cannot be told apart at any size measured"
 
 
+def test_times_whose_ranges_meet_are_not_told_apart() -> None:
+    a, b = ("A", [1.0, 1.0], [0.9, 0.9], [1.1, 1.1]), ("B", [1.2, 1.2], [1.05, 1.05], [1.3, 1.3])
+    for first, second in ((a, b), (b, a)):
+        assert met(first, second, (1, 2))[0]["faster"] is None, "medians apart, p20-p80 not"
+
+
 def test_sizes_within_the_noise_are_not_claimed_or_lie_within_the_crossover() -> None:
     (one,) = met(side("A", [1, 2, 3, 4, 5]), side("B", [1.001, 1.999, 6, 8, 10]))
     assert one["said"] == "A is faster than B at 4, 8, 16; elsewhere the two cannot be told apart"
@@ -182,14 +189,23 @@ def test_every_round_takes_every_size_and_backends_in_turn(quick: None) -> None:
     assert len({calls.count(f"{name}{size}") for name in "ab" for size in (1, 2)}) == 1, "all train alike"
 
 
-def test_a_quick_step_is_repeated_and_as_often_on_every_backend(
-    quick: None, monkeypatch: pytest.MonkeyPatch, places: list[Backend]
-) -> None:
+def test_a_quick_step_is_repeated_and_as_often_on_every_backend(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def taking(seconds: float) -> Callable[[], np.ndarray]:
+        def call() -> np.ndarray:
+            now[0] += seconds
+            return np.ones(1)
+
+        return call
+
     monkeypatch.setattr(scaling, "SHORTEST", 0.02)
-    points = scaling._points("batch", (1, 2), places, TINY, "inference", lambda text: None)
+    monkeypatch.setattr(scaling, "time", SimpleNamespace(perf_counter=lambda: now[0], sleep=lambda seconds: None))
+    points = [Point(Backend("a", numpy_module), 1, 1, taking(step), nothing) for step in (0.008, 0.003)]
     assert scaling._time("batch", points, 3, lambda text: None) == ""
-    assert points[0].repeats == points[1].repeats > 1
-    assert max(points[1].seconds) < 0.02, "seconds are of one step"
+    assert [p.repeats for p in points] == [7, 7], "a turn of the quicker lasts long enough"
+    assert points[0].seconds == pytest.approx([0.008] * 3), "seconds are of one step"
+    assert points[1].seconds == pytest.approx([0.003] * 3) and points[1].first_s == pytest.approx(0.003)
 
 
 @pytest.mark.parametrize("work", ["step", "inference"])
