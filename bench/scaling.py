@@ -80,8 +80,8 @@ def times(axis: str, facts: Mapping[str, Any]) -> Table:
             ratio = None if took is None or reference is None else reference / took
             shown.add_row(
                 str(size) if name == first else "", name,
-                "[red]impossible[/red]" if size in curve["impossible"] else _figure(took, ".2f", 1e3),
-                *(_figure(curve[kind][i], ".2f", 1e3) for kind in ("p20", "p80")),
+                "[red]impossible[/red]" if size in curve["impossible"] else _ms(took),
+                _ms(curve["p20"][i]), _ms(curve["p80"][i]),
                 *([_figure(ratio, ".2f")] if others else []), _figure(curve["share_of_peak"][i], ".0%"),
                 *(_figure(curve[kind][i], form) for kind, form in more.items()),
             )  # fmt: skip
@@ -90,8 +90,12 @@ def times(axis: str, facts: Mapping[str, Any]) -> Table:
     return shown
 
 
-def _figure(value: float | None, form: str, factor: float = 1.0, before: str = "") -> str:
-    return "-" if value is None else before + format(value * factor, form)
+def _figure(value: float | None, form: str, before: str = "") -> str:
+    return "-" if value is None else before + format(value, form)
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else format(seconds * 1e3, ".2f" if seconds < 0.1 else ".1f")
 
 
 def exponents(axis: str, facts: Mapping[str, Any]) -> Table:
@@ -106,7 +110,7 @@ def exponents(axis: str, facts: Mapping[str, Any]) -> Table:
             name, _figure(curve["exponent"], ".2f", before=f"{axis}^"), _range(curve["exponent_range"]),
             _figure(curve["misfit"], ".0%"),
             _figure(curve["last_exponent"], ".2f"), _range(curve["last_exponent_range"]),
-            *([_figure(curve["fixed_seconds"], ".2f", 1e3)] if fixed else []),
+            *([_ms(curve["fixed_seconds"])] if fixed else []),
         )  # fmt: skip
     return shown
 

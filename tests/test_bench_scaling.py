@@ -340,7 +340,7 @@ def test_the_command_shows_and_writes_what_it_found(
     tables = shown[shown.index("peak of the CPU") :]
     assert "batch^" in tables and "threads^" in tables and "efficiency" in tables and "…" not in tables
     took = document["scaling"]["axes"]["batch"]["backends"]["numba"]["seconds"][2]
-    assert f"{took * 1e3:.2f}" in tables
+    assert command._ms(took) in tables and command._ms(0.01234) == "12.34" and command._ms(0.1234) == "123.4"
 
 
 def test_what_else_ran_on_the_machine_is_told(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
