@@ -93,7 +93,7 @@ def render(facts: Facts, others: Sequence[Recorded] = ()) -> str:
     return environment.from_string(_own("page.html.jinja")).render(
         facts=facts, style=Markup(_own("style.css")), script=Markup(script), digest=digest,
         headline=wording.headline(facts), tiles=_tiles(facts), spent=wording.spent(facts), about=wording,
-        columns=COLUMNS, op_rows=[(row, _cells(row)) for row in _slowest_first(facts)],
+        columns=COLUMNS, op_rows=[(row, _cells(row)) for row in _ordered(facts)], first_order=_first_order(facts),
         colours={b.name: b.colour for b in facts.backends}, stage_names=STAGES,
         versions=mapping(facts.document.get("versions")), **shown,
     )  # fmt: skip
@@ -109,11 +109,22 @@ def _figures(facts: Facts) -> dict[str, Any]:
         "losses": losses(facts), "roof": roofline(facts), "wide_roof": roofline(facts, WIDE),
         "headroom": headroom(facts), "bounds": nearest_to_bound(facts),
     }  # fmt: skip
-    return {**single, "ulps": ulp_histograms(facts), "scaling": crossovers(facts.scaling, facts.emulated)}
+    return {
+        **single,
+        "ulps": ulp_histograms(facts),
+        "scaling": crossovers(facts.scaling, facts.emulated, {b.name: b.colour for b in facts.backends}),
+    }
 
 
-def _slowest_first(facts: Facts) -> list[OpRow]:
-    return sorted(facts.ops, key=lambda row: -(row.ms or 0.0))
+def _first_order(facts: Facts) -> str:
+    """The column that the table of ops is sorted by when the page opens: errors, where one is wrong, else time."""
+    return "ms" if facts.ok and facts.timed else "bound_share"
+
+
+def _ordered(facts: Facts) -> list[OpRow]:
+    if _first_order(facts) == "ms":
+        return sorted(facts.ops, key=lambda row: -(row.ms or 0.0))
+    return sorted(facts.ops, key=lambda row: -row.severity)
 
 
 def _cells(row: OpRow) -> list[Cell]:
@@ -127,6 +138,9 @@ def _cells(row: OpRow) -> list[Cell]:
             text = wording.percent(value)
         elif column.key == "calls":
             text = wording.whole(value)
+        if column.key == "bound_share" and value is None and not row.ok:
+            made.append(Cell("not finite", "Infinity", "1"))
+            continue
         bar = f"{min(value, 1.0):.3f}" if column.bar and value is not None else ""
         made.append(Cell(text, "" if value is None else repr(value), bar))
     return made

@@ -17,6 +17,7 @@ from minibert.page.wording import (
     date_words,
     headline,
     joined,
+    left_out,
     megabytes,
     milliseconds,
     percent,
@@ -110,7 +111,7 @@ def _compare(made: Card, document: Mapping[str, Any], name: str) -> None:
             )
         )
     if mapping(facts.scaling):
-        made.figures += crossovers(facts.scaling, facts.emulated, f"{name}-scaling")
+        made.figures += crossovers(facts.scaling, facts.emulated, prefix=f"{name}-scaling")
 
 
 def _ops(made: Card, document: Mapping[str, Any], name: str) -> None:
@@ -183,7 +184,8 @@ def _scaling(made: Card, document: Mapping[str, Any], name: str) -> None:
     made.lines.append(str(scaling.get("what", "")))
     described = mapping(document.get("backends"))
     played = {who for who, what in described.items() if NOT_GPU_SPEED in str(what)}
-    made.figures += crossovers(scaling, played, f"{name}-scaling")
+    made.figures += crossovers(scaling, played, prefix=f"{name}-scaling")
+    made.lines += left_out(scaling)
 
 
 def _gpu_check(made: Card, document: Mapping[str, Any], name: str) -> None:
@@ -192,6 +194,8 @@ def _gpu_check(made: Card, document: Mapping[str, Any], name: str) -> None:
     machine = mapping(document.get("machine"))
     made.machine = place_words({**mapping(machine.get("host")), "device": document.get("device")})
     made.lines.append(str(machine.get("backend", "")))
+    commit = f" (commit {document['commit']})" if document.get("commit") else ""
+    made.lines.append(f"{document.get('command', '')}{commit}")
     parts = {str(part.get("name")): part for part in rows(document.get("parts"))}
     status = [
         (str(p.get("title") or key), ": ".join(str(x) for x in (p.get("status"), p.get("reason")) if x))

@@ -146,7 +146,7 @@ def _name_the_largest(
             )
             box = label.get_window_extent(renderer)
             hidden = any(box.padded(2).overlaps(other) for other in taken) or any(
-                box.padded(1).contains(*d) for d in dots
+                box.padded(4).contains(*d) for d in dots
             )
             if not hidden and frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1:
                 taken.append(box)
@@ -158,19 +158,29 @@ def _name_the_largest(
 # ------------------------------------------------------------------------------------------------------ time and size
 
 
-def crossovers(scaling: Mapping[str, Any], hidden: Iterable[str] = (), prefix: str = "scaling") -> list[Drawing]:
-    """Time against each size that was varied, a curve for each backend; where one overtakes another there is a ring."""
+def crossovers(
+    scaling: Mapping[str, Any],
+    hidden: Iterable[str] = (),
+    inks: Mapping[str, int] | None = None,
+    prefix: str = "scaling",
+) -> list[Drawing]:
+    """Time against each size that was varied, a curve for each backend; where one overtakes another there is a ring.
+
+    `hidden` play another machine; `inks` are the colours that backends have on the page.
+    """
     drawn = [
-        _crossover(f"{prefix}-{i}", axis, mapping(found), set(hidden))
+        _crossover(f"{prefix}-{i}", axis, mapping(found), set(hidden), inks or {})
         for i, (axis, found) in enumerate(mapping(scaling.get("axes")).items())
     ]
     return [d for d in drawn if d is not None]
 
 
-def _crossover(name: str, axis: str, found: Mapping[str, Any], hidden: set[str]) -> Drawing | None:
-    sizes, unit = numbers(found.get("sizes")), str(found.get("unit", ""))
+def _crossover(
+    name: str, axis: str, found: Mapping[str, Any], hidden: set[str], inks: Mapping[str, int]
+) -> Drawing | None:
+    sizes, unit = [s for s in numbers(found.get("sizes")) if s > 0], str(found.get("unit", ""))
     given = mapping(found.get("backends"))
-    places = colours(list(given))
+    places = {**colours(list(given)), **inks}
     curves = {
         Contestant(who, "", places[who], False): mapping(curve)
         for who, curve in given.items()

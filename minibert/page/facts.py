@@ -60,6 +60,11 @@ class OpRow(NamedTuple):
     bound_share: float | None
     ulps: Mapping[str, float]
 
+    @property
+    def severity(self) -> float:
+        """The share of the bound; infinite where a wrong result has none."""
+        return self.bound_share if self.bound_share is not None else 0.0 if self.ok else math.inf
+
 
 def number(value: Any) -> float | None:
     """A finite number, else None."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from minibert.page.facts import STEP, Facts, mapping, number
+from minibert.page.facts import STEP, Facts, mapping, number, numbers
 
 MISSING = "–"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -63,12 +63,14 @@ def megabytes(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """Rounded down near 100, so that nothing looks as if it had reached its limit which has not."""
+    """Rounded down near 100, so that nothing looks as if it had reached its limit which has not; from 10 on, times."""
     if value is None:
         return MISSING
+    if value >= 10:
+        return f"{significant(value)}×"
     if 0.999 <= value < 1:
         return f"{math.floor(value * 1e4) / 100:.2f}%"
-    return f"{value * 100:.1f}%" if 0.001 <= value < 10 or not value else f"{significant(value * 100)}%"
+    return f"{value * 100:.1f}%" if value >= 0.001 or not value else f"{significant(value * 100)}%"
 
 
 def times(slower: float, faster: float) -> str:
@@ -86,7 +88,7 @@ def joined(names: list[str]) -> str:
 def headline(facts: Facts) -> Headline:
     """The verdict, and the largest number there is: how much faster, else how near to the bound."""
     ops, judged = {row.op for row in facts.ops}, sum(int(row.judged or 0) for row in facts.ops)
-    worst = max(facts.ops, key=lambda row: row.bound_share or 0.0, default=None)
+    worst = max(facts.ops, key=lambda row: row.severity, default=None)
     names = [b.name for b in facts.backends]
     bad = [row for row in facts.ops if not row.ok]
     if bad or not facts.ok:
@@ -116,8 +118,9 @@ def headline(facts: Facts) -> Headline:
         )
     if worst is None or worst.bound_share is None:
         return Headline("", "Nothing", " was compared.", "The document holds no ops.")
-    end = f" of its error bound, by {worst.op} on {worst.backend}."
-    return Headline(f"{joined(names)} compute the same: ", percent(worst.bound_share), end, below)
+    before = f"{joined(names)} compute the same BERT. The largest error is "
+    below = f"It is that of {worst.op} on {worst.backend}. {below}"
+    return Headline(before, percent(worst.bound_share), " of its bound.", below)
 
 
 def about_stages(facts: Facts) -> str:
@@ -160,15 +163,15 @@ def about_roof(facts: Facts) -> str:
 
 
 def about_errors(facts: Facts) -> str:
-    known = [row for row in facts.ops if row.bound_share is not None]
-    worst = max(known, key=lambda row: row.bound_share or 0.0, default=None)
+    worst = max(facts.ops, key=lambda row: row.severity, default=None)
     if worst is None:
         return ""
+    far = "not finite" if worst.bound_share is None else f"{percent(worst.bound_share)} of its bound"
     inside = sum(row.ok for row in facts.ops)
     return (
         f"{'All' if inside == len(facts.ops) else f'{inside} of'} {count(len(facts.ops), 'result')} are within the "
         "bound that the op's own formula implies, whatever the order of its sums. "
-        f"Nearest to it: {worst.op} on {worst.backend}, {percent(worst.bound_share)}."
+        f"{'Nearest to it' if worst.ok else 'Worst'}: {worst.op} on {worst.backend}, {far}."
     )
 
 
@@ -181,6 +184,19 @@ def about_losses(facts: Facts) -> str:
         f"After {count(steps, 'step')} from the same weights, losses are at most {significant(loss, 2)} apart "
         f"(relative), weights {significant(weights, 2)}."
     )
+
+
+def left_out(scaling: Mapping[str, Any]) -> list[str]:
+    """Of which sizes there is no figure, and why."""
+    said = []
+    for axis, found in mapping(scaling.get("axes")).items():
+        facts = mapping(found)
+        said += [f"{axis} was refused: {facts['refused']}."] if facts.get("refused") else []
+        said += [f"{axis} without {name}: {why}." for name, why in mapping(facts.get("left_out")).items()]
+        for name, curve in mapping(facts.get("backends")).items():
+            sizes = [f"{size:g}" for size in numbers(mapping(curve).get("impossible"))]
+            said += [f"{axis} {', '.join(sizes)} on {name}: above the machine's peak, so impossible."] if sizes else []
+    return said
 
 
 def place_words(machine: Mapping[str, Any]) -> str:
