@@ -129,7 +129,7 @@ def refuse_other_csv(path: Path | None) -> None:
 
 
 def add_to_csv(path: Path | None, document: Mapping[str, Any]) -> None:
-    """Add the document's figures to a long CSV, which is begun if it is not there: runs at several sizes make a plot."""
+    """Add the document's figures to a long CSV, begun if it is not there: runs at several sizes make a plot."""
     if path is None:
         return
     refuse_other_csv(path)

@@ -1,4 +1,4 @@
-"""The frame of `bench.step` and `bench.infer`: their options, who takes part, what is written. Each adds what is its own.
+"""The frame of `bench.step` and `bench.infer`: options, who takes part, what is written. Each adds what is its own.
 
 A side is anything with `name`, `library` and `prepare(batch)`; what it does with a prepared batch is the command's.
 """
@@ -23,7 +23,6 @@ from minibert.cli.options import notes, refuse_unwritable
 from minibert.config import BertConfig
 from minibert.errors import UserError
 
-FEWEST_ROUNDS = 3
 TEXT_BATCHES = 4  # one after the other in each turn, so that a figure does not hang on one mix of lengths
 Progress = Callable[[str], None]
 
@@ -66,10 +65,10 @@ class Options:
     versus: Annotated[str, typer.Option("--vs", help="Whom to compare with, a,b; default: nobody.")] = ""
     measures: Annotated[str, typer.Option(help="Which measures, a,b; default: all.")] = ""
     sequences: Annotated[str, typer.Option(help="Real text as pretraining has it (filled), or sentences.")] = "filled"
-    rounds: Annotated[int, typer.Option(min=FEWEST_ROUNDS)] = 7
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=MOST_THREADS, help="Of every side; default: all cores.")
-    ] = None
+    rounds: Annotated[int, typer.Option(min=harness.FEWEST_ROUNDS)] = 7
+    threads: Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="Of every side; default: all cores.")] = (
+        None
+    )
     seed: Annotated[int, typer.Option(min=0)] = 0
     memory: Annotated[bool, typer.Option(help="Measure peak memory, each side in a process of its own.")] = True
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the facts to this file.")] = None
@@ -99,8 +98,10 @@ def command(bench: Bench, options: type[Options] = Options) -> Callable[..., int
         Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name]) for f in fields(options)
     ]
     run_with.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-    known = f"--measures: {', '.join(bench.measures)}. --vs: {', '.join(bench.opponents)}."
-    run_with.__doc__ = f"{bench.measure.__doc__}\n\n{known} Exit status 1 if a figure is impossible or the work differs."
+    run_with.__doc__ = (
+        f"{bench.measure.__doc__}\n\n--measures: {', '.join(bench.measures)}. --vs: {', '.join(bench.opponents)}. "
+        "Exit status 1 if a figure is impossible or the work differs."
+    )
     return run_with
 
 

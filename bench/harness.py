@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from minibert.peaks import Peaks
 
 WARM_UP = 2  # calls after the first
+FEWEST_ROUNDS = 3
 SETTLE = 0.02  # seconds between turns: idle threads of the one before may spin for some milliseconds
 CHILD_SECONDS = 900.0
 LIBRARIES = ("numpy", "numba", "torch", "transformers", "onnxruntime")
@@ -78,21 +79,29 @@ class Contestant:
         return {"median": middle, "p20": p20, "p80": p80, "all": self.seconds}
 
 
-def interleaved(contestants: Sequence[Contestant], rounds: int, progress: Callable[[str], None]) -> None:
-    """Warm every contestant up, then time them in turn, round by round; nothing is collected while one runs."""
+def interleaved(
+    contestants: Sequence[Contestant], rounds: int, progress: Callable[[str], None],
+    between: Callable[[], Any] = gc.collect, settle: float = SETTLE, most_seconds: float = math.inf,
+) -> None:  # fmt: skip
+    """Warm every contestant up, then time them in turn, round by round; nothing is collected while one runs.
+
+    `between` is called after each round; after FEWEST_ROUNDS of them no other begins beyond `most_seconds`.
+    """
     for one in contestants:
         progress(f"{one.name}: warm-up")
         one.warm_up()
     gc.collect()
-    enabled = gc.isenabled()
+    enabled, began = gc.isenabled(), time.perf_counter()
     gc.disable()
     try:
         for number in range(rounds):
+            if number >= FEWEST_ROUNDS and time.perf_counter() - began > most_seconds:
+                break
             for one in contestants:
                 progress(f"{one.name}: round {number + 1} of {rounds}")
-                time.sleep(SETTLE)
+                time.sleep(settle)
                 one.measure()
-            gc.collect()
+            between()
     finally:
         if enabled:
             gc.enable()

@@ -1,198 +1,47 @@
 """Every op at its BERT shape on every backend: `python -m bench.ops [OP ...] [--backends numpy,numba] [--json FILE]`.
 
 Backends take turns within each round, so that a machine that slows down slows all of them; the figure is the median
-over rounds. The first call (which may compile) is kept apart. GFLOP/s and GB/s divide the work that the formula cannot
-avoid (`minibert.kernels.readings.cost`) by that time; shares are of peaks measured in the same run. After the timing
-each op runs once more on fresh inputs and is judged by its hard bound; the exit code is 1 if one fails.
+over rounds, with the 20th and 80th percentiles beside it. The first call (which may compile) is kept apart. `predicted`
+is the time of the roofline from peaks measured in the same run, `limit` what sets it, `share` predicted over measured.
+Each op is judged by its hard bound before the timing and, on fresh inputs, after it; the exit code is 1 if one fails,
+or if a time is impossible: less than the machine's limit allows (`bench.op_timing`). `--vs torch` adds the same formula
+evaluated by PyTorch.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
-import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 from rich.table import Table
 
-from minibert.backends import Backend, BackendUnavailable
+from bench import harness, sides
+from bench.figures import add_to_csv, refuse_other_csv
+from bench.op_timing import Timing, peaks_of, timings
+from bench.torch_formula import TorchFormula
+from minibert.backends import Backend
 from minibert.check import find_op
-from minibert.cli import UsageMistake
-from minibert.cli.options import chosen_backends, console, machine, plain_table, refuse_unwritable
+from minibert.cli.options import chosen_backends, console, notes, plain_table, refuse_unwritable
 from minibert.errors import UserError
-from minibert.judge import expect, judge_against
 from minibert.kernels import OPS, Op
-from minibert.kernels.array_module import numpy_module
-from minibert.kernels.op import BertSize, Sample, outputs
-from minibert.kernels.readings import cost
+from minibert.kernels.op import BertSize
 
 if TYPE_CHECKING:
     from minibert.peaks import Peaks
 
-SHORTEST = 0.5e-3  # seconds that one measurement lasts: quick ops are called several times in it
-PER_OP = 2.0  # seconds for all rounds of an op on all backends, beyond the first three rounds
-FEWEST_ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One op on one backend."""
-
-    op: str
-    backend: str
-    by: str  # kernel, library or formula
-    ms: float  # median of the rounds
-    ms_min: float
-    rounds: int
-    first_ms: float  # the first call in this process
-    compile_s: float  # the part of it that went into compiling; 0 where the code came from disk
-    ratio: float | None  # the reference's median over this one; None without the reference backend
-    flops: int
-    bytes: int
-    memory: int  # bytes of all arrays: what a cache would have to hold
-    gflops: float
-    gbps: float
-    bound_share: float  # after the timing, on fresh inputs
-    ok: bool
-    flops_share: float = 0.0  # of the measured peaks
-    bytes_share: float = 0.0
-    note: str = ""  # "view", "cache", "impossible" or empty
-
-    def against(self, peaks: Peaks) -> Timing:
-        """With its shares of the peaks. Above 1 is right where the data fit the cache, else the figure is wrong."""
-        flops_share, bytes_share = self.gflops / peaks.gflops, self.gbps / peaks.gbps
-        note = "cache" if bytes_share > 1 else self.note
-        if flops_share > 1 or (bytes_share > 1 and self.memory > peaks.cache_bytes):
-            note = "impossible"
-        return replace(self, flops_share=flops_share, bytes_share=bytes_share, note=note)
-
-
-class Runner:
-    """One op on one backend, with its inputs there."""
-
-    def __init__(self, op: Op, backend: Backend, arrays: list[np.ndarray], params: Mapping[str, Any]) -> None:
-        self.op, self.backend, self.params = op, backend, params
-        # On the CPU the same memory for all: where an array begins within a cache line makes tens of per cent.
-        self.arrays = [backend.asarray(a) for a in arrays]
-        compiled = compile_seconds()
-        self.first = self.seconds(1)
-        self.compile = compile_seconds() - compiled
-        self.calls = max(1, min(1000, round(SHORTEST / self.seconds(1))))
-        self.times: list[float] = []
-
-    def seconds(self, calls: int) -> float:
-        """Of one call, as the mean of so many."""
-        began = time.perf_counter()
-        for _ in range(calls):
-            self.backend.run(self.op, *self.arrays, **self.params)
-        self.backend.synchronize()
-        return (time.perf_counter() - began) / calls
-
-    def measure(self) -> None:
-        self.times.append(self.seconds(self.calls))
-
-
-def rounded(sample: Sample, dtype: str) -> list[np.ndarray]:
-    """The arrays of a sample as a backend is given them: floats in `dtype`, copies of the rest."""
-    arrays = map(np.asarray, sample.arrays)
-    return [a.astype(dtype) if a.dtype.kind == "f" else a.copy() for a in arrays]
-
-
-def compile_seconds() -> float:
-    """Seconds that this process has spent compiling Numba kernels."""
-    from minibert.kernels import cpu_threads
-
-    return cpu_threads.compile_seconds()
-
-
-def time_op(
-    op: Op, places: list[Backend], arrays: list[np.ndarray], params: Mapping[str, Any], rounds: int
-) -> list[Runner]:
-    """Time `op` on every backend in turn, round by round."""
-    runners = [Runner(op, place, arrays, params) for place in places]
-    began = time.perf_counter()
-    for number in range(rounds):
-        if number >= FEWEST_ROUNDS and time.perf_counter() - began > PER_OP:
-            break
-        for runner in runners:
-            runner.measure()
-    return runners
-
-
-def verdicts(op: Op, places: list[Backend], size: BertSize, dtype: str, seed: int) -> list[tuple[float, bool, str]]:
-    """On inputs that the timing has not seen: the largest share of the hard bound, whether it is kept, else why not."""
-    sample = op.bench(np.random.default_rng(seed), size)
-    expected = expect(op, rounded(sample, dtype), sample.params, dtype)
-    found = []
-    for place in places:
-        arrays = [place.asarray(a) for a in rounded(sample, dtype)]
-        results = tuple(place.numpy(r) for r in outputs(place.run(op, *arrays, **sample.params)))
-        judgement = judge_against(expected, results)
-        problem = "" if judgement.ok else f"{op.name} on {place.name}: {judgement.problem or judgement.worst}"
-        found.append((judgement.bound_share, judgement.ok, problem))
-    return found
-
-
-def timings(op: Op, places: list[Backend], size: BertSize, dtype: str, rounds: int) -> tuple[list[Timing], list[str]]:
-    """Time and judge one op; what went wrong, in words, beside it."""
-    sample = op.bench(np.random.default_rng(0), size)
-    arrays = rounded(sample, dtype)
-    work = cost(op, *arrays, **sample.params)
-    runners = time_op(op, places, arrays, sample.params, rounds)
-    results = () if op.writes else outputs(op.formula(numpy_module, *arrays, **sample.params))
-    memory = min(work.bytes, sum(a.nbytes for a in (*arrays, *results)))
-    view = len(results) == 1 and any(np.may_share_memory(results[0], a) for a in arrays)
-    if view:
-        work = work._replace(bytes=0)  # nothing moves
-    reference = next((median(r.times) for r in runners if r.backend.name == "numpy"), None)
-    found, problems = [], []
-    for runner, (share, ok, problem) in zip(runners, verdicts(op, places, size, dtype, seed=1), strict=True):
-        seconds = median(runner.times)
-        found.append(
-            Timing(
-                op.name, runner.backend.name, runner.backend.by(op), seconds * 1e3, min(runner.times) * 1e3,
-                len(runner.times), runner.first * 1e3, runner.compile,
-                None if reference is None else reference / seconds, work.flops, work.bytes, memory,
-                work.flops / seconds * 1e-9, work.bytes / seconds * 1e-9, share, ok, note="view" if view else "",
-            )
-        )  # fmt: skip
-        if problem:
-            problems.append(problem)
-    return found, problems
-
-
-def table(size: BertSize, dtype: str) -> Table:
-    shown = plain_table(title=f"{dtype}, {', '.join(f'{k} {v}' for k, v in size._asdict().items())}")
-    shown.add_column("op", no_wrap=True)
-    shown.add_column("backend", no_wrap=True)
-    shown.add_column("by")
-    for name in ("ms", "x numpy", "GFLOP/s", "% peak", "GB/s", "% peak", "compile s", "of bound"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("")
-    return shown
-
-
-def row(t: Timing) -> list[str]:
-    mark = "[red]impossible[/red]" if t.note == "impossible" else t.note
-    return [
-        t.op, t.backend, t.by, f"{t.ms:.4f}", "" if t.ratio is None else f"{t.ratio:.2f}",
-        f"{t.gflops:.1f}", f"{t.flops_share:.0%}", f"{t.gbps:.1f}", f"{t.bytes_share:.0%}",
-        f"{t.compile_s:.2f}" if t.compile_s else "", f"{t.bound_share:.1%}",
-        mark if t.ok else "[red]WRONG[/red]",
-    ]  # fmt: skip
+OPPONENTS = ("torch",)
 
 
 def bench(
     ops: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Which ops; default: all.")] = None,
     names: Annotated[str, typer.Option("--backends", help="a,b; default: all that run here.")] = "",
+    versus: Annotated[str, typer.Option("--vs", help="torch: the same formulas there; default: nobody.")] = "",
     batch: Annotated[int, typer.Option(min=1)] = 8,
     length: Annotated[int, typer.Option(min=1)] = 128,
     hidden: Annotated[int, typer.Option(min=1)] = 384,
@@ -202,89 +51,140 @@ def bench(
     predicted: Annotated[int, typer.Option(min=1, help="Masked positions in the batch.")] = 154,
     dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float32",
     threads: Annotated[int | None, typer.Option(min=1)] = None,
-    rounds: Annotated[int, typer.Option(min=FEWEST_ROUNDS, help="Fewer where an op takes long.")] = 21,
+    rounds: Annotated[int, typer.Option(min=harness.FEWEST_ROUNDS, help="Fewer where an op takes long.")] = 21,
     cold: Annotated[bool, typer.Option(help="Compile every kernel anew, and show how long it takes.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the same facts here.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Add the figures to this long CSV.")] = None,
 ) -> int:
     """Time every op at its BERT shape on every backend."""
     if dtype not in Backend.dtypes:
         raise UserError(f"--dtype: expected float32 or float64, got {dtype!r}")
     if hidden % heads or predicted > batch * length:
         raise UserError("expected --hidden to be a multiple of --heads, and --predicted at most --batch times --length")
+    opponents = harness.among("--vs", versus, OPPONENTS)
     size = BertSize(batch, length, hidden, heads, intermediate, vocabulary, predicted)
     chosen = [find_op(name) for name in ops or OPS]
-    refuse_unwritable(json_file)
+    refuse_unwritable(json_file, csv_file)
+    refuse_other_csv(csv_file)
     with tempfile.TemporaryDirectory() as folder:
         if cold:
             os.environ["MINIBERT_CACHE_DIR"] = folder  # read when the kernels are first imported, below
-        return _bench(chosen, names, size, dtype, threads, rounds, json_file)
+        document = measure(chosen, chosen_places(names, threads), opponents, size, dtype, rounds)
+    if json_file is not None:
+        json_file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    add_to_csv(csv_file, document)
+    return 0 if document["ok"] else 1
 
 
-def _bench(
-    chosen: list[Op], names: str, size: BertSize, dtype: str, threads: int | None, rounds: int, json_file: Path | None
-) -> int:
+def chosen_places(names: str, threads: int | None) -> list[Backend]:
+    """The backends of `a,b`. Raises UserError for one that plays another machine."""
     places = chosen_backends(names or None, threads)
     played = [place.name for place in places if place.emulated]
     if played:
         raise UserError(
             f"--backends: {', '.join(played)} plays another machine, and its times are no machine's: leave it out"
         )
-    from minibert.peaks import better, measure_peaks  # compiles a kernel, so only now that its cache is settled
+    return places
 
-    about = machine()
-    if hasattr(os, "getloadavg"):
-        about["load"] = os.getloadavg()[0]  # of the minute before: others' work, if it is not near 0
-    about |= {f"backend {place.name}": place.describe() for place in places}
-    for name, what in about.items():
-        console.print(f"{name}: {what}", highlight=False)
-    peaks = measure_peaks(dtype)
+
+def measure(
+    chosen: Sequence[Op], places: Sequence[Backend], opponents: Sequence[str], size: BertSize, dtype: str, rounds: int
+) -> dict[str, Any]:
+    """Time, judge and show; the document."""
+    from minibert import peaks as machine_peaks  # it compiles a kernel, so only now that its cache is settled
+    from minibert.kernels.cpu_threads import num_threads
+
+    others = [TorchFormula(num_threads()) for _ in opponents]
+    about = harness.fingerprint(places, num_threads())
+    sides.say_where(about)
     found: list[Timing] = []
     problems: list[str] = []
-    with console.status("") as status:
+    skipped: dict[str, dict[str, str]] = {}
+    with notes.status("measuring the peaks") as status:
+        peaks = machine_peaks.measure_peaks(dtype)
+        launches = launch_costs([*places, *others])
         for number, op in enumerate(chosen, 1):
-            status.update(f"{op.name} ({number} of {len(chosen)})")
-            rows, wrong = timings(op, places, size, dtype, rounds)
-            found += rows
-            problems += wrong
-    peaks = better(peaks, measure_peaks(dtype))
-    found = [timing.against(peaks) for timing in found]
+            where = f"{op.name} ({number} of {len(chosen)})"
+            rows, wrong, left_out = timings(
+                op, places, others, size, dtype, rounds, lambda text, where=where: status.update(f"{where} {text}")
+            )  # type: ignore[misc]
+            found, problems = found + rows, problems + wrong
+            skipped |= {op.name: left_out} if left_out else {}
+        status.update("measuring the peaks")
+        peaks = machine_peaks.better(peaks, machine_peaks.measure_peaks(dtype))
+        again = launch_costs([*places, *others])
+    launches = {name: min(cost, again[name]) for name, cost in launches.items()}
+    limits = {place.name: peaks_of(place, peaks) for place in [*places, *others]}
+    found = [timing.against(limits[timing.backend], launches[timing.backend]) for timing in found]
+    settings = {"size": size._asdict(), "length": size.length, "dtype": dtype, "rounds": rounds}
+    show(found, problems, skipped, peaks, launches, settings)
+    return {
+        "bench": "ops", **about, "settings": settings, "peaks": peaks._asdict(), "launch_s": launches,
+        "ops": [asdict(t) | {"ms": t.ms} for t in found], "skipped": skipped, "problems": problems,
+        "ok": not problems and all(t.note != "impossible" for t in found),
+    }  # fmt: skip
+
+
+def launch_costs(places: Sequence[Any]) -> dict[str, float]:
+    """Seconds that a call costs by itself on each."""
+    from minibert.peaks import launch_seconds
+
+    return {place.name: launch_seconds(place) for place in places}
+
+
+# ---------------------------------------------------------------------------------------------------------------- shown
+
+
+def show(
+    found: Sequence[Timing], problems: Sequence[str], skipped: dict[str, dict[str, str]], peaks: Peaks,
+    launches: dict[str, float], settings: dict[str, Any],
+) -> None:  # fmt: skip
+    calls = ", ".join(f"{seconds * 1e6:.1f} us on {name}" for name, seconds in launches.items())
     console.print(
-        f"measured peaks, the better of before and after: {peaks.gflops:.0f} GFLOP/s (product {peaks.product}), "
-        f"{peaks.triad_gbps:.1f} GB/s (triad), {peaks.fill_gbps:.1f} GB/s (fill); shares are of the higher\n"
-        f'"cache": above it, with arrays that fit the last-level cache ({peaks.cache_bytes / 2**20:.0f} MiB); '
-        '"impossible": above a peak without that excuse',
-        highlight=False,
-    )
-    shown = table(size, dtype)
-    for i, timing in enumerate(found, 1):
-        shown.add_row(*row(timing), end_section=i % len(places) == 0)
-    console.print(shown)
+        f"measured limits, the better of before and after: {peaks.limit_gflops:.0f} GFLOP/s (multiply-adds in "
+        f"registers; NumPy's best product {peaks.gflops:.0f}), {peaks.gbps:.1f} GB/s (triad {peaks.triad_gbps:.1f}, "
+        f"fill {peaks.fill_gbps:.1f}); a call by itself {calls}\n"
+        f'"cache": more than that bandwidth, of arrays that fit the last-level cache ({peaks.cache_bytes / 2**20:.0f} '
+        'MiB); "impossible": above a limit without that excuse, and no figure',
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    console.print(table(found, settings))
     console.print(f"compiled for {sum(t.compile_s for t in found):.1f} s in all", highlight=False)
+    for op, reasons in skipped.items():
+        for who, why in reasons.items():
+            console.print(f"{op}: {who} left out: {why}", highlight=False, markup=False, soft_wrap=True)
     for problem in problems:
-        console.print(f"[red]wrong[/red]: {problem}", highlight=False)
-    if json_file is not None:
-        facts = {
-            "machine": about, "size": size._asdict(), "dtype": dtype, "peaks": peaks._asdict(),
-            "ops": [asdict(t) for t in found], "ok": not problems,
-        }  # fmt: skip
-        json_file.write_text(json.dumps(facts, indent=1) + "\n")
-    return 1 if problems else 0
+        console.print(f"[red]wrong[/red]: {problem}", highlight=False, soft_wrap=True)
 
 
-def main() -> None:
-    """A user's mistake is one line on stderr and exit code 2."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(bench)
-    try:
-        status = app(standalone_mode=False)
-    except (UserError, BackendUnavailable) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except UsageMistake as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(status if isinstance(status, int) else 0)
+def table(found: Sequence[Timing], settings: dict[str, Any]) -> Table:
+    size = ", ".join(f"{k} {v}" for k, v in settings["size"].items())
+    shown = plain_table(title=f"{settings['dtype']}, {size}")
+    shown.add_column("op", no_wrap=True)
+    shown.add_column("backend", no_wrap=True)
+    shown.add_column("by", no_wrap=True)
+    for name in ("ms", "p20", "p80", "x numpy", "predicted", "limit", "share", "GFLOP/s", "GB/s", "of bound"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("", no_wrap=True)
+    for number, timing in enumerate(found, 1):
+        shown.add_row(*row(timing), end_section=number == len(found) or found[number].op != timing.op)
+    return shown
+
+
+def row(t: Timing) -> list[str]:
+    """One line; of an impossible time, or of a wrong result, only that it is one."""
+    usable = t.ok and t.note != "impossible"
+    mark = "[red]WRONG[/red]" if not t.ok else "[red]impossible[/red]" if not usable else t.note
+
+    def figure(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form) if usable else "-"
+
+    return [
+        t.op, t.backend, t.by, *(figure(t.seconds[key] * 1e3, ".4f") for key in ("median", "p20", "p80")),
+        figure(t.ratio, ".2f"), "" if t.predicted_ms is None else f"{t.predicted_ms:.4f}", t.limit or "",
+        figure(t.limit_share, ".0%"), figure(t.gflops, ".1f"), figure(t.gbps, ".1f"), f"{t.bound_share:.1%}", mark,
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    harness.run_main(bench)
