@@ -1,4 +1,4 @@
-"""The OpenBLAS copies that the wheels of NumPy and SciPy bring, and how many threads each may use."""
+"""The OpenBLAS of NumPy's and SciPy's wheels: whose kernels it took, and how many threads it may use."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-SYMBOLS = {"numpy": "scipy_openblas_{}_num_threads64_", "scipy": "scipy_openblas_{}_num_threads"}
+SYMBOLS = {"numpy": "scipy_openblas_{}64_", "scipy": "scipy_openblas_{}"}
 
 
 @cache
 def _function(package: str, verb: str) -> Any:
-    """`openblas_get_num_threads` or `openblas_set_num_threads` of that wheel's copy; None where it has no copy."""
+    """`openblas_get_num_threads`, say, of that wheel's copy; None where it has no copy."""
     folder = Path(str(import_module(package).__file__)).parents[1] / f"{package}.libs"
     for path in sorted(folder.glob("libscipy_openblas*")):
         function = getattr(ctypes.CDLL(str(path)), SYMBOLS[package].format(verb), None)
@@ -24,11 +24,27 @@ def _function(package: str, verb: str) -> Any:
 
 def blas_threads(package: str) -> int | None:
     """Threads that `package`'s products use; None where its BLAS is not the OpenBLAS of its wheel."""
-    get = _function(package, "get")
+    get = _function(package, "get_num_threads")
     return None if get is None else int(get())
 
 
 def set_blas_threads(package: str, count: int) -> None:
-    set_threads = _function(package, "set")
+    set_threads = _function(package, "set_num_threads")
     if set_threads is not None:
         set_threads(count)
+
+
+def blas_kernels(package: str) -> str:
+    """The processor whose kernels `package`'s OpenBLAS chose, as `SkylakeX`; "unknown" where it is another BLAS."""
+    name = _function(package, "get_corename")
+    if name is None:
+        return "unknown"
+    name.restype = ctypes.c_char_p
+    return str(name().decode())
+
+
+def described() -> str:
+    """NumPy and its BLAS, in a few words."""
+    version = import_module("numpy").__version__
+    threads = blas_threads("numpy") or "unknown"
+    return f"NumPy {version} (BLAS kernels {blas_kernels('numpy')}, BLAS threads {threads})"

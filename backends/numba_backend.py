@@ -7,20 +7,16 @@ import sys
 from contextlib import AbstractContextManager
 
 import numba
-import numpy as np
 
 from minibert.backends.base import Backend
-from minibert.backends.blas import blas_threads, set_blas_threads
+from minibert.backends.blas import described, set_blas_threads
 from minibert.kernels import cpu_threads
 from minibert.kernels.array_module import numpy_module
 
 
 class NumbaBackend(Backend):
     def describe(self) -> str:
-        return (
-            f"Numba {numba.__version__} ({cpu_threads.num_threads()} threads), "
-            f"NumPy {np.__version__} (BLAS threads {blas_threads('numpy') or 'unknown'})"
-        )
+        return f"Numba {numba.__version__} ({cpu_threads.num_threads()} threads), {described()}"
 
     def finely_split(self) -> AbstractContextManager[None]:
         return cpu_threads.finely_split()

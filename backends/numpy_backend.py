@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from minibert.backends.base import Backend
-from minibert.backends.blas import blas_threads, set_blas_threads
+from minibert.backends.blas import blas_threads, described, set_blas_threads
 from minibert.kernels.array_module import numpy_module
 
 
 class NumpyBackend(Backend):
     def describe(self) -> str:
-        return f"NumPy {np.__version__}, BLAS threads {blas_threads('numpy') or 'unknown'}"
+        return described()
 
     def num_threads(self) -> int:
         return blas_threads("numpy") or 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 
 from minibert import backends
-from minibert.backends import Backend, BackendUnavailable
+from minibert.backends import Backend, BackendUnavailable, blas
 from minibert.backends.blas import blas_threads
 from minibert.errors import UserError
 from minibert.kernels import OPS
@@ -249,6 +251,20 @@ def test_threads_can_be_set_for_all_backends(monkeypatch: pytest.MonkeyPatch) ->
         assert "(2 threads)" in backends.get("numba").describe()
     finally:
         backends.set_num_threads(before)
+
+
+def test_the_description_says_whose_kernels_blas_took(root: Path) -> None:
+    code = "import minibert; print(minibert.backends.get('numpy').describe())"
+    described = {}
+    for core in ("Haswell", "Sandybridge"):
+        environment = {**os.environ, "PYTHONPATH": str(root), "OPENBLAS_CORETYPE": core}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
+        )
+        described[core] = done.stdout
+        assert re.search(r"BLAS kernels \w+, BLAS threads \w+", done.stdout), done.stderr
+    if platform.machine() == "x86_64" and blas.blas_kernels("numpy") != "unknown":
+        assert all(core in text for core, text in described.items()), "OpenBLAS was asked for each"
 
 
 @pytest.mark.parametrize("count", [0, -1, 1.5, "two", ""])
