@@ -61,12 +61,12 @@ def test_op(op: Op, backend: str, benchmark: Any) -> None:
     def fresh() -> tuple[tuple[Any, ...], dict[str, Any]]:
         return tuple(place.asarray(aligned(a)) for a in inputs.host), {}
 
+    benchmark.group = op.name
     call(*fresh()[0])  # which may compile
     if op.writes:
         benchmark.pedantic(call, setup=fresh, rounds=ROUNDS)
     else:
         benchmark(call, *arrays)
-    benchmark.group = op.name
     work = cost(op, *inputs.host, **inputs.params)
     benchmark.extra_info.update(backend=backend, by=place.by(op), flops=work.flops, bytes=work.bytes)
     if benchmark.stats is not None and (limits := peaks_of(place, peaks())) is not None:  # None: --benchmark-disable
