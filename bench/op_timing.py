@@ -25,7 +25,7 @@ from minibert.kernels.readings import Bound, Cost, cost
 if TYPE_CHECKING:
     from minibert.peaks import Peaks
 
-SHORTEST = 0.5e-3  # seconds that one turn lasts: quick ops are called several times in it
+SHORTEST = 3e-3  # seconds that one turn lasts: quick ops are called several times in it
 SETTLE = 2e-3  # seconds between turns of our own backends, whose BLAS threads soon stop spinning
 PER_OP = 2.0  # seconds for all rounds of an op on all backends, beyond the first three rounds
 CACHE_LINE = 64
@@ -65,11 +65,11 @@ class Timing:
         """With what the roofline says, and rates; of an impossible time none."""
         from minibert.peaks import floor  # it compiles kernels
 
-        rates = {"gflops": self.flops / self.ms * 1e-6, "gbps": self.bytes / self.ms * 1e-6}
+        rates: dict[str, Any] = {"gflops": self.flops / self.ms * 1e-6, "gbps": self.bytes / self.ms * 1e-6}
         if peaks is None:
             return replace(self, **rates)
         least = floor(Cost(self.flops, self.bytes), peaks, launch_s)
-        predicted = {"predicted_ms": least.seconds * 1e3, "limit": least.limit}
+        predicted: dict[str, Any] = {"predicted_ms": least.seconds * 1e3, "limit": least.limit}
         past_cache = self.bytes * max(0.0, 1 - peaks.cache_bytes / self.memory) if self.memory else 0.0
         if rates["gflops"] > peaks.limit_gflops or past_cache / self.ms * 1e-6 > peaks.gbps:
             return replace(self, **predicted, ratio=None, note="impossible")
@@ -139,7 +139,8 @@ def timings(
     unseen = Inputs(op.bench(np.random.default_rng(1), size), dtype)
     expected = expect(op, inputs.host, inputs.params, dtype)
     before = {place.name: judged(op, place, inputs, expected) for place in places}
-    taking, skipped = [*places], {}
+    taking: list[Place] = [*places]
+    skipped: dict[str, str] = {}
     for one in opponents:
         try:
             before[one.name] = judged(op, one, inputs, expected)

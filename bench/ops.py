@@ -15,10 +15,12 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.status import Status
 from rich.table import Table
 
 from bench import harness, sides
@@ -94,7 +96,7 @@ def measure(
     from minibert import peaks as machine_peaks  # it compiles a kernel, so only now that its cache is settled
     from minibert.kernels.cpu_threads import num_threads
 
-    others = [TorchFormula(num_threads()) for _ in opponents]
+    others: list[Any] = [TorchFormula(num_threads()) for _ in opponents]
     about = harness.fingerprint(places, num_threads())
     sides.say_where(about)
     found: list[Timing] = []
@@ -104,17 +106,15 @@ def measure(
         peaks = machine_peaks.measure_peaks(dtype)
         launches = launch_costs([*places, *others])
         for number, op in enumerate(chosen, 1):
-            where = f"{op.name} ({number} of {len(chosen)})"
-            rows, wrong, left_out = timings(
-                op, places, others, size, dtype, rounds, lambda text, where=where: status.update(f"{where} {text}")
-            )  # type: ignore[misc]
+            progress = partial(tell, status, f"{op.name} ({number} of {len(chosen)})")
+            rows, wrong, left_out = timings(op, places, others, size, dtype, rounds, progress)
             found, problems = found + rows, problems + wrong
             skipped |= {op.name: left_out} if left_out else {}
         status.update("measuring the peaks")
         peaks = machine_peaks.better(peaks, machine_peaks.measure_peaks(dtype))
         again = launch_costs([*places, *others])
     launches = {name: min(cost, again[name]) for name, cost in launches.items()}
-    limits = {place.name: peaks_of(place, peaks) for place in [*places, *others]}
+    limits = {place.name: peaks_of(place, peaks) for place in (*places, *others)}
     found = [timing.against(limits[timing.backend], launches[timing.backend]) for timing in found]
     settings = {"size": size._asdict(), "length": size.length, "dtype": dtype, "rounds": rounds}
     show(found, problems, skipped, peaks, launches, settings)
@@ -123,6 +123,10 @@ def measure(
         "ops": [asdict(t) | {"ms": t.ms} for t in found], "skipped": skipped, "problems": problems,
         "ok": not problems and all(t.note != "impossible" for t in found),
     }  # fmt: skip
+
+
+def tell(status: Status, where: str, what: str) -> None:
+    status.update(f"{where} {what}")
 
 
 def launch_costs(places: Sequence[Any]) -> dict[str, float]:

@@ -117,7 +117,7 @@ def test_a_quick_call_is_repeated_until_a_turn_is_long_enough() -> None:
     calls: list[int] = []
     one = harness.Contestant("A", lambda: calls.append(1), 1, steps=2, shortest=0.001)
     harness.interleaved([one], 3, silent)
-    assert one.repeats > 10 and len(calls) == 1 + harness.WARM_UP + 3 * one.repeats
+    assert one.repeats > 10 and len(calls) == 1 + harness.WARM_UP + 3 * (1 + one.repeats)
     assert max(one.seconds) < 0.001, "seconds are of one step"
 
 
