@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minibert.page.curves import crossovers
-from minibert.page.facts import NOT_GPU_SPEED, STAGES, STEP, Facts, mapping, number, rows
+from minibert.page.facts import NOT_GPU_SPEED, STAGES, STEP, Facts, listed, mapping, number, rows
 from minibert.page.figures import stage_times
 from minibert.page.recorded import KINDS, Recorded
 from minibert.page.svg import Drawing
@@ -161,7 +161,7 @@ def _measures(made: Card, document: Mapping[str, Any], name: str) -> None:
             made.lines.append(f"{key}: refused, {facts['refused']}")
             continue
         spent = {who: number(mapping(taken).get("median")) for who, taken in mapping(facts.get("seconds")).items()}
-        impossible = mapping(facts.get("impossible")) or {str(x): "" for x in facts.get("impossible") or []}
+        impossible = mapping(facts.get("impossible")) or {str(who): "" for who in listed(facts.get("impossible"))}
         held = mapping(facts.get("peak_bytes"))
         fastest = min((s for who, s in spent.items() if s and who not in impossible), default=None)
         cells = [

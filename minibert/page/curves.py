@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from minibert.page.facts import Contestant, Facts, OpRow, colours, mapping, number, numbers, rows
+from minibert.page.facts import Contestant, Facts, OpRow, colours, listed, mapping, number, numbers, rows
 from minibert.page.figures import DASHES, MARKERS, WIDTH, colour
 from minibert.page.svg import TOKENS, Drawing, Tips, inline, new_figure
-from minibert.page.wording import milliseconds, percent, power_of_ten, significant
+from minibert.page.wording import brief, milliseconds, percent, power_of_ten, significant
 
 WIDE = 730.0  # two columns of a desk
 LABELLED = {WIDTH: 4, WIDE: 9}  # ops that are named in the roofline of that width
@@ -103,7 +103,7 @@ def _draw_roof(
     axes: Any, owner: Contestant | None, peaks: Mapping[str, Any], left: float, right: float, low: float
 ) -> None:
     ink = TOKENS["muted"] if owner is None else colour(owner)
-    whose = "" if owner is None else f"{owner.name} "
+    whose = "" if owner is None else f"{brief(owner.name)} "
     slope, heights = _bandwidth(peaks), _heights(peaks)
     top = max(heights, default=math.inf)
     words = []
@@ -142,7 +142,13 @@ def _name_the_largest(
             return
         for dx, dy, across, up in SIDES:
             label = axes.annotate(
-                row.op, (x, y), xytext=(dx, dy), textcoords="offset points", ha=across, va=up, color=colour(owner)
+                brief(row.op),
+                (x, y),
+                xytext=(dx, dy),
+                textcoords="offset points",
+                ha=across,
+                va=up,
+                color=colour(owner),
             )
             box = label.get_window_extent(renderer)
             hidden = any(box.padded(2).overlaps(other) for other in taken) or any(
@@ -215,7 +221,7 @@ def _crossover(
     axes.set_yticks([], minor=True)
     axes.grid()
     varied = WORDS.get(axis, axis)
-    axes.set_xlabel(f"{varied} ({unit})" if unit not in ("", varied) else varied)
+    axes.set_xlabel(brief(f"{varied} ({unit})" if unit not in ("", varied) else varied))
     words = [f"{row['said']}." for row in crossed if row.get("said")]
     words += [f"Time goes with the power {', '.join(said)}."] if said else []
     caption = " ".join(words)
@@ -235,7 +241,7 @@ class Point(NamedTuple):
 def _points(curve: Mapping[str, Any], sizes: Sequence[float]) -> list[Point]:
     """What was measured: a time that cannot be, because it would exceed the machine's peak, is none."""
     found = []
-    columns = [values if isinstance(values := curve.get(key), list) else [] for key in ("seconds", "p20", "p80")]
+    columns = [listed(curve.get(key)) for key in ("seconds", "p20", "p80")]
     for size, given, least, most in zip_longest(sizes, *columns):
         seconds = number(given)
         if size is not None and seconds:

@@ -9,7 +9,7 @@ from typing import Any
 from minibert.page.facts import Contestant, Facts, OpRow
 from minibert.page.figures import DASHES, MARKERS, SHOWN, WIDTH, colour
 from minibert.page.svg import TOKENS, Drawing, Tips, inline, new_figure
-from minibert.page.wording import percent, power_of_ten, power_of_two, significant
+from minibert.page.wording import brief, percent, power_of_ten, power_of_two, significant
 
 LEAST_ULP, MOST_ULP = -3, 24  # as minibert.assess counts them
 FARTHEST = 3.0  # bounds that the figure of them shows: an error beyond is cut off there, and said
@@ -92,21 +92,24 @@ def _loss_distances(
 
 def nearest_to_bound(facts: Facts, name: str = "bounds") -> Drawing | None:
     """The ops that use up most of their error bound, each on the backend where it is worst."""
-    known = sorted((row for row in facts.ops if row.bound_share is not None), key=lambda row: -row.severity)
-    if not known:
+    worst: dict[str, OpRow] = {}
+    for row in sorted(facts.ops, key=lambda row: -row.severity):
+        worst.setdefault(row.op, row)
+    shown = list(worst.values())[:SHOWN]
+    if not shown:
         return None
     owners, tips, said = {b.name: b for b in facts.backends}, Tips(), []
-    shown = list({row.op: row for row in reversed(known)}.values())[::-1][:SHOWN]
     figure = new_figure(WIDTH, 40 + 37.0 * len(shown))
     axes = figure.subplots()
-    end = min(FARTHEST, max(1.0, *(row.bound_share or 0.0 for row in shown)))
+    end = min(FARTHEST, max(1.0, *(row.severity for row in shown)))
     for at, row in enumerate(shown):
-        share, owner = row.bound_share or 0.0, owners[row.backend]
-        words = f"{row.op} on {row.backend}: {percent(share)} of its bound, {significant(row.err_over_us)} uS"
+        share, owner = row.severity, owners[row.backend]
+        far = percent(share) if math.isfinite(share) else "not finite"
+        words = f"{row.op} on {row.backend}: {far} of its bound, {significant(row.err_over_us)} uS"
         ink = colour(owner) if row.ok else TOKENS["bad"]
         axes.barh(at, min(share, end), 0.42, color=ink).patches[0].set_gid(tips.gid(words, owner.colour))
-        axes.text(0, at - 0.27, f"{row.op}, {row.backend}", va="bottom", color=TOKENS["text"])
-        axes.text(end * 1.03, at, percent(share), va="center", color=TOKENS["text"])
+        axes.text(0, at - 0.27, brief(f"{row.op}, {row.backend}"), va="bottom", color=TOKENS["text"])
+        axes.text(end * 1.03, at, far, va="center", color=TOKENS["text"])
         said.append(words)
     axes.axvline(1, color=TOKENS["text"], linewidth=1, linestyle=(0, (2, 2)))
     axes.set_xlim(0, end * 1.22)

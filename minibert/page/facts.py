@@ -78,15 +78,19 @@ def mapping(value: Any) -> Mapping[str, Any]:
     return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else {}
 
 
+def listed(value: Any) -> list[Any]:
+    """A list, else an empty one."""
+    return list(value) if isinstance(value, list | tuple) else []
+
+
 def rows(value: Any) -> list[Mapping[str, Any]]:
     """The mappings of a list; what else is in it is left out."""
-    return [mapping(row) for row in value if isinstance(row, Mapping)] if isinstance(value, list | tuple) else []
+    return [mapping(row) for row in listed(value) if isinstance(row, Mapping)]
 
 
 def numbers(value: Any) -> list[float]:
     """The finite numbers of a list."""
-    found = map(number, value) if isinstance(value, list | tuple) else []
-    return [x for x in found if x is not None]
+    return [x for x in map(number, listed(value)) if x is not None]
 
 
 def colours(names: Iterable[str]) -> dict[str, int]:
@@ -111,12 +115,15 @@ class Facts:
         """In the order of the comparison; the first is the reference."""
         named = {str(row.get("name")): str(row.get("what", "")) for row in rows(self.document.get("backends"))}
         places = colours(list(named))
-        listed = self.document.get("emulated")
-        played = {str(name) for name in listed} if isinstance(listed, list | tuple) else set()
+        played = set(map(str, listed(self.document.get("emulated"))))
         return [
             Contestant(name, what, places[name], name in played or NOT_GPU_SPEED in what)
             for name, what in named.items()
         ]
+
+    @cached_property
+    def names(self) -> set[str]:
+        return {b.name for b in self.backends}
 
     @cached_property
     def timed(self) -> list[Contestant]:
@@ -136,7 +143,7 @@ class Facts:
     def stages(self) -> list[StageTime]:
         samples, found = number(self.config.get("sequences")), []
         for row in rows(self.document.get("stages")):
-            if str(row.get("backend")) in self.emulated:
+            if str(row.get("backend")) not in self.names - self.emulated:
                 continue
             seconds = [s * 1e3 / samples for s in numbers(row.get("seconds"))] if samples else []
             per_token = number(row.get("ms_per_token"))
@@ -163,6 +170,8 @@ class Facts:
         found = []
         for row in rows(self.document.get("ops")):
             backend = str(row.get("backend"))
+            if backend not in self.names:
+                continue
             spent = {} if backend in self.emulated else row
             found.append(
                 OpRow(
@@ -180,7 +189,7 @@ class Facts:
     @cached_property
     def losses(self) -> dict[str, list[float | None]]:
         given = mapping(self.document.get("loss"))
-        return {b.name: list(map(number, given.get(b.name) or [])) for b in self.backends if given.get(b.name)}
+        return {b.name: list(map(number, values)) for b in self.backends if (values := listed(given.get(b.name)))}
 
     @cached_property
     def peaks(self) -> dict[str, Mapping[str, Any]]:
@@ -195,7 +204,7 @@ class Facts:
         for b in self.timed:
             points = [
                 (seconds, live, str(stage), str(op))
-                for at, held, stage, op in (p for p in given.get(b.name) or [] if isinstance(p, list) and len(p) == 4)
+                for at, held, stage, op in (p for p in listed(given.get(b.name)) if len(listed(p)) == 4)
                 if (seconds := number(at)) is not None and (live := number(held)) is not None
             ]
             if points:

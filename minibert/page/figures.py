@@ -11,7 +11,7 @@ from typing import Any
 
 from minibert.page.facts import STAGES, STEP, Contestant, Facts
 from minibert.page.svg import TOKENS, Drawing, Tips, inline, new_figure
-from minibert.page.wording import megabytes, milliseconds
+from minibert.page.wording import brief, megabytes, milliseconds
 
 WIDTH = 350.0
 SHOWN = 8  # ops in a figure of the worst
@@ -101,7 +101,7 @@ def memory_over_time(facts: Facts, name: str = "memory") -> Drawing | None:
             if ended - began > longest * 0.17:  # there is room for the word
                 axes.text((began + ended) / 2, highest * 1.2, stage, ha="center", va="center", color=TOKENS["muted"])
             began = ended
-        axes.set_title(backend.name, color=TOKENS["text"], pad=2)
+        axes.set_title(brief(backend.name), color=TOKENS["text"], pad=2)
         axes.grid(axis="y")
         axes.set_ylim(0, highest * 1.35)
         said.append(f"{backend.name} at most {megabytes(max(held) * 1e6)} after {milliseconds(ms[-1])}")
@@ -132,7 +132,7 @@ def headroom(facts: Facts, name: str = "headroom") -> Drawing | None:
         words = f"{row.op} on {row.backend}: {milliseconds(row.ms)}, at least {milliseconds(row.predicted_ms)}"
         axes.barh(at, row.ms, 0.42, color=colour(owner), alpha=0.3).patches[0].set_gid(tips.gid(words, owner.colour))
         axes.barh(at, row.predicted_ms, 0.42, color=colour(owner)).patches[0].set_gid(tips.gid(words, owner.colour))
-        axes.text(0, at - 0.27, f"{row.op}, {row.backend}", va="bottom", color=TOKENS["text"])
+        axes.text(0, at - 0.27, brief(f"{row.op}, {row.backend}"), va="bottom", color=TOKENS["text"])
         axes.text(
             (row.ms or 0.0) + longest * 0.015, at, f"{milliseconds(gap)} above", va="center", color=TOKENS["muted"]
         )

@@ -71,6 +71,8 @@ def kind_of(document: Any) -> str | None:
         return "compare"
     if "axes" in mapping(document.get("scaling")):
         return "bench.scaling"
+    if f"bench.{document.get('bench')}" in KINDS:
+        return f"bench.{document['bench']}"
     measures = mapping(document.get("measures"))
     if measures:
         return "bench.infer" if "logits" in mapping(document.get("settings")) else "bench.step"

@@ -95,6 +95,7 @@ def inline(figure: Any, name: str, title: str, description: str, tips: Tips) -> 
     body = body.replace("xlink:href=", "href=")
     body = re.sub(r' (?:d|x|y|points|transform)="[^"]*"', _hundredths, body)
     body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
+    body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
     body = re.sub(r"(fill|stroke): (#[0-9a-f]{6})", _variable, body)
     body = re.sub(r'<g id="tip-(\d+)-">', lambda found: _tip(tips, int(found[1])), body)
     body = re.sub(r'<g id="(?:figure|axes|patch|text|line2d|matplotlib\.axis|xtick|ytick)[^"]*">', "<g>", body)

@@ -10,7 +10,8 @@ from minibert.page.facts import STEP, Facts, mapping, number, numbers
 
 MISSING = "–"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-MINUS_ONE_DIGIT = 0.9995  # above it three digits would round to the next power of ten
+ALMOST = 0.9995  # from here on three digits round up to 1
+LONGEST_NAME = 26  # characters
 
 
 class Headline(NamedTuple):
@@ -28,11 +29,16 @@ def significant(value: float | None, digits: int = 3) -> str:
         return MISSING
     if value == 0:
         return "0"
-    power = math.floor(math.log10(abs(value)) + math.log10(1 / MINUS_ONE_DIGIT))
-    if power < -3 or power > 5:
-        mantissa = f"{value / 10.0**power:.{max(digits - 2, 0)}f}"
-        return power_of_ten(power) if mantissa == "1.0" else f"{mantissa}×{power_of_ten(power)}"
-    return f"{value:,.{max(digits - 1 - power, 0)}f}"
+    power = int(f"{value:.{digits - 1}e}".partition("e")[2])
+    if -4 < power < 6:
+        return f"{value:,.{max(digits - 1 - power, 0)}f}"
+    mantissa, _, exponent = f"{value:.{min(digits - 1, 1)}e}".partition("e")
+    return f"{mantissa}×{power_of_ten(int(exponent))}"
+
+
+def brief(name: str) -> str:
+    """A name for a figure, which has little room."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def power_of_ten(power: int) -> str:
@@ -51,7 +57,7 @@ def milliseconds(value: float | None, digits: int = 3) -> str:
     if value is None:
         return MISSING
     for unit, size in (("s", 1e3), ("ms", 1.0)):
-        if value >= size * MINUS_ONE_DIGIT:
+        if value >= size * ALMOST:
             return f"{significant(value / size, digits)} {unit}"
     return f"{significant(value * 1e3, digits)} µs"
 
