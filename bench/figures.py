@@ -63,7 +63,7 @@ def settings(document: Mapping[str, Any]) -> dict[str, Any]:
         return {**document["settings"], "threads": document["threads"]}
     scaling = document["scaling"]
     sizes = {f"sizes of {name}": axis["sizes"] for name, axis in scaling["axes"].items()}
-    return {"what": scaling["what"], **scaling["base"], **sizes}
+    return {"what": scaling["what"], "work": scaling["work"], **scaling["model"], **scaling["base"], **sizes}
 
 
 def figures(document: Mapping[str, Any]) -> list[Figure]:
@@ -101,6 +101,7 @@ def _of_measures(document: Mapping[str, Any]) -> Iterator[Figure]:
 
 
 def _of_scaling(scaling: Mapping[str, Any]) -> Iterator[Figure]:
+    mode = "forward" if scaling["work"] == "inference" else "full"
     for name, axis in scaling["axes"].items():
         for backend, found in axis["backends"].items():
             rows = zip(axis["sizes"], found["seconds"], found["p20"], found["p80"], strict=True)
@@ -108,7 +109,7 @@ def _of_scaling(scaling: Mapping[str, Any]) -> Iterator[Figure]:
                 if median is not None and size not in (found.get("impossible") or ()):
                     x = name, f"{name} ({axis['unit']})" if axis.get("unit") else name, float(size)
                     spread = _spread({"median": median, "p20": p20, "p80": p80}, 1e3)
-                    yield Figure(f"scaling_{name}", backend, "full", "speed", "ms", *x, *spread)
+                    yield Figure(f"scaling_{name}", backend, mode, "speed", "ms", *x, *spread)
 
 
 def _spread(taken: Mapping[str, Any], factor: float) -> tuple[float, float, float]:

@@ -49,7 +49,7 @@ def step_document(seconds: float = 1.0, memory: int | None = 10**6, **changed: A
 def scaling_document(seconds: float = 1.0) -> dict[str, Any]:
     numba = {"seconds": [seconds, 2.0], "p20": [seconds, 2.0], "p80": [seconds, 2.0], "impossible": []}
     axes = {"batch": {"sizes": [1, 2], "unit": "sequences", "backends": {"numba": numba}, "crossovers": []}}
-    return {**ABOUT, "scaling": {"what": "a training step", "base": {"batch": 8}, "axes": axes}}
+    return {**ABOUT, "scaling": {"what": "a step", "work": "step", "model": {}, "base": {"batch": 8}, "axes": axes}}
 
 
 def run(monkeypatch: pytest.MonkeyPatch, folder: Path, old: Any, new: Any, *words: str) -> int:
