@@ -1,4 +1,4 @@
-"""The report page in headless Chromium: figures are there, nothing overflows, the table sorts, no complaint is heard."""
+"""The report page in headless Chromium: figures are there, nothing overflows, the table sorts, all is silent."""
 
 from __future__ import annotations
 

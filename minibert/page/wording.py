@@ -11,7 +11,7 @@ from minibert.page.facts import STEP, Facts, mapping, number, numbers
 MISSING = "–"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 ALMOST = 0.9995  # from here on three digits round up to 1
-LONGEST_NAME = 26  # characters
+LONGEST_NAME = 34  # characters
 
 
 class Headline(NamedTuple):
