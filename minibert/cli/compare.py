@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -152,7 +154,10 @@ def _write_facts(
     if report is not None and found.ok:  # how fast a wrong op is nobody needs to know
         with extras.taking("crossovers"):
             scaling = _crossovers([run.backend for run in found.runs], kernels)
-    document = facts(found, described, machine(), prices, scaling)
+    document = {
+        "command": shlex.join(["minibert", *sys.argv[1:]]),
+        **facts(found, described, machine(), prices, scaling),
+    }
     for file in (json_file, report and report / "facts.json"):
         if file is not None:
             file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,8 @@ def _record(
     if step > 1:
         raise UserError("--record: weights of a later step are not in a trace; leave out --step")
     made = record(side, make_model, batch, step)
-    save(made, path, {"machine": machine(), "minibert": __version__, "settings": settings})
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    save(made, path, {"machine": machine(), "date": date, "minibert": __version__, "settings": settings})
     console.print(
         f"{path}: {len(made.calls)} calls on {made.what}; loss {made.loss!r}", highlight=False, soft_wrap=True
     )
