@@ -110,6 +110,12 @@ def parameters_of(config: BertConfig) -> Iterator[tuple[str, Any]]:
     return BertForMaskedLM(config, "numpy", "float32", initialise=False).named_parameters()
 
 
+def smallest(config: BertConfig) -> BertConfig:
+    """A model of the same layers, with as good as nothing to compute."""
+    heads = config.num_attention_heads
+    return replace(config, hidden_size=heads, intermediate_size=1, vocab_size=8, max_position_embeddings=8)
+
+
 def forward_flops(config: BertConfig, lengths: np.ndarray, head_rows: int) -> int:
     """Of the products of one forward pass over sequences of these lengths, with the head on so many rows."""
     tokens, c, i = int(lengths.sum()), config.hidden_size, config.intermediate_size

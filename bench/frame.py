@@ -163,8 +163,12 @@ def make_sides(
 
 
 def timed(
-    contestants: Sequence[harness.Contestant], made: Sequence[Any], ours: Sequence[str], once: Callable[[Any], Any]
-) -> dict[str, Any]:
-    """What the harness found, and how many calls of ops `once(side)` makes on each of ours."""
-    launches = {one.name: harness.launches(one.backend, partial(once, one)) for one in made if one.name in ours}
-    return {**harness.compared(contestants, ours), "launches": launches}
+    contestants: Sequence[harness.Contestant], made: Sequence[Any], ours: Sequence[str], once: Callable[[Any], Any],
+    on_nothing: Callable[[str], Callable[[], Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """What the harness found, and what `once(side)` costs beside its work on each of ours."""
+    overhead = {
+        one.name: harness.overhead(one.backend, partial(once, one), on_nothing(one.name))
+        for one in made if one.name in ours
+    }  # fmt: skip
+    return {**harness.compared(contestants, ours), "overhead": overhead}

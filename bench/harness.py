@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 WARM_UP = 2  # calls after the first
 FEWEST_ROUNDS = 3
+IDLE_STEPS = 50
 SETTLE = 0.02  # seconds between turns: idle threads of the one before may spin for some milliseconds
 CHILD_SECONDS = 900.0
 LIBRARIES = ("numpy", "numba", "torch", "transformers", "onnxruntime")
@@ -157,10 +159,11 @@ def apart(found: Mapping[str, Sequence[float]], most: float) -> str:
     return ""
 
 
-def launches(backend: Backend, call: Callable[[], Any]) -> dict[str, Any]:
-    """Op calls in one step, and what they cost by themselves: one call on an array of one element, times their number.
+def overhead(backend: Backend, call: Callable[[], Any], on_nothing: Callable[[], Any]) -> dict[str, Any]:
+    """Op calls in one step, and what the step costs beside its work: tape, door, wrappers, handing rows to threads.
 
-    Seconds of the tape and of Python around the ops are not in it.
+    `on_nothing` is the same step at the smallest sizes, so that nothing else is left of it; even its few rows are
+    divided among threads, as those of `call` are.
     """
     count = 0
 
@@ -171,10 +174,13 @@ def launches(backend: Backend, call: Callable[[], Any]) -> dict[str, Any]:
 
     with backend.watched_by(counted):
         call()
-    from minibert.peaks import launch_seconds
-
-    each = launch_seconds(backend)
-    return {"ops": count, "op_s": each, "step_s": count * each}
+    times = []
+    with backend.finely_split():
+        for _ in range(WARM_UP + IDLE_STEPS):
+            began = time.perf_counter()
+            on_nothing()
+            times.append(time.perf_counter() - began)
+    return {"ops": count, "seconds": median(times[WARM_UP:])}
 
 
 def numba_compile_seconds() -> float:

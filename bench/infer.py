@@ -13,14 +13,14 @@ nothing is reported.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
 from bench import frame, harness, onnx_peer, sides, torch_peer
-from bench.batches import Batch, random_weights, work
+from bench.batches import Batch, dense_batch, random_weights, smallest, work
 from minibert import backends
 from minibert.backends import Backend
 from minibert.bert import BertForMaskedLM
@@ -115,6 +115,13 @@ def measure(
         new.run(new.prepare(seen[0]))
         return new
 
+    def on_nothing(who: str) -> Callable[[], Any]:
+        small = smallest(task.config)
+        batch = dense_batch(small, 1, 2, task.seed)
+        one = side(who, replace(task, config=small), random_weights(small), batch)
+        prepared = one.prepare(batch)
+        return lambda: one.run(prepared)
+
     made, skipped = frame.make_sides((*ours, *opponents), ours, make, progress)
     facts: dict[str, Any] = {"what": MEASURES[name], **sides.described(seen), "skipped": skipped}
     facts["libraries"] = {one.name: one.library for one in made}
@@ -129,7 +136,7 @@ def measure(
     facts["refused"] = refusal(facts["apart"]["after"])
     if facts["refused"]:
         return facts
-    facts |= frame.timed(contestants, made, ours, lambda one: one.run(one.prepare(seen[0])))
+    facts |= frame.timed(contestants, made, ours, lambda one: one.run(one.prepare(seen[0])), on_nothing)
     return facts
 
 

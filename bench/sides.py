@@ -81,12 +81,13 @@ def show(facts: Mapping[str, Any], opponents: Sequence[str]) -> None:
             f"{who}: outputs {distance:.1e} of the largest away before the timing, {after:.1e} after it, on new inputs",
             highlight=False,
         )
-    for who, cost in facts["launches"].items():
-        share = cost["step_s"] / facts["seconds"][who]["median"]
+    for who, cost in facts["overhead"].items():
+        share = cost["seconds"] / facts["seconds"][who]["median"]
         console.print(
-            f"{who}: {cost['ops']} op calls, {cost['op_s'] * 1e6:.1f} us each of themselves: {share:.1%} of the time",
-            highlight=False,
-        )
+            f"{who}: {cost['ops']} op calls; on next to nothing they take {cost['seconds'] * 1e3:.2f} ms: {share:.1%} "
+            "of the time is tape, door and dispatch",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     for who, why in facts["peak_bytes_note"].items():
         if why:
             console.print(f"{who}: peak memory {why}", highlight=False, markup=False, soft_wrap=True)

@@ -14,11 +14,20 @@ inputs not seen, after it, loss and gradient norm without dropout are compared; 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bench import frame, harness, sides, torch_peer
-from bench.batches import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Batch, dense_batch, random_weights, work
+from bench.batches import (
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    WEIGHT_DECAY,
+    Batch,
+    dense_batch,
+    random_weights,
+    smallest,
+    work,
+)
 from minibert import backends
 from minibert.backends import Backend
 from minibert.bert import BertForMaskedLM
@@ -118,6 +127,12 @@ def measure(
         quiet[who] = [*new.quiet(prepared, update=True), new.quiet(prepared)[0]]
         return new
 
+    def on_nothing(who: str) -> Callable[[], Any]:
+        small = smallest(task.config)
+        one = side(who, replace(task, config=small), random_weights(small))
+        prepared = one.prepare(dense_batch(small, 1, 2, task.seed))
+        return lambda: one.step(prepared)
+
     made, skipped = frame.make_sides((*ours, *opponents), ours, make, progress)
     facts: dict[str, Any] = {"what": MEASURES[name], **sides.described(seen), "skipped": skipped}
     facts["without_dropout"] = {
@@ -142,7 +157,7 @@ def measure(
     if facts["refused"]:
         return facts
     facts["last_loss"] = last
-    facts |= frame.timed(contestants, made, ours, lambda one: one.step(one.prepare(seen[0])))
+    facts |= frame.timed(contestants, made, ours, lambda one: one.step(one.prepare(seen[0])), on_nothing)
     return facts
 
 

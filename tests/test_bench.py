@@ -205,7 +205,8 @@ def test_a_run_without_opponents_writes_every_measure(
         assert set(facts["seconds"]) == {"numpy", "numba"} == set(facts["share_of_peak"])
         assert all(len(taken["all"]) == 3 and taken["median"] > 0 for taken in facts["seconds"].values())
         assert facts["peak_bytes"] == {"numpy": None, "numba": None} and not facts["refused"]
-        assert facts["launches"]["numba"]["ops"] > 10
+        assert facts["overhead"]["numba"]["ops"] > 10
+        assert facts["overhead"]["numba"]["seconds"] > 0
 
 
 def test_sides_that_do_not_do_the_same_work_are_refused(
