@@ -1,0 +1,67 @@
+"""`bench.ablation`: what is said to be taken away is away, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import ablation, harness
+from minibert.config import NAMED
+
+CONFIG = NAMED["tiny"]
+
+
+@pytest.fixture(scope="module")
+def step() -> ablation.Step:
+    return ablation.Step(CONFIG, 3, 24, 0)
+
+
+def test_a_family_without_its_kernels_runs_by_formula(step: ablation.Step) -> None:
+    families = step.families()
+    assert {"attention", "layer_norm", "adamw", "linear"} <= families.keys()
+    backend, seen = step.side.backend, {}
+
+    def note(op, arrays, params, call):  # type: ignore[no-untyped-def]
+        seen[op] = backend.by(op)
+        return call()
+
+    with backend.watched_by(note):
+        step.without(families["attention"])()
+    assert {seen[op] for op in families["attention"]} == {"formula"}
+    assert {seen[op] for op in families["layer_norm"]} == {"kernel"}
+
+
+def test_padding_and_predicting_all_keep_the_tokens(step: ablation.Step) -> None:
+    padded, everything = step.padded(), step.predicting_all()
+    assert len(set(padded.lengths)) == 1 and padded.predicted == step.batch.predicted
+    ids, real = padded.padded["input_ids"], step.batch.real
+    assert np.array_equal(ids[real], step.batch.packed.input_ids)
+    assert everything.predicted == len(step.batch.packed.input_ids) and list(everything.lengths) == list(
+        step.batch.lengths
+    )
+
+
+def test_the_command_writes_a_row_for_each(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting = "a second thread"
+    monkeypatch.setattr(ablation, "SETTINGS", {setting: ablation.SETTINGS[setting]})
+    words = ["--config", "tiny", "--batch", "2", "--length", "16", "--rounds", "3", "--json", str(tmp_path / "a.json")]
+    monkeypatch.setattr(sys, "argv", ["bench.ablation", *words])
+    with pytest.raises(SystemExit) as exit_:
+        harness.run_main(ablation.bench)
+    assert exit_.value.code == 0
+    document = json.loads((tmp_path / "a.json").read_text())
+    names = [row["without"] for row in document["rows"]]
+    assert names[0] == ablation.AS_IT_IS and names[-1] == setting and "the head on predicted rows alone" in names
+    assert all(row["ms"] > 0 and row["p20"] <= row["p80"] for row in document["rows"])
+    assert setting in capsys.readouterr().out
+
+
+def test_a_process_that_fails_says_why() -> None:
+    with pytest.raises(RuntimeError, match="a second thread: KeyError"):
+        ablation.in_a_process("a second thread", {"config": CONFIG.to_dict(), "batch": 1, "length": 8})
