@@ -15,7 +15,7 @@ from minibert.cli.options import plain_table
 from minibert.drift import Drift, OpDrift
 
 STEPS_SHOWN = 11  # first and last, and between them at equal distances
-WIDE = 120  # characters
+WIDE, WIDER = 120, 150  # characters
 
 
 def drift_verdict(found: Drift, steps: int) -> str:
@@ -50,23 +50,24 @@ def drift_tables(found: Drift, width: int) -> Iterator[Table]:
             )  # fmt: skip
         yield steps
     ops = plain_table(title="Ops: local error is each op's own, inherited is what came in", header_style="bold")
-    wide = width >= WIDE
+    wide, wider = width >= WIDE, width >= WIDER
     names = ["op", "phase", "calls", "local of bound", *(["in its run", "max ulp", "err/uS"] if wide else [])]
-    names += ["inherited first", "last", "growth", *(["worst at"] if wide else [])]
+    names += ["inherited first", "last", "growth", *(["worst at"] if wider else [])]
     for name in names:
-        ops.add_column(name, justify="left" if name in ("op", "phase", "worst at") else "right")
+        left = name in ("op", "phase", "worst at")
+        ops.add_column(name, justify="left" if left else "right", no_wrap=name == "op", overflow="fold")
     for op in found.ops.values():
-        ops.add_row(*_row(op, wide))
+        ops.add_row(*_row(op, wide, wider))
     yield ops
 
 
-def _row(op: OpDrift, wide: bool) -> list[str]:
+def _row(op: OpDrift, wide: bool, wider: bool) -> list[str]:
     more = [f"{max(op.shares['a'], op.shares['b']):.2%}", f"{op.ulp_max:.3g}", f"{op.err_over_us:.3g}"]
     step, place = op.worst
     return [
         op.op, op.phase, str(op.calls), f"{op.shares['local']:.2%}", *(more if wide else []),
         f"{op.inherited[0]:.1e}", f"{op.inherited[-1]:.1e}", f"{median(op.growth):.2g}" if op.growth else "",
-        *([f"step {step} {place}"] if wide else []),
+        *([f"step {step} {place}"] if wider else []),
     ]  # fmt: skip
 
 
