@@ -8,15 +8,20 @@ import os
 # A BLAS thread that spins after its product keeps a core from the kernels; OpenBLAS reads this when it is loaded.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import NamedTuple
 
+from minibert.backends import blas
 from minibert.backends.base import Backend, BackendUnavailable
 from minibert.errors import UserError
+from minibert.kernels.determinism import deterministic
 
 __all__ = [
-    "MOST_THREADS", "Backend", "BackendUnavailable", "Status", "available", "get", "names", "set_num_threads", "usual",
+    "MOST_THREADS", "Backend", "BackendUnavailable", "Status", "available", "determinism", "deterministic", "get",
+    "names", "set_deterministic", "set_num_threads", "usual",
 ]  # fmt: skip
 
 GROUP = "minibert.backends"
@@ -110,3 +115,28 @@ def set_num_threads(count: int) -> None:
     os.environ[THREADS] = str(_threads(count, "threads"))
     for backend in _loaded.values():
         backend.set_num_threads(count)
+
+
+def set_deterministic(on: bool) -> None:
+    """Make the results of the CPU's backends bit-identical over runs and numbers of threads; or let them vary again.
+
+    It holds for the process, as its BLAS does: on `numba` products are cut by their shape alone (kernels/cpu_blas.py),
+    on `numpy` they run on one thread. Raises BackendUnavailable where NumPy's BLAS cannot be held to one thread.
+    """
+    if on and blas.blas_threads("numpy") is None:
+        raise BackendUnavailable(
+            "the deterministic mode needs the OpenBLAS of NumPy's wheel, whose threads can be set, and this NumPy has "
+            "another BLAS: pip install --force-reinstall numpy"
+        )
+    blas.set_deterministic(on)
+
+
+@contextmanager
+def determinism(on: bool = True) -> Iterator[None]:
+    """Within the block, the deterministic mode is on (or off). Raises BackendUnavailable as `set_deterministic`."""
+    before = deterministic()
+    set_deterministic(on)
+    try:
+        yield
+    finally:
+        set_deterministic(before)

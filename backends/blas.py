@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from minibert.kernels.determinism import deterministic, switch
+
 SYMBOLS = {"numpy": "scipy_openblas_{}64_", "scipy": "scipy_openblas_{}"}
 
 
@@ -34,6 +36,32 @@ def set_blas_threads(package: str, count: int) -> None:
         set_threads(count)
 
 
+_given: int | None = None  # threads for NumPy's products, which get one of them while the deterministic mode is on
+
+
+def product_threads() -> int:
+    """Threads that NumPy's products were given."""
+    return (_given if deterministic() else blas_threads("numpy")) or 1
+
+
+def set_product_threads(count: int) -> None:
+    """Give NumPy's products `count` threads; in the deterministic mode, from when it ends."""
+    global _given
+    _given = count
+    set_blas_threads("numpy", 1 if deterministic() else count)
+
+
+def set_deterministic(on: bool) -> None:
+    """Hold NumPy's BLAS to one thread, since its bits depend on their number, or give it back those it had."""
+    global _given
+    if on == deterministic():
+        return
+    if on:
+        _given = blas_threads("numpy")
+    switch(on)
+    set_blas_threads("numpy", 1 if on else _given or 1)
+
+
 def blas_kernels(package: str) -> str:
     """The processor whose kernels `package`'s OpenBLAS chose, as `SkylakeX`; "unknown" where it is another BLAS."""
     name = _function(package, "get_corename")
@@ -47,4 +75,5 @@ def described() -> str:
     """NumPy and its BLAS, in a few words."""
     version = import_module("numpy").__version__
     threads = blas_threads("numpy") or "unknown"
-    return f"NumPy {version} (BLAS kernels {blas_kernels('numpy')}, BLAS threads {threads})"
+    mode = ", deterministic" if deterministic() else ""
+    return f"NumPy {version} (BLAS kernels {blas_kernels('numpy')}, BLAS threads {threads}{mode})"

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import numba
 
 from minibert.backends.base import Backend
-from minibert.backends.blas import described, set_blas_threads
+from minibert.backends.blas import described, set_blas_threads, set_product_threads
 from minibert.kernels import cpu_threads
 from minibert.kernels.array_module import numpy_module
 
@@ -26,7 +26,7 @@ class NumbaBackend(Backend):
 
     def set_num_threads(self, count: int) -> None:
         cpu_threads.set_num_threads(count)
-        set_blas_threads("numpy", count)
+        set_product_threads(count)
 
 
 def recycle_memory() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minibert.backends.base import Backend
-from minibert.backends.blas import blas_threads, described, set_blas_threads
+from minibert.backends.blas import described, product_threads, set_product_threads
 from minibert.kernels.array_module import numpy_module
 
 
@@ -12,10 +12,10 @@ class NumpyBackend(Backend):
         return described()
 
     def num_threads(self) -> int:
-        return blas_threads("numpy") or 1
+        return product_threads()
 
     def set_num_threads(self, count: int) -> None:
-        set_blas_threads("numpy", count)
+        set_product_threads(count)
 
 
 backend = NumpyBackend("numpy", numpy_module)
