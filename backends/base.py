@@ -5,14 +5,17 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any, Protocol
 
 import numpy as np
 
 from minibert.backends.blas import blas_threads, set_blas_threads
 from minibert.kernels.op import Array, Op, outputs
+from minibert.kernels.view.adjoining import adjoining
 
 Kernel = Callable[..., Any]
 NARROW = ("float16", "bfloat16")  # arithmetic is in float32, and what an op calls wide is stored in it too
@@ -30,6 +33,15 @@ def dtype_of(name: str) -> np.dtype[Any]:
         except ImportError:
             raise BackendUnavailable("bfloat16 arrays need ml_dtypes: pip install ml_dtypes") from None
     return np.dtype(name)
+
+
+@cache
+def _takes_places(kernel: Kernel | None) -> bool:
+    """Whether a kernel can write its outputs where it is told."""
+    try:
+        return kernel is not None and "into" in signature(kernel).parameters
+    except ValueError:  # a callable that says nothing of its parameters
+        return False
 
 
 class Watcher(Protocol):
@@ -59,9 +71,14 @@ class Backend:
         self._kernels: dict[Op, Kernel | None] = {}
         self._watchers: list[Watcher] = []
 
-    def run(self, op: Op, *arrays: Array, **params: Any) -> Any:
-        """Run `op` here: by this backend's kernel, else by the formula. One array, or (output, *residuals)."""
-        call: Callable[[], Any] = lambda: self._run(op, arrays, params)  # noqa: E731
+    def run(self, op: Op, *arrays: Array, into: Sequence[Array | None] = (), **params: Any) -> Any:
+        """Run `op` here: by this backend's kernel, else by the formula. One array, or (output, *residuals).
+
+        `into` has a place for some of the outputs, or None: a kernel with a keyword of that name writes there, what
+        others give is copied there. It holds nothing that the op reads.
+        """
+        run = self._run_into if into else self._run
+        call: Callable[[], Any] = lambda: run(op, arrays, params, *into)  # noqa: E731
         for watcher in self._watchers:
             call = self._watched(watcher, op, arrays, params, call)
         return call()
@@ -79,6 +96,15 @@ class Backend:
         if isinstance(result, tuple):
             return tuple(self.xp.asarray(r) for r in result)
         return self.xp.asarray(result)
+
+    def _run_into(self, op: Op, arrays: tuple[Array, ...], params: dict[str, Any], *into: Array | None) -> Any:
+        given = {**params, "into": into} if _takes_places(self.kernel(op)) else params
+        results = list(outputs(self._run(op, arrays, given)))
+        for i, place in enumerate(into):
+            if place is not None and results[i] is not place:
+                place[...] = results[i]
+                results[i] = place
+        return tuple(results) if len(results) > 1 else results[0]
 
     @staticmethod
     def _watched(
@@ -141,6 +167,10 @@ class Backend:
 
     def asarray(self, x: Any, dtype: Any = None) -> Array:
         return self.xp.asarray(x, dtype=dtype)
+
+    def adjoining(self, arrays: Sequence[Array | None]) -> Array | None:
+        """One array over arrays that lie in memory one after the other, joined along their first axis, else None."""
+        return adjoining(arrays)
 
     def numpy(self, x: Array) -> np.ndarray:
         """A copy, or on a CPU the array itself, as NumPy."""

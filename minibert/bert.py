@@ -100,7 +100,10 @@ class BertSelfOutput(Module):
 
     def __call__(self, x: Tensor, residual: Tensor, batch: Batch) -> Tensor:  # (N, in), (N, C) -> (N, C)
         dropout = batch.dropout(self.config.hidden_dropout_prob, self.stream, self.layer)
-        return self.LayerNorm.add(self.dense(x), residual, **dropout)
+        dense = self.dense(x)
+        y = self.LayerNorm.add(dense, residual, **dropout)
+        dense.forget()  # the layer norm keeps its sum with the residual, which is all that the gradient reads
+        return y
 
 
 class BertAttention(Module):

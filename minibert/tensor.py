@@ -5,19 +5,29 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minibert.backends.base import Backend
 from minibert.kernels.elementwise import add, mul, scale
 from minibert.kernels.linear import matmul
-from minibert.kernels.op import Array, Op
+from minibert.kernels.op import Array, Op, Run
 from minibert.kernels.reduction import reduce_sum
-from minibert.kernels.view import reshape, slice_axis, transpose
+from minibert.kernels.view import concatenate, reshape, slice_axis, transpose
 
 _mode = threading.local()
 FREED: Any = ("freed",)  # stands where a tensor's making was remembered, once backward has been through it
+
+
+class Spent(NamedTuple):
+    """What is left of an array whose values were dropped; to use it as an array is an error."""
+
+    shape: tuple[int, ...]
+    ndim: int
+    size: int
+    dtype: Any
 
 
 class Tensor:
@@ -43,6 +53,10 @@ class Tensor:
     def item(self) -> float:
         """The value of a tensor of one element."""
         return float(self.numpy().reshape(()))
+
+    def forget(self) -> None:
+        """Drop the values, once no gradient reads them and nobody asks again: shape and dtype stay."""
+        self.data = Spent(self.data.shape, self.data.ndim, self.data.size, self.data.dtype)
 
     def __matmul__(self, other: Tensor) -> Tensor:
         return apply(matmul, self, other)
@@ -79,38 +93,51 @@ class Tensor:
                     f"backward: expected a scalar or an explicit gradient, got a tensor of shape {self.shape}"
                 )
             gradient = self.backend.asarray(np.ones(self.shape), dtype=self.dtype)
-        run = self.backend.run
         gradient = self.backend.asarray(gradient, dtype=self.dtype)
         if gradient.shape != self.shape:
             raise ValueError(f"backward: expected a gradient of shape {self.shape}, got {gradient.shape}")
-        grads: dict[Tensor, Array] = {self: gradient}
         order = _oldest_first(self)
+        grads: dict[Tensor, Array] = {}
+        self._receive(gradient, grads)
         while order:  # popped, so that nothing here keeps a tensor that has been passed
-            tensor = order.pop()
-            g = grads.pop(tensor, None)
-            if g is None:
-                continue
-            if tensor.made_by is None:
-                tensor._accumulate(g)
-                continue
-            op, inputs, residuals, params = tensor.made_by
-            if op.vjp is None:
-                raise NotImplementedError(f"op {op.name!r} has no vjp: give one where the op is defined")
-            arrays = (i.data for i in inputs)
-            with at_place(tensor.place):
-                gradients = op.vjp(run, g, (tensor.data, *residuals), *arrays, **params)
-            tensor.made_by = FREED  # and with it what this step kept
-            for i, gi in zip(inputs, gradients, strict=True):
-                if gi is None or not i.requires_grad:
-                    continue
-                with at_place(i.place):  # where what both gradients are of was made
-                    grads[i] = run(add, grads[i], gi) if i in grads else gi
+            order.pop()._pass_on(grads)
+
+    def _pass_on(self, grads: dict[Tensor, Array]) -> None:
+        """Undo the op that made this: its inputs receive their gradients, and what it kept is freed."""
+        g = grads.pop(self, None)
+        if g is None or self.made_by is None or self.made_by is FREED:
+            return
+        op, inputs, residuals, params = self.made_by
+        if op.vjp is None:
+            raise NotImplementedError(f"op {op.name!r} has no vjp: give one where the op is defined")
+        arrays = (i.data for i in inputs)
+        with at_place(self.place):
+            gradients = op.vjp(_Run(self.backend.run, inputs), g, (self.data, *residuals), *arrays, **params)
+        self.made_by = FREED  # and with it what this step kept
+        for i, gi in zip(inputs, gradients, strict=True):
+            if gi is not None and i.requires_grad:
+                i._receive(gi, grads)
+
+    def _receive(self, g: Array, grads: dict[Tensor, Array]) -> None:
+        """Add `g` to the gradient of this: in `grads` for now, or, of what was not computed, in its place at once."""
+        with at_place(self.place):  # where what both gradients are of was made
+            if self.made_by is None:
+                self._accumulate(g)
+            elif (parts := joined_leaves(self)) is not None:
+                assert concatenate.vjp is not None
+                pieces = concatenate.vjp(self.backend.run, g, (self.data,), *(p.data for p in parts), axis=0)
+                for part, piece in zip(parts, pieces, strict=True):
+                    if part.requires_grad:
+                        part._receive(piece, grads)
+            else:
+                grads[self] = self.backend.run(add, grads[self], g) if self in grads else g
 
     def _accumulate(self, g: Array) -> None:
         if self.grad is not None:
             g = self.backend.run(add, self.grad, g)
         if self.grad_buffer is not None:
-            self.grad_buffer[...] = g
+            if g is not self.grad_buffer:
+                self.grad_buffer[...] = g
             g = self.grad_buffer
         elif self.grad is None:
             g = g.copy()  # it may be another leaf's as well, or the caller's
@@ -118,6 +145,41 @@ class Tensor:
 
     def __repr__(self) -> str:
         return f"Tensor(shape={self.shape}, dtype={self.dtype}, backend={self.backend.name})"
+
+
+class _Run:
+    """A backend's `run` for a vjp, which may say of which inputs a call's outputs are the gradients."""
+
+    def __init__(self, run: Run, inputs: tuple[Tensor, ...]) -> None:
+        self.run, self.inputs = run, inputs
+
+    def __call__(self, op: Op, *arrays: Array, **params: Any) -> Any:
+        return self.run(op, *arrays, **params)
+
+    def gradients_of(self, *numbers: int) -> Run:
+        """`run` for a call whose outputs are the gradients of those inputs: made where an optimiser wants them."""
+        into = tuple(self._buffer(self.inputs[number]) for number in numbers)
+        return self.run if all(place is None for place in into) else partial(self.run, into=into)
+
+    def _buffer(self, tensor: Tensor) -> Array | None:
+        """Where the whole gradient of an input may be written: nothing is there yet, and no other one will be."""
+        leaves = joined_leaves(tensor) or (tensor,)
+        if any(t.made_by is not None or t.grad is not None or not t.requires_grad for t in leaves):
+            return None
+        if self.inputs.count(tensor) != 1 or len(set(leaves)) != len(leaves):
+            return None
+        buffers = [t.grad_buffer for t in leaves]
+        return buffers[0] if len(buffers) == 1 else tensor.backend.adjoining(buffers)
+
+
+def joined_leaves(tensor: Tensor) -> tuple[Tensor, ...] | None:
+    """The leaves that this is, one after the other; None where it is anything else."""
+    if tensor.made_by is None or tensor.made_by is FREED:
+        return None
+    op, inputs, _, params = tensor.made_by
+    if op is not concatenate or params["axis"] != 0 or any(i.made_by is not None for i in inputs):
+        return None
+    return inputs
 
 
 def apply(op: Op, *inputs: Tensor, **params: Any) -> Tensor:

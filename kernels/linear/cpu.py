@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from minibert.kernels.activation.cpu import gelu_erf_loop, gelu_tanh_loop
 from minibert.kernels.cpu_arrays import contiguous
+from minibert.kernels.cpu_blas import blas_ready, product
 from minibert.kernels.cpu_threads import jit, rows_worth_a_thread, run_rows
 from minibert.kernels.op import Array, library
 from minibert.kernels.reduction.cpu import reduce_sum
@@ -33,25 +36,15 @@ def bias_gelu_tanh_rows(before: Array, bias: Array, y: Array, start: int, stop: 
         gelu_tanh_loop(before[i], y[i], 0, bias.size)
 
 
-def blas_ready(x: Array) -> Array:
-    """`x`, copied where BLAS cannot read it (neither of its last two axes is contiguous): NumPy's own loop is slow."""
-    if x.ndim < 2:
-        return x
-    (rows, columns), (down, across) = x.shape[-2:], x.strides[-2:]
-    item = x.itemsize
-    by_rows = across == item and down % item == 0 and down >= columns * item
-    by_columns = down == item and across % item == 0 and across >= rows * item
-    return x if by_rows or by_columns else np.ascontiguousarray(x)
-
-
 def product_with_transpose(x: Array, weight: Array) -> Array:
-    """x W' for x (..., in) and W (out, in), row after row: matmul keeps the order of x's axes, whatever it is."""
-    return np.ascontiguousarray(np.matmul(blas_ready(x), blas_ready(weight).T))
+    """x W' for x (..., in) and W (out, in), row after row whatever the order of x's axes."""
+    rows = x if x.ndim == 2 else np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    return product(rows, weight.swapaxes(0, 1)).reshape(*x.shape[:-1], len(weight))
 
 
 @library
 def matmul(a: Array, b: Array) -> Array:
-    return np.matmul(blas_ready(a), blas_ready(b))
+    return product(a, b) if a.ndim == b.ndim == 2 else np.matmul(blas_ready(a), blas_ready(b))
 
 
 def linear(x: Array, weight: Array, bias: Array) -> Array:
@@ -62,8 +55,8 @@ def linear(x: Array, weight: Array, bias: Array) -> Array:
     return y
 
 
-def linear_grad(g: Array, x: Array) -> tuple[Array, Array]:
-    return np.matmul(blas_ready(g).T, blas_ready(x)), reduce_sum(g, axis=0)
+def linear_grad(g: Array, x: Array, *, into: Sequence[Array | None] = (None,)) -> tuple[Array, Array]:
+    return product(g.swapaxes(0, 1), x, into[0]), reduce_sum(g, axis=0)
 
 
 def linear_gelu(x: Array, weight: Array, bias: Array, *, approximate: str = "none") -> tuple[Array, Array]:
