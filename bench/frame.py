@@ -18,8 +18,8 @@ import typer
 from bench import harness, sides, torch_peer
 from bench.batches import SEQUENCES, Batch, dense_batch, text_batches
 from bench.figures import refuse_other_csv
-from minibert.backends import MOST_THREADS
-from minibert.cli.options import notes, refuse_unwritable
+from minibert.backends import MOST_THREADS, determinism
+from minibert.cli.options import DETERMINISTIC_HELP, notes, refuse_unwritable
 from minibert.config import BertConfig
 from minibert.errors import UserError
 
@@ -37,6 +37,7 @@ class Task:
     threads: int
     seed: int = 0
     sequences: str = "filled"
+    deterministic: bool = False
 
     def batches(self, measure: str, seed: int) -> list[Batch]:
         if measure == "packed":
@@ -69,6 +70,7 @@ class Options:
     threads: Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="Of every side; default: all cores.")] = (
         None
     )
+    deterministic: Annotated[bool, typer.Option("--deterministic", help=DETERMINISTIC_HELP)] = False
     seed: Annotated[int, typer.Option(min=0)] = 0
     memory: Annotated[bool, typer.Option(help="Measure peak memory, each side in a process of its own.")] = True
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the facts to this file.")] = None
@@ -119,11 +121,13 @@ def run(bench: Bench, options: Options) -> int:
         )
     task = task_of(bench, options)
     places = harness.cpu_backends(options.names, task.threads)
-    about = harness.fingerprint(places, task.threads)
+    with determinism(task.deterministic):
+        about = harness.fingerprint(places, task.threads)
     sides.say_where(about)
 
     def one(name: str, progress: Progress) -> dict[str, Any]:
-        facts = bench.measure(name, task, [p.name for p in places], opponents, options.rounds, progress)
+        with determinism(task.deterministic):  # not around the peaks: BLAS reaches them on all its threads
+            facts = bench.measure(name, task, [p.name for p in places], opponents, options.rounds, progress)
         gc.collect()
         spec = {"measure": name, "threads": task.threads, "config": task.config.to_dict(), "task": task.given}
         harness.add_memory(facts, bench.worker, spec, progress if options.memory else None)

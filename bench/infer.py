@@ -89,6 +89,7 @@ def side(name: str, task: Task, weights: torch_peer.Weights, example: Batch) -> 
 def one_pass(spec: dict[str, Any]) -> Callable[[], Any]:
     """For `harness.peak_bytes`: what makes one pass of one side, made anew."""
     task = Task.again(spec)
+    backends.set_deterministic(task.deterministic)
     batches = task.batches(spec["measure"], task.seed)
     one = side(spec["side"], task, random_weights(task.config, task.seed), batches[0])
     prepared = [one.prepare(b) for b in batches]

@@ -104,6 +104,7 @@ def side(name: str, task: Task, weights: torch_peer.Weights) -> Any:
 def one_step(spec: dict[str, Any]) -> Callable[[], Any]:
     """For `harness.peak_bytes`: what makes one step of one side, made anew."""
     task = Task.again(spec)
+    backends.set_deterministic(task.deterministic)
     one = side(spec["side"], task, random_weights(task.config, task.seed))
     one.weights = {}  # kept for `reload` alone
     prepared = [one.prepare(b) for b in task.batches(spec["measure"], task.seed)]

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from minibert.backends import MOST_THREADS, Backend, BackendUnavailable, names
+from minibert.backends import MOST_THREADS, Backend, BackendUnavailable, determinism, names
 from minibert.backends.base import Kernel
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
 from minibert.cli.inputs import step_inputs
 from minibert.cli.kernels import HELP, load_kernels, refuse_uncalled
 from minibert.cli.options import (
+    DETERMINISTIC_HELP,
     PRODUCTS_HELP,
     chosen_backends,
     console,
@@ -46,6 +47,7 @@ NEEDED = ("jinja2", "matplotlib")  # by the page
 
 @app.command("compare")
 def compare_command(
+    context: typer.Context,
     config: str = typer.Option("tiny", help="tiny, mini, minilm, small, medium, base, or a checkpoint's FOLDER."),
     text: list[Path] = typer.Option(None, help="Text files; default: the one that ships with minibert."),
     backends: str = typer.Option(
@@ -58,6 +60,7 @@ def compare_command(
     dtype: str = typer.Option("float32", help="float32, float64; on a GPU or the emulator float16, bfloat16."),
     products: str = typer.Option("float32", help=PRODUCTS_HELP),
     threads: int = typer.Option(None, min=1, max=MOST_THREADS, help="Threads of every backend."),
+    deterministic: bool = typer.Option(False, "--deterministic", help=DETERMINISTIC_HELP),
     seed: int = typer.Option(0, min=0, help="Seed of weights, masks and dropout."),
     json_file: Path = typer.Option(None, "--json", help="Write the facts to this file as JSON."),
     markdown_file: Path = typer.Option(None, "--markdown", help="Write the tables to this file as Markdown."),
@@ -85,6 +88,7 @@ def compare_command(
     kernels = load_kernels(kernel)
     compared = chosen_backends(backends, threads)
     set_products(compared, products)
+    context.with_resource(determinism(deterministic))
     inputs = step_inputs(config, text, tokens, max_seq_length, seed)
     if report is not None:
         _make_folder(report)
@@ -102,7 +106,7 @@ def compare_command(
             extras=extras,
         )
     refuse_uncalled(kernels)
-    described = _described(config, inputs.config, dtype, steps, found)
+    described = _described(config, inputs.config, dtype, steps, found) | {"deterministic": deterministic}
     console.print(f"{described['name']}: {described['summary']}", highlight=False)
     for run in found.runs:
         console.print(f"{run.backend.name}: {run.backend.describe()}", highlight=False)

@@ -72,6 +72,9 @@ def set_products(places: list[Backend], mode: str) -> None:
         place.product_mode = mode
 
 
+DETERMINISTIC_HELP = "Bit-identical results over runs and numbers of threads, on the backends of the CPU."
+
+
 def machine() -> dict[str, Any]:
     """What a figure was measured on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -20,7 +20,7 @@ from minibert.bert import BertForMaskedLM, BertForPreTraining
 from minibert.checkpoint import WEIGHTS, read_config
 from minibert.cli import app, kernels
 from minibert.cli.compiling import show_compiling
-from minibert.cli.options import PRODUCTS_HELP, console, set_products
+from minibert.cli.options import DETERMINISTIC_HELP, PRODUCTS_HELP, console, set_products
 from minibert.config import NAMED, BertConfig
 from minibert.data import (
     SHIPPED_TEXT,
@@ -52,6 +52,7 @@ def setting(name: str, help: str, flag: str | None = None) -> Any:
 
 @app.command()
 def pretrain(
+    context: typer.Context,
     texts: list[Path] = typer.Argument(
         None,
         metavar="[TEXT ...]",
@@ -84,10 +85,14 @@ def pretrain(
     eval_steps: int = setting("eval_steps", "Steps between evaluations.", "--eval-every"),
     save_steps: int = setting("save_steps", "Steps between checkpoints.", "--save-every"),
     graph: bool = typer.Option(None, "--graph", help="Replay steps as CUDA graphs (cupy, emulator)."),
+    checkpoint_activations: bool = typer.Option(
+        None, "--checkpoint-activations", help="Less memory: backward computes each layer again."
+    ),
     seed: int = setting("seed", "Of weights, order, masks and dropout."),
     backend: str = typer.Option(None, show_default="the fastest here", help="See `minibert backends`."),
     dtype: str = typer.Option(None, show_default="float32", help="float32, float64; on a GPU float16, bfloat16."),
     products: str = typer.Option("float32", help=PRODUCTS_HELP),
+    deterministic: bool = typer.Option(None, "--deterministic", help=DETERMINISTIC_HELP),
     threads: int = typer.Option(
         None, min=1, max=MOST_THREADS, show_default="all cores", help="Threads of kernels and BLAS."
     ),
@@ -103,13 +108,15 @@ def pretrain(
     training = TrainingConfig(**settings) if state is None else merged(state.config, settings)
 
     options: dict[str, Any] = {
-        name: given[name] for name in ("config", "layers", "hidden", "vocab_size", "dtype", "backend")
+        name: given[name] for name in ("config", "layers", "hidden", "vocab_size", "dtype", "backend", "deterministic")
     }
     options["tokenizer"] = None if tokenizer is None else str(tokenizer.absolute())
     options["texts"] = [str(path.absolute()) for path in texts or ()]
     if state is not None:
         options = resumed(state.options, options)
     options = {**options, "config": options["config"] or "mini", "dtype": options["dtype"] or "float32"}
+    options["deterministic"] = bool(options["deterministic"])
+    context.with_resource(backends.determinism(options["deterministic"]))
     place = fastest_or(options["backend"], threads)
     kernels.refuse_misshapen(swapped, place)
     set_products([place], products)
@@ -165,11 +172,11 @@ def merged(stored: TrainingConfig, settings: dict[str, Any]) -> TrainingConfig:
 def resumed(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """A resumed run's other options: another backend may be given, and the same text at another place."""
     for name, value in given.items():
-        if name not in ("backend", "texts") and value is not None and value != stored[name]:
+        if name not in ("backend", "texts") and value is not None and value != stored.get(name):
             raise UserError(
-                f"--resume: the run began with {name} {stored[name]}, got {value}: leave it out, or begin anew"
+                f"--resume: the run began with {name} {stored.get(name)}, got {value}: leave it out, or begin anew"
             )
-    return {name: value or stored[name] for name, value in given.items()}
+    return {name: value or stored.get(name) for name, value in given.items()}
 
 
 def fastest_or(name: str | None, threads: int | None) -> Backend:

@@ -1,0 +1,202 @@
+"""The deterministic mode: the same bits over runs and numbers of threads, and that this does not hold without it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minibert import backends
+from minibert.backends import Backend, BackendUnavailable, determinism, deterministic
+from minibert.backends.blas import blas_threads, set_blas_threads
+from minibert.bert import BertForMaskedLM
+from minibert.cli import main
+from minibert.config import BertConfig
+from minibert.data import SHIPPED_TEXT, SHIPPED_VOCABULARY
+from minibert.kernels.cpu_blas import product
+from minibert.optim import AdamW, parameter_groups
+from minibert.packing import Packed, pack
+from minibert.train import read_state
+from tests.small_steps import batch
+
+pytestmark = pytest.mark.skipif(
+    blas_threads("numpy") is None, reason="NumPy's BLAS is not the OpenBLAS of its wheel, whose threads can be set"
+)
+# wide enough that its products are cut into panels, both in forward and backward
+WIDE = BertConfig(
+    vocab_size=500, hidden_size=396, num_hidden_layers=1, num_attention_heads=4, intermediate_size=524,
+    max_position_embeddings=64,
+)  # fmt: skip
+NARROW = BertConfig(
+    vocab_size=301, hidden_size=36, num_hidden_layers=2, num_attention_heads=3, intermediate_size=101,
+    max_position_embeddings=64,
+)  # fmt: skip
+# that OpenBLAS's partition changes the bits of, on its kernels for AVX2 or AVX-512
+VARYING = [(37, 500, 101), (333, 777, 111), (64, 300, 300), (200, 1000, 203), (128, 384, 384)]
+
+
+@contextmanager
+def threads(place: Backend, count: int) -> Iterator[None]:
+    before, blas = place.num_threads(), blas_threads("numpy") or 1
+    place.set_num_threads(count)
+    try:
+        with place.finely_split():
+            yield
+    finally:
+        place.set_num_threads(before)
+        if not deterministic():
+            set_blas_threads("numpy", blas)
+
+
+def packed(config: BertConfig, lengths: tuple[int, ...]) -> Packed:
+    made = batch(config.vocab_size, lengths=lengths)
+    return pack(
+        config, made.input_ids, token_type_ids=made.token_type_ids, position_ids=made.position_ids,
+        labels=made.labels, cu_seqlens=made.cu_seqlens,
+    )  # fmt: skip
+
+
+def bits_of_three_steps(place: Backend, config: BertConfig, inputs: Packed) -> list[tuple[str, bytes]]:
+    """Losses, gradients and, in the end, weights of training with dropout."""
+    model = BertForMaskedLM(config, place, "float32", seed=1)
+    model.train()
+    optimizer = AdamW(parameter_groups(model, 0.01), lr=1e-3, max_grad_norm=1.0)
+    found = []
+    for step in range(3):
+        model.step = step
+        loss = model(inputs).loss
+        found.append((f"loss {step}", place.numpy(loss.data).tobytes()))
+        loss.backward()
+        found += [(f"gradient {step} {name}", place.numpy(p.grad).tobytes()) for name, p in model.named_parameters()]
+        optimizer.step()
+        optimizer.zero_grad()
+    return found + [(f"weight {name}", value.tobytes()) for name, value in model.state_dict().items()]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "lengths"),
+    [("numba", WIDE, (60, 64, 33, 1, 64) * 3), ("numba", NARROW, (17, 30, 5, 1, 40)), ("numpy", NARROW, (17, 30, 5))],
+    ids=["numba, in panels", "numba, small", "numpy"],
+)
+def test_training_steps_have_the_same_bits_on_any_number_of_threads(
+    name: str, config: BertConfig, lengths: tuple[int, ...]
+) -> None:
+    place, inputs, runs = backends.get(name), packed(config, lengths), []
+    with determinism():
+        for count in (1, 2, 3, 2):
+            with threads(place, count):
+                runs.append(bits_of_three_steps(place, config, inputs))
+    assert len(runs[0]) > 50 and len({value for _, value in runs[0]}) > 50
+    for other in runs[1:]:
+        assert [part for part, same in zip(runs[0], other, strict=True) if part != same] == []
+
+
+def test_without_the_mode_the_bits_of_products_hang_on_the_threads() -> None:
+    """Else the tests beside this one would show nothing."""
+    rng, before = np.random.default_rng(0), blas_threads("numpy") or 1
+    varied, kept = [], []
+    try:
+        for m, k, n in VARYING:
+            for dtype in (np.float32, np.float64):
+                a, b = rng.standard_normal((m, k)).astype(dtype), rng.standard_normal((k, n)).astype(dtype)
+                for on, found in ((False, varied), (True, kept)):
+                    with determinism(on):
+                        found.append(len({in_bits(a, b, count) for count in (1, 2, 3)}))
+    finally:
+        set_blas_threads("numpy", before)
+    assert kept == [1] * len(kept)
+    if max(varied) == 1:
+        pytest.skip("this OpenBLAS gives the same bits on 1, 2 and 3 threads for every shape that was tried")
+    assert max(varied) > 1
+
+
+def test_without_the_mode_so_do_those_of_training_steps() -> None:
+    place, inputs, runs = backends.get("numba"), packed(WIDE, (60, 64, 33, 1, 64) * 3), []
+    for count in (1, 2):
+        with threads(place, count):
+            runs.append(bits_of_three_steps(place, WIDE, inputs))
+    if runs[0] == runs[1]:
+        pytest.skip("this OpenBLAS gives the same bits on 1 and 2 threads for every product of these steps")
+    assert dict(runs[0])["loss 2"] != dict(runs[1])["loss 2"]
+
+
+def in_bits(a: np.ndarray, b: np.ndarray, count: int) -> bytes:
+    with threads(backends.get("numba"), count):
+        return product(a, b).tobytes()
+
+
+def test_blas_has_one_thread_while_the_mode_is_on_and_those_it_was_given_after() -> None:
+    place, before = backends.get("numba"), blas_threads("numpy") or 1
+    ours = place.num_threads()
+    try:
+        place.set_num_threads(2)
+        with determinism():
+            assert deterministic() and blas_threads("numpy") == 1 and place.num_threads() == 2
+            assert "BLAS threads 1, deterministic" in place.describe()
+            place.set_num_threads(3)
+            assert blas_threads("numpy") == 1 and place.num_threads() == 3
+            assert backends.get("numpy").num_threads() == 3
+            with determinism(False):
+                assert not deterministic() and blas_threads("numpy") == 3
+            assert deterministic() and blas_threads("numpy") == 1
+        assert not deterministic() and blas_threads("numpy") == 3 and "deterministic" not in place.describe()
+        with pytest.raises(RuntimeError, match="within"), determinism():
+            raise RuntimeError("within")
+        assert not deterministic()
+    finally:
+        place.set_num_threads(ours)
+        set_blas_threads("numpy", before)
+
+
+def test_another_blas_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minibert.backends.blas.blas_threads", lambda package: None)
+    with pytest.raises(BackendUnavailable, match=r"needs the OpenBLAS of NumPy's wheel.*pip install"):
+        backends.set_deterministic(True)
+    assert not deterministic()
+    backends.set_deterministic(False)
+
+
+def test_the_numpy_backend_alone_does_not_need_numba(root: Path) -> None:
+    code = (
+        "import sys; from minibert import backends; place = backends.get('numpy'); backends.set_deterministic(True);"
+        "print(place.describe().endswith('BLAS threads 1, deterministic)'), 'numba' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["True", "False"], done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["minibert", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return int(stopped.value.code or 0)
+
+
+def test_a_run_begun_deterministic_stays_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, plain, run = (tmp_path / name for name in ("text.txt", "plain", "run"))
+    text.write_text(SHIPPED_TEXT.read_text(encoding="utf-8")[:40_000], encoding="utf-8")
+    common = ["--layers", 1, "--hidden", 64, "--tokenizer", SHIPPED_VOCABULARY, "--max-seq-length", 32]
+    begin = ["pretrain", text, *common, "--tokens-per-batch", 256, "--steps", 1, "--backend", "numba"]
+
+    assert command(monkeypatch, *begin, "--output", plain) == 0
+    assert "deterministic)" not in capsys.readouterr().out and not read_state(plain).options["deterministic"]
+    assert command(monkeypatch, "pretrain", "--resume", "--output", plain, "--steps", 2, "--deterministic") == 2
+    assert "the run began with deterministic False, got True" in capsys.readouterr().err
+
+    assert command(monkeypatch, *begin, "--output", run, "--deterministic") == 0
+    assert "deterministic)" in capsys.readouterr().out and read_state(run).options["deterministic"] is True
+    assert not deterministic(), "the mode ends with the command"
+    assert command(monkeypatch, "pretrain", "--resume", "--output", run, "--steps", 2) == 0
+    assert "deterministic)" in capsys.readouterr().out and read_state(run).options["deterministic"] is True
