@@ -6,6 +6,7 @@ positions. Inside, a batch is (N, C): no attention mask and no arithmetic on pad
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from minibert.nn import Embedding, LayerNorm, Linear, Module, Parameter, Place, 
 from minibert.outputs import Batch, BertOutput, MaskedLMOutput, PreTrainingOutput
 from minibert.packing import Packed, pack, sentence_labels
 from minibert.pretrained import PreTrained
+from minibert.recompute import recomputed
 from minibert.tensor import Tensor, apply
 
 GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
@@ -178,6 +180,8 @@ class BertHeads(Module):
 class BertModel(PreTrained):
     """The encoder, with its pooler."""
 
+    gradient_checkpointing = False  # in training, keep each layer's input alone and compute the rest again in backward
+
     def __init__(
         self, config: BertConfig, backend: Any = "numba", dtype: str = "float32", seed: int = 0,
         *, add_pooling_layer: bool = True, initialise: bool = True,
@@ -189,6 +193,14 @@ class BertModel(PreTrained):
         self.pooler = BertPooler(config, place) if add_pooling_layer else None
         if initialise:
             self.initialise()
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Train in less memory: backward computes each layer again. The gradients have the same bits."""
+        self.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep in forward all that backward reads."""
+        self.gradient_checkpointing = False
 
     def __call__(
         self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,
@@ -207,7 +219,10 @@ class BertModel(PreTrained):
         attentions: list[Tensor] | None = [] if output_attentions else None
         layers = [self.embeddings(batch)]
         for layer in self.encoder.layer:
-            x = layer(layers[-1], batch, attentions)
+            if self.gradient_checkpointing and self.training and attentions is None:
+                x = recomputed(partial(layer, batch=batch, attentions=None), layers[-1])
+            else:
+                x = layer(layers[-1], batch, attentions)
             layers = [*layers, x] if output_hidden_states else [x]
         return BertOutput(self, batch, layers, attentions)
 
@@ -243,6 +258,14 @@ class BertForMaskedLM(PreTrained):
     @step.setter
     def step(self, step: int) -> None:
         self.bert.step = step
+
+    def gradient_checkpointing_enable(self) -> None:
+        """As `BertModel.gradient_checkpointing_enable`."""
+        self.bert.gradient_checkpointing_enable()
+
+    def gradient_checkpointing_disable(self) -> None:
+        """As `BertModel.gradient_checkpointing_disable`."""
+        self.bert.gradient_checkpointing_disable()
 
     def __call__(
         self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,

@@ -129,6 +129,8 @@ class Trainer:
                 f"got {config.max_seq_length}: lower it"
             )
         self.model, self.data, self.config, self.output = model, data, config, Path(output)
+        if config.checkpoint_activations:
+            model.gradient_checkpointing_enable()
         self.options = dict(options or {})
         self.optimizer = AdamW(
             parameter_groups(model, config.weight_decay), config.learning_rate, (config.adam_beta1, config.adam_beta2),

@@ -35,6 +35,7 @@ class TrainingConfig:
     eval_steps: int = 250
     save_steps: int = 500
     graph: bool = False  # replay steps as CUDA graphs: a launch from Python costs more than a small kernel
+    checkpoint_activations: bool = False  # backward computes each layer again: memory for a third more time
     seed: int = 0  # of weights, split, order, masks and dropout
 
     def __post_init__(self) -> None:

@@ -40,7 +40,7 @@ from minibert.training_config import TrainingConfig
 FASTEST_FIRST = ("cupy", "numba", "numpy")
 DEFAULT = TrainingConfig()
 # What may change when a run is resumed: nothing here enters the arithmetic of a step, but max_steps by the schedule.
-CHANGEABLE = {"max_steps", "logging_steps", "eval_steps", "save_steps"}
+CHANGEABLE = {"max_steps", "logging_steps", "eval_steps", "save_steps", "checkpoint_activations"}
 
 
 def setting(name: str, help: str, flag: str | None = None) -> Any:

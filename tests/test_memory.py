@@ -1,0 +1,321 @@
+"""What a training step holds: gradients in their place, nothing in vain, and no page fault once it is warm."""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minibert import backends
+from minibert.backends import Backend
+from minibert.bert import BertForMaskedLM
+from minibert.config import BertConfig
+from minibert.kernels import OPS
+from minibert.kernels.linear import linear, linear_grad
+from minibert.kernels.op import Op, outputs
+from minibert.kernels.view import concatenate
+from minibert.kernels.view.adjoining import adjoining
+from minibert.optim import AdamW, parameter_groups
+from minibert.recompute import recomputed
+from minibert.tensor import Tensor, apply
+
+NUMBA, NUMPY = backends.get("numba"), backends.get("numpy")
+SMALL = BertConfig(
+    vocab_size=61, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+    max_position_embeddings=12,
+)  # fmt: skip
+IDS = np.random.default_rng(3).integers(1, 61, (2, 11))
+LABELS = np.where(np.random.default_rng(4).random((2, 11)) < 0.4, IDS, -100)
+
+
+def model_and_optimiser(backend: Backend, dtype: str = "float32") -> tuple[BertForMaskedLM, AdamW]:
+    model = BertForMaskedLM(SMALL, backend, dtype, seed=5).train()
+    return model, AdamW(parameter_groups(model, 0.01), lr=1e-2)
+
+
+def flat(rows: np.ndarray, *counts: int) -> list[np.ndarray]:
+    return np.split(rows, np.cumsum(counts)[:-1])
+
+
+# -------------------------------------------------------------------------------------------- gradients in their place
+
+
+@pytest.mark.parametrize("backend", [NUMPY, NUMBA], ids=["numpy", "numba"])
+def test_an_output_is_written_where_it_is_wanted_by_kernel_or_copy(backend: Backend) -> None:
+    rng = np.random.default_rng(0)
+    g, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((33, 7), (33, 5)))
+    expected = backend.run(linear_grad, g, x)
+    for places in ((np.full((7, 5), np.nan, np.float32), None), (None, np.full(7, np.nan, np.float32))):
+        seen = []
+
+        def watch(op: Op, arrays: Any, params: Any, call: Any, seen: list[Any] = seen) -> Any:
+            seen.append((op, dict(params)))
+            return call()
+
+        with backend.watched_by(watch):
+            got = backend.run(linear_grad, g, x, into=places)
+        assert seen == [(linear_grad, {})]  # who watches sees the call as it always is
+        for result, place, value in zip(got, places, expected, strict=True):
+            assert place is None or result is place
+            np.testing.assert_array_equal(result, value)
+
+
+def test_every_kernel_that_takes_places_writes_all_of_its_outputs_or_leaves_them_to_be_copied() -> None:
+    rng = np.random.default_rng(1)
+    found = [op for op in OPS.values() if (k := NUMBA.kernel(op)) and "into" in inspect.signature(k).parameters]
+    assert linear_grad in found
+    for op in found:
+        for sample in op.samples(rng):
+            arrays = [a.astype(np.float32) if a.dtype.kind == "f" else a for a in sample.arrays]
+            expected = outputs(NUMBA.run(op, *arrays, **sample.params))
+            places = [np.full_like(value, np.nan) for value in expected]
+            got = outputs(NUMBA.run(op, *arrays, into=places, **sample.params))
+            assert all(a is b for a, b in zip(got, places, strict=True))
+            for a, b in zip(got, expected, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+def test_a_weights_gradient_is_made_in_its_buffer_and_added_where_there_is_one() -> None:
+    places: list[Any] = []
+
+    class Spy(type(NUMBA)):  # type: ignore[misc]
+        def _run_into(self, op: Op, arrays: Any, params: Any, *into: Any) -> Any:
+            places.append(into[0])
+            return super()._run_into(op, arrays, params, *into)
+
+    spy = Spy("numba", NUMBA.xp, "cpu")
+    rng = np.random.default_rng(2)
+    x = Tensor(rng.standard_normal((5, 4)), spy)
+    weight, bias = (Tensor(rng.standard_normal(s), spy, requires_grad=True) for s in ((3, 4), (3,)))
+    weight.grad_buffer = np.full((3, 4), np.nan)
+    ones = np.ones((5, 3))
+    apply(linear, x, weight, bias).backward(ones)
+    assert len(places) == 1 and places[0] is weight.grad_buffer is weight.grad
+    np.testing.assert_allclose(weight.grad, ones.T @ x.data, rtol=1e-12)
+    apply(linear, x, weight, bias).backward(ones)
+    assert len(places) == 1 and weight.grad is weight.grad_buffer
+    np.testing.assert_allclose(weight.grad, 2 * ones.T @ x.data, rtol=1e-12)
+
+
+def test_arrays_that_adjoin_are_one() -> None:
+    rows = np.arange(40.0).reshape(10, 4)
+    a, b, c = flat(rows, 2, 3, 5)
+    whole = adjoining([a, b, c])
+    assert whole is not None and np.shares_memory(whole, rows)
+    np.testing.assert_array_equal(whole, rows)
+    np.testing.assert_array_equal(adjoining([b, c]), rows[2:])
+    assert adjoining([a, c]) is None and adjoining([b, a]) is None and adjoining([a, None]) is None
+    assert adjoining([a, b.copy()]) is None and adjoining([a, b.T]) is None
+    joined = NUMBA.run(concatenate, a, b, axis=0)
+    assert np.shares_memory(joined, rows)
+    np.testing.assert_array_equal(joined, rows[:5])
+    assert not np.shares_memory(NUMBA.run(concatenate, a, c, axis=0), rows)
+
+
+@pytest.mark.parametrize("elsewhere", ["before", "after", "twice", "nowhere"])
+def test_a_joined_weight_may_be_used_elsewhere_too(elsewhere: str) -> None:
+    """The joint gradient is made in the parts' own buffers: what else comes there must be added, in any order."""
+    rng = np.random.default_rng(6)
+    values, x = rng.standard_normal((6, 4)), rng.standard_normal((5, 4))
+
+    def gradients(adjoin: bool) -> list[np.ndarray]:
+        parts = flat(values.copy(), 2, 4)
+        buffers = flat(np.full_like(values, np.nan), 2, 4)
+        leaves = [Tensor(p if adjoin else p.copy(), NUMBA, requires_grad=True) for p in parts]
+        for leaf, buffer in zip(leaves, buffers, strict=True):
+            leaf.grad_buffer = buffer if adjoin else buffer.copy()
+        single = (leaves[1] * leaves[1]).sum() if elsewhere == "before" else None
+        weight = apply(concatenate, *leaves, axis=0)
+        y = apply(linear, Tensor(x, NUMBA), weight, Tensor(np.ones(6), NUMBA))
+        loss = (y * y).sum()
+        if elsewhere == "twice":
+            loss = loss + apply(linear, Tensor(x, NUMBA), weight, Tensor(np.zeros(6), NUMBA)).sum()
+        if elsewhere == "after":
+            single = (leaves[1] * leaves[1]).sum()
+        (loss if single is None else loss + single).backward()
+        assert all(leaf.grad is leaf.grad_buffer for leaf in leaves)
+        return [leaf.grad.copy() for leaf in leaves]
+
+    for got, expected in zip(gradients(adjoin=True), gradients(adjoin=False), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+def test_of_a_training_step_no_joined_weight_is_a_copy() -> None:
+    model, optimiser = model_and_optimiser(NUMBA)
+    joined = []
+
+    def watch(op: Op, arrays: Any, params: Any, call: Any) -> Any:
+        result = call()
+        if op is concatenate:
+            joined.append(np.shares_memory(result, optimiser.groups[arrays[0].ndim == 1].param))
+        return result
+
+    with NUMBA.watched_by(watch):
+        model(IDS, labels=LABELS).loss.backward()
+    assert joined and all(joined[::2])
+
+
+# --------------------------------------------------------------------------------------------------- kept, and dropped
+
+
+def test_values_that_were_dropped_are_an_error_to_use() -> None:
+    x = Tensor(np.ones((2, 3), np.float32), NUMBA)
+    x.forget()
+    assert (x.shape, x.ndim, x.dtype) == ((2, 3), 2, np.float32)
+    with pytest.raises((TypeError, AttributeError, ValueError)):
+        x.numpy() + 1
+
+
+# ------------------------------------------------------------------------------------------------------- recomputation
+
+
+def losses_and_gradients(backend: Backend, dtype: str, checkpointing: bool) -> tuple[list[float], list[np.ndarray]]:
+    model, optimiser = model_and_optimiser(backend, dtype)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    losses = []
+    for _ in range(2):
+        optimiser.zero_grad()
+        for scale in (0.5, 2.0):  # two passes into one update
+            loss = model(IDS, labels=LABELS).loss
+            losses.append(loss.item())
+            (loss * scale).backward()
+        optimiser.step()
+    return losses, [backend.numpy(p.grad).copy() for p in model.parameters()]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [(NUMPY, "float64"), (NUMBA, "float32")], ids=["numpy", "numba"])
+def test_with_recomputation_every_bit_is_the_same(backend: Backend, dtype: str) -> None:
+    """Dropout among them: the masks come back."""
+    losses, gradients = losses_and_gradients(backend, dtype, checkpointing=False)
+    again, same = losses_and_gradients(backend, dtype, checkpointing=True)
+    assert losses == again and losses[0] != losses[1]
+    for a, b in zip(gradients, same, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_recomputation_keeps_of_each_layer_its_output_alone() -> None:
+    config = BertConfig(
+        vocab_size=16, hidden_size=32, num_hidden_layers=6, num_attention_heads=1, intermediate_size=128,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    ids = np.ones((16, 64), np.int64)
+    unit = ids.size * config.hidden_size * 4
+
+    def units_per_layer(checkpointing: bool) -> float:
+        model = BertForMaskedLM(config, NUMBA).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.bert(ids)  # compiled, and what NumPy keeps is there
+        with NUMBA.live_memory() as live:
+            out = model.bert(ids)
+            held = live()
+        assert out.last_hidden_state.requires_grad
+        return held / unit / config.num_hidden_layers
+
+    assert units_per_layer(checkpointing=True) < 2  # one, and a sixth of what the embeddings keep
+    assert 13 < units_per_layer(checkpointing=False) < 18
+
+
+def test_recomputation_is_for_training_and_gives_attentions() -> None:
+    model, _ = model_and_optimiser(NUMBA)
+    model.gradient_checkpointing_enable()
+    out = model(IDS, output_attentions=True, labels=LABELS)
+    assert len(out.attentions) == SMALL.num_hidden_layers
+    model.gradient_checkpointing_disable()
+    assert not model.bert.gradient_checkpointing
+
+
+def test_of_what_needs_no_gradient_nothing_is_computed_again() -> None:
+    calls = []
+
+    def double(x: Tensor) -> Tensor:
+        calls.append(x)
+        return x * 2.0
+
+    x = Tensor(np.ones(3), NUMPY)
+    assert not recomputed(double, x).requires_grad
+    x.requires_grad = True
+    y = recomputed(double, x)
+    y.backward(np.ones(3))
+    assert len(calls) == 3
+    np.testing.assert_array_equal(x.grad, [2, 2, 2])
+    with pytest.raises(RuntimeError, match="freed"):
+        y.backward(np.ones(3))
+
+
+# --------------------------------------------------------------------------------------------------------- page faults
+
+STEPS = """
+import ctypes, json, resource, sys
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: one huge page would hide 512 faults
+import numpy as np
+from minibert import backends
+from minibert.bert import BertForMaskedLM
+from minibert.config import BertConfig
+from minibert.optim import AdamW, parameter_groups
+
+backends.get("numba")
+if sys.argv[1:] == ["as glibc begins"]:
+    for setting, value in ((-4, 1 << 16), (-1, 1 << 17), (-3, 1 << 17)):
+        ctypes.CDLL(None).mallopt(setting, value)
+
+def status(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key + ":")).split()[1]) * 1024
+
+config = BertConfig(
+    vocab_size=20000, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256
+)
+model = BertForMaskedLM(config, "numba").train()
+optimiser = AdamW(parameter_groups(model, 0.01), max_grad_norm=1.0)
+ids = np.random.default_rng(0).integers(0, 20000, (8, 128))
+
+def step():
+    loss = model(ids, labels=ids).loss
+    loss.item()
+    loss.backward()
+    optimiser.step()
+    optimiser.zero_grad()
+
+for _ in range(4):
+    step()
+faults, resident = [], status("VmHWM")
+for _ in range(8):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(json.dumps({"faults": faults, "grown": status("VmHWM") - resident}))
+"""
+
+
+def step_memory(*arguments: str) -> dict[str, Any]:
+    folder = str(Path(__file__).resolve().parents[1])
+    environment = {**os.environ, "PYTHONPATH": folder}
+    command = [sys.executable, "-c", STEPS, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+GLIBC = sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallopt")
+
+
+@pytest.mark.skipif(not GLIBC, reason="only glibc can be told to keep freed memory, and only Linux counts it this way")
+def test_a_warm_step_makes_no_page_fault_and_takes_no_fresh_memory() -> None:
+    """A step's arrays are thousands of pages; a few faults are the interpreter's, or another process's doing.
+
+    By itself glibc learns to keep blocks of up to 32 MB; the step makes one that is larger.
+    """
+    seen = step_memory()
+    assert sorted(seen["faults"])[len(seen["faults"]) // 2] < 50, seen
+    assert seen["grown"] < 1 << 20, seen
+    untold = step_memory("as glibc begins")  # what is counted here does show
+    assert sorted(untold["faults"])[len(untold["faults"]) // 2] > 1000, untold
