@@ -123,7 +123,7 @@ def test_without_the_mode_so_do_those_of_training_steps() -> None:
             runs.append(bits_of_three_steps(place, WIDE, inputs))
     if runs[0] == runs[1]:
         pytest.skip("this OpenBLAS gives the same bits on 1 and 2 threads for every product of these steps")
-    assert dict(runs[0])["loss 2"] != dict(runs[1])["loss 2"]
+    assert sum(a != b for a, b in zip(*runs, strict=True)) > len(runs[0]) // 2
 
 
 def in_bits(a: np.ndarray, b: np.ndarray, count: int) -> bytes:
