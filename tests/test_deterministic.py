@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
+from bench import frame, harness, infer, sides, step
 from minibert import backends
 from minibert.backends import Backend, BackendUnavailable, determinism, deterministic
 from minibert.backends.blas import blas_threads, set_blas_threads
@@ -68,12 +73,12 @@ def bits_of_three_steps(place: Backend, config: BertConfig, inputs: Packed) -> l
     model.train()
     optimizer = AdamW(parameter_groups(model, 0.01), lr=1e-3, max_grad_norm=1.0)
     found = []
-    for step in range(3):
-        model.step = step
+    for number in range(3):
+        model.step = number
         loss = model(inputs).loss
-        found.append((f"loss {step}", place.numpy(loss.data).tobytes()))
+        found.append((f"loss {number}", place.numpy(loss.data).tobytes()))
         loss.backward()
-        found += [(f"gradient {step} {name}", place.numpy(p.grad).tobytes()) for name, p in model.named_parameters()]
+        found += [(f"gradient {number} {name}", place.numpy(p.grad).tobytes()) for name, p in model.named_parameters()]
         optimizer.step()
         optimizer.zero_grad()
     return found + [(f"weight {name}", value.tobytes()) for name, value in model.state_dict().items()]
@@ -200,3 +205,54 @@ def test_a_run_begun_deterministic_stays_so(
     assert not deterministic(), "the mode ends with the command"
     assert command(monkeypatch, "pretrain", "--resume", "--output", run, "--steps", 2) == 0
     assert "deterministic)" in capsys.readouterr().out and read_state(run).options["deterministic"] is True
+
+
+def test_compare_records_the_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "facts.json"
+    words = ["compare", "--backends", "numba", "--steps", 2, "--tokens", 64, "--max-seq-length", 32]
+    assert command(monkeypatch, *words, "--deterministic", "--json", file) == 0
+    facts = json.loads(file.read_text())
+    assert facts["config"]["deterministic"] is True and facts["backends"][0]["what"].endswith("deterministic)")
+    assert not deterministic()
+
+
+@pytest.mark.parametrize("module", [step, infer], ids=["step", "infer"])
+def test_benches_run_in_the_mode_and_record_it(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes, file = [], tmp_path / "facts.json"
+
+    def measure(*given: object) -> dict[str, object]:
+        modes.append(deterministic())
+        return {}
+
+    def between(
+        names: list[str], run: Callable[..., dict[str, object]], notes: object
+    ) -> tuple[dict[str, object], dict[str, object]]:
+        modes.append(deterministic())
+        return {name: run(name, print) for name in names}, {}
+
+    def report(document: dict[str, Any], *others: object) -> int:
+        file.write_text(json.dumps({name: document[name] for name in ("settings", "backends")}))
+        return 0
+
+    count = backends.get("numba").num_threads()
+    monkeypatch.setenv(backends.THREADS, str(count))  # which the command sets: put back after the test
+    monkeypatch.setattr(harness, "between_peaks", between)
+    monkeypatch.setattr(harness, "add_memory", lambda *given: None)
+    monkeypatch.setattr(sides, "report", report)
+    bench = replace(module.BENCH, measure=measure)
+    for given in ({}, {"deterministic": True}):
+        options = (infer.Options if module is infer else frame.Options)(config="tiny", threads=count, **given)
+        assert frame.run(bench, options) == 0
+        document, on = json.loads(file.read_text()), bool(given)
+        assert document["settings"]["deterministic"] is on
+        assert document["backends"]["numba"].endswith("deterministic)") is on
+        assert set(modes[1:]) == {on} and modes[0] is False, "the peaks are measured without it"
+        modes.clear()
+    child = {"side": "numba", "measure": next(iter(module.BENCH.measures))}
+    task = frame.task_of(bench, options)
+    make = module.one_step if module is step else module.one_pass
+    with determinism(False):
+        make({**child, "config": task.config.to_dict(), "task": task.given})
+        assert deterministic(), "the process that measures memory runs in it too"
