@@ -32,6 +32,7 @@ from minibert import backends
 from minibert.cli.options import console, notes, plain_table, refuse_unwritable
 from minibert.config import BertConfig
 from minibert.data.batching import PackedBatch
+from minibert.errors import UserError
 from minibert.kernels import OPS, Op
 from minibert.packing import IGNORE
 
@@ -44,7 +45,7 @@ SETTINGS: dict[str, tuple[dict[str, str], str]] = {
     "BLAS threads that soon sleep": ({"OPENBLAS_THREAD_TIMEOUT": "26"}, ""),
     "workers kept off the caller's core": ({}, "let_workers_anywhere"),
     "memory that is kept for the next step": ({}, "give_memory_back"),
-    "a second thread": ({"MINIBERT_NUM_THREADS": "1"}, ""),
+    "more than one thread": ({"MINIBERT_NUM_THREADS": "1"}, ""),
 }
 
 
@@ -56,7 +57,7 @@ def let_workers_anywhere() -> None:
 
 def give_memory_back() -> None:
     """As glibc does unless it is told otherwise."""
-    mallopt = ctypes.CDLL(None).mallopt
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # glibc's alone
     for option, value in ((-4, 65536), (-3, 128 * 1024), (-1, 128 * 1024)):  # M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_...
         mallopt(option, value)
 
@@ -98,7 +99,11 @@ class Step:
 
     def on(self, batch: Batch) -> Callable[[], None]:
         prepared = self.side.prepare(batch)
-        return lambda: self.side.step(prepared) and None
+
+        def call() -> None:
+            self.side.step(prepared)
+
+        return call
 
     def padded(self) -> Batch:
         """Every sequence as long as the longest: padding is computed as tokens are."""
@@ -134,7 +139,7 @@ def contestants(step: Step) -> Iterator[Contestant]:
 
 
 def in_a_process(setting: str, spec: Mapping[str, Any]) -> float:
-    """Seconds of a step in a process that has this setting; raises RuntimeError with what it said where it fails."""
+    """Seconds of a step in a process that has this setting; raises UserError with what it said where it fails."""
     environment, call = SETTINGS.get(setting, ({}, ""))
     command = [sys.executable, "-m", "bench.ablation", "--child", json.dumps({**spec, "call": call})]
     folder = Path(__file__).resolve().parents[1]
@@ -144,7 +149,7 @@ def in_a_process(setting: str, spec: Mapping[str, Any]) -> float:
         env={**os.environ, "PYTHONPATH": path, **environment},
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"{setting}: {(done.stderr.strip().splitlines() or ['it ended without a word'])[-1]}")
+        raise UserError(f"{setting}: {(done.stderr.strip().splitlines() or ['it ended without a word'])[-1]}")
     return float(done.stdout.strip().splitlines()[-1])
 
 
@@ -189,24 +194,28 @@ def bench(
         rows = [_row(one.name, one.seconds, here[0].seconds) for one in here]
         del step, here
         gc.collect()
-        seconds: dict[str, list[float]] = {name: [] for name in (AS_IT_IS, *SETTINGS)}
+        away = [name for name, (told, _) in SETTINGS.items() if any(os.environ.get(k) == v for k, v in told.items())]
+        seconds: dict[str, list[float]] = {name: [] for name in (AS_IT_IS, *SETTINGS) if name not in away}
         for number in range(rounds):
             for name, taken in seconds.items():
                 status.update(f"{name}: process {number + 1} of {rounds}")
                 taken.append(in_a_process(name, {"config": shape.to_dict(), **given}))
-        rows += [_row(name, taken, seconds[AS_IT_IS]) for name, taken in seconds.items() if name != AS_IT_IS]
-    show(rows, config, given)
+        rows += [_row(name, taken, seconds[AS_IT_IS], " (a process of its own)") for name, taken in seconds.items()]
     if json_file is not None:
-        document = {"bench": "ablation", **about, "settings": {"config": config, **given}, "rows": rows}
+        settings = {"config": config, **given, "already away": away}
+        document = {"bench": "ablation", **about, "settings": settings, "rows": rows}
         json_file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    show(rows, config, given)
+    for name in away:
+        console.print(f"{name}: the environment has taken that away already", highlight=False)
     return 0
 
 
-def _row(name: str, without: list[float], with_it: list[float]) -> dict[str, Any]:
+def _row(name: str, without: list[float], with_it: list[float], where: str = "") -> dict[str, Any]:
     ratios = np.divide(without, with_it)
     low, high = np.percentile(ratios, [20, 80]).tolist()
     return {
-        "without": name, "ms": median(without) * 1e3, "times": median(without) / median(with_it),
+        "without": f"{name}{where}", "ms": median(without) * 1e3, "times": median(ratios.tolist()),
         "p20": low, "p80": high,
     }  # fmt: skip
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from math import hypot
+from math import hypot, isfinite
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -77,7 +77,10 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no JSON: name a file that a bench wrote by --json") from error
     try:
         kind(document)
-        figures(document), settings(document), fingerprint(document)
+        found = figures(document)
+        settings(document), fingerprint(document)
+        if not found or not all(isfinite(f.median) and f.median > 0 for f in found):
+            raise ValueError("a figure that is none")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -131,7 +134,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[Change
 
 def name_of(figure: Figure) -> tuple[str, ...]:
     """What makes it the same figure in another file."""
-    size = () if figure.mode != "full" or not figure.kernel.startswith("scaling_") else (f"{figure.x_value:g}",)
+    size = (f"{figure.x_value:g}",) if figure.kernel.startswith("scaling_") else ()
     return figure.kernel, *size, figure.provider, figure.mode, figure.metric
 
 
@@ -156,7 +159,8 @@ def bench(
     old: Annotated[Path, typer.Argument(help="What a bench wrote by --json.")],
     new: Annotated[Path, typer.Argument(help="The same bench, later.")],
     fail_slower: Annotated[
-        float | None, typer.Option(min=0.0, metavar="PERCENT", help="Exit status 1 if a time grew by more than this.")
+        float | None,
+        typer.Option(min=0.0, metavar="PERCENT", help="Exit status 1 if a time grew by more, or is gone."),
     ] = None,
 ) -> int:
     """Say what changed between two results of a bench, and what is noise."""
@@ -172,7 +176,8 @@ def bench(
     console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()), highlight=False)
     if fail_slower is None:
         return 0
-    return int(any(one.verdict == "slower" and one.change * 100 > fail_slower for one in found))
+    gone = any(line.startswith("only in OLD") for line in lacking)  # wrong, impossible or refused in NEW
+    return int(gone or any(one.verdict == "slower" and one.change * 100 > fail_slower for one in found))
 
 
 if __name__ == "__main__":

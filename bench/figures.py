@@ -82,7 +82,7 @@ def _of_ops(document: Mapping[str, Any]) -> Iterator[Figure]:
         name = row["op"].removesuffix("_grad")
         which = name, row["backend"], "forward" if name == row["op"] else "backward"
         yield Figure(*which, "speed", "ms", *x, *_spread(row["seconds"], 1e3))
-        if row["peak_bytes"] is not None:
+        if row["peak_bytes"]:  # a view takes none
             yield Figure(*which, "memory", "MB", *x, *[row["peak_bytes"] * 1e-6] * 3)
 
 
@@ -123,8 +123,11 @@ def refuse_other_csv(path: Path | None) -> None:
     """Raise UserError for a file that is there and holds something else: before the work, not after it."""
     if path is None or not path.is_file() or not path.stat().st_size:
         return
-    with path.open(newline="") as file:
-        header = next(csv.reader(file), [])
+    try:
+        with path.open(newline="") as file:
+            header = next(csv.reader(file), [])
+    except (UnicodeDecodeError, csv.Error):
+        header = []
     if tuple(header) != COLUMNS:
         raise UserError(f"--csv: {path} has other columns than these benches write; name a new file")
 

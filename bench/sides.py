@@ -101,8 +101,12 @@ def show(facts: Mapping[str, Any], opponents: Sequence[str]) -> None:
 
 
 def report(document: dict[str, Any], opponents: Sequence[str], json_file: Path | None, csv_file: Path | None) -> int:
-    """Show every measure and write the document; 1 if a figure is impossible or the sides did not do the same."""
+    """Write the document and show every measure; 1 if a figure is impossible or the sides did not do the same."""
     found, peaks = document["measures"], document["peaks"]
+    document["ok"] = not any(facts["refused"] or facts["impossible"] for facts in found.values())
+    if json_file is not None:
+        json_file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    add_to_csv(csv_file, document)
     for facts in found.values():
         show(facts, opponents)
     console.print(
@@ -111,8 +115,4 @@ def report(document: dict[str, Any], opponents: Sequence[str], json_file: Path |
         "the work that it does itself, padding and whole head included",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-    document["ok"] = not any(facts["refused"] or facts["impossible"] for facts in found.values())
-    if json_file is not None:
-        json_file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    add_to_csv(csv_file, document)
     return 0 if document["ok"] else 1

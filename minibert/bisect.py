@@ -7,8 +7,9 @@ from the checkpoint before it, bit by bit as it was, and judged call by call (`m
 bound there, bisection between it and the last step known to be clean finds the first: each step it looks at is judged
 in the same way.
 
-Bisection takes for granted that a fault which is there stays; a step before the first one that comes and goes is not
-looked at unless it stood out.
+Bisection takes for granted that a fault which is there stays; one that comes and goes is looked at where it stood out.
+A step that stood out, is clean when it is judged, and then stands elsewhere when B repeats it, is that of a kernel
+which gives other results each time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from minibert.trace import MakeModel, Side, Training, raised
 
 JUDGED = 5  # steps that stand out most are judged before a run is called clean
 NOISE = 1e-7  # relative: what is nearer than this stands nowhere apart
+STANDS_OUT = 10  # times as far as the first step
 LEAST_SHARE = 1e-4  # a parameter whose gradient is less than that of the whole gradient is compared with the whole
 
 
@@ -58,6 +60,11 @@ class Bisection:
     steps: int
     distances: list[StepDistance] = field(default_factory=list)
     judged: dict[int, Difference] = field(default_factory=dict)  # by step
+    unsteady: int | None = None  # a step of which B gave something else when it was run again
+
+    @property
+    def ok(self) -> bool:
+        return self.first is None and self.unsteady is None
 
     @property
     def first(self) -> int | None:
@@ -93,8 +100,12 @@ def bisect(
         run.go_through()
         first, *rest = run.found.distances
         for distance in sorted(rest, key=lambda d: -d.against(first))[:JUDGED]:
+            if run.found.first is not None and run.found.first < distance.step:
+                continue
             if not run.judge(distance.step).ok:
                 run.narrow(distance.step)
+            elif distance.against(first) > STANDS_OUT and not run.is_steady(distance):
+                run.found.unsteady = distance.step
                 break
     return run.found
 
@@ -182,6 +193,13 @@ class _Run:
                 self.hold(step, found.losses[0])
             self.found.judged[step] = found
         return self.found.judged[step]
+
+    def is_steady(self, distance: StepDistance) -> bool:
+        """Whether B gives the same again in a step that stood out."""
+        self.replay(distance.step - 1)
+        before = self.a.state()
+        self._step_of_a(distance.step)
+        return self._repeated(distance.step, before) == distance
 
     def narrow(self, bad: int) -> None:
         """Bisect between the last clean step before `bad`, and `bad`."""

@@ -22,7 +22,7 @@ from minibert.kernels.array_module import numpy_module
 from minibert.kernels.op import Op, holds_floats, outputs
 from minibert.kernels.philox import Stream
 from minibert.lockstep import Evidence
-from minibert.trace import Side, copied, raised
+from minibert.trace import Side, copied, raised, same_bits
 
 GROWTH = 4  # of the window, from one try to the next
 PASSES = 2  # over all axes: a shorter one may let another be shorter
@@ -42,8 +42,13 @@ def run_call(side: Side, op: Op, params: Mapping[str, Any], inputs: Sequence[np.
         try:
             given = [backend.asarray(x.copy()) for x in inputs]
             got = [copied(backend, r) for r in outputs(backend.run(op, *given, **params))]
+            left = [i for i in range(len(inputs)) if i not in op.writes]
+            changed = [i for i in left if not same_bits(copied(backend, given[i]), inputs[i])]
         except Exception as error:  # whatever a kernel does is part of the verdict
             return Tried(Judgement(np.inf, np.inf, np.inf, False, None, raised(error), 0), [])
+        if changed:
+            problem = f"input {changed[0]} was changed"
+            return Tried(Judgement(np.inf, np.inf, np.inf, False, None, problem, 0), got)
         return Tried(assess(op, inputs, params, [got], side.products)[0].judgement, got)
 
 
@@ -181,7 +186,7 @@ class Case:
         for i, b in enumerate(expected):
             found |= {f"expected_{i}": b.value, f"bound_{i}": b.error}
         got = run_call(self.side, op, params, inputs).got
-        return found | {f"got_{i}": _stored(r) for i, r in enumerate(got)}
+        return found | {f"got_{i}": _stored(r) for i, r in enumerate(got) if r.dtype.kind != "O"}
 
     def _test(self, folder: Path) -> str:
         evidence, side = self.evidence, self.side
@@ -198,8 +203,9 @@ class Case:
             imports.append("from minibert.kernels.philox import Stream")
         literals = "".join(f"    {name}={_literal(value)},\n" for name, value in sorted(params.items()))
         return TEST.format(
-            said=self.said, stem=f"test_{op}_on_{side.name}", op=op, backend=side.name, side=", ".join(sides),
-            dtypes=[x.dtype.name for x in evidence.inputs], params=f"dict(\n{literals})" if literals else "{}",
+            said=_for_a_docstring(self.said), stem=f"test_{op}_on_{side.name}", op=op, backend=side.name,
+            side=", ".join(sides), dtypes=[x.dtype.name for x in evidence.inputs],
+            params=f"dict(\n{literals})" if literals else "{}",
             products="" if side.products == "float32" else f"    backend.product_mode = {side.products!r}\n",
             imports="\n".join(sorted(imports)),
         )  # fmt: skip
@@ -238,6 +244,10 @@ def test_{op}_on_{backend}():
 '''
 
 
+def _for_a_docstring(text: str) -> str:
+    return text.replace("\\", "/").replace('"', "'")
+
+
 def _stored(x: np.ndarray) -> np.ndarray:
     """As NumPy's file format knows it: of bfloat16 the bits."""
     return x.view(np.uint16) if x.dtype.kind == "V" else x
@@ -252,4 +262,4 @@ def _relative(spec: str, folder: Path) -> str:
     place, _, name = spec.rpartition("=")
     file, _, function = place.rpartition(":")
     where = os.path.relpath(Path(file).resolve(), folder.resolve())
-    return f'f"{{HERE / {where!r}}}:{function}={name}"'
+    return f"str(HERE / {where!r}) + {f':{function}={name}'!r}"

@@ -11,6 +11,7 @@ import pytest
 
 from bench import ablation, harness
 from minibert.config import NAMED
+from minibert.errors import UserError
 
 CONFIG = NAMED["tiny"]
 
@@ -48,8 +49,10 @@ def test_padding_and_predicting_all_keep_the_tokens(step: ablation.Step) -> None
 def test_the_command_writes_a_row_for_each(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    setting = "a second thread"
-    monkeypatch.setattr(ablation, "SETTINGS", {setting: ablation.SETTINGS[setting]})
+    setting = "more than one thread"
+    monkeypatch.setattr(ablation, "SETTINGS", {setting: ablation.SETTINGS[setting], "nothing": ({"HELD": "1"}, "")})
+    monkeypatch.delenv("MINIBERT_NUM_THREADS", raising=False)
+    monkeypatch.setenv("HELD", "1")
     words = ["--config", "tiny", "--batch", "2", "--length", "16", "--rounds", "3", "--json", str(tmp_path / "a.json")]
     monkeypatch.setattr(sys, "argv", ["bench.ablation", *words])
     with pytest.raises(SystemExit) as exit_:
@@ -57,11 +60,16 @@ def test_the_command_writes_a_row_for_each(
     assert exit_.value.code == 0
     document = json.loads((tmp_path / "a.json").read_text())
     names = [row["without"] for row in document["rows"]]
-    assert names[0] == ablation.AS_IT_IS and names[-1] == setting and "the head on predicted rows alone" in names
+    assert (
+        names[0] == ablation.AS_IT_IS
+        and names[-1] == f"{setting} (a process of its own)"
+        and "the head on predicted rows alone" in names
+    )
     assert all(row["ms"] > 0 and row["p20"] <= row["p80"] for row in document["rows"])
-    assert setting in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert setting in out and "nothing: the environment has taken that away already" in out
 
 
 def test_a_process_that_fails_says_why() -> None:
-    with pytest.raises(RuntimeError, match="a second thread: KeyError"):
-        ablation.in_a_process("a second thread", {"config": CONFIG.to_dict(), "batch": 1, "length": 8})
+    with pytest.raises(UserError, match="more than one thread: KeyError"):
+        ablation.in_a_process("more than one thread", {"config": CONFIG.to_dict(), "batch": 1, "length": 8})

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import typer
+from rich.text import Text
 
 from minibert import backends
 from minibert.bisect import Bisection, bisect
 from minibert.cli import app, sides
 from minibert.cli.compiling import show_compiling
-from minibert.cli.diff_report import facts, table, verdict
+from minibert.cli.diff_report import facts, finite, table, verdict
 from minibert.cli.inputs import step_inputs
 from minibert.cli.kernels import load_kernels, refuse_uncalled, refuse_untriable
 from minibert.cli.options import console, machine, notes, refuse_unwritable
@@ -48,15 +50,14 @@ def bisect_command(
     Writes the smallest inputs on which it still does (.npz), and a pytest file that fails until the kernel is mended.
     Exit status 1 with a culprit.
     """
-    refuse_unwritable(json_file, output / "test_x.py" if output.is_dir() else None)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output: {output} is a file: name a folder")
+    refuse_unwritable(json_file)
+    _refuse_unwritable_folder(output)
     if threads is not None:
         backends.set_num_threads(threads)
     kernels = load_kernels(kernel)
     if b is None and not (kernels or b_threads or b_dtype):
         raise UserError("expected two sides, as in `minibert bisect numpy numba`, or --kernel, --b-threads, --b-dtype")
-    first, second = sides.side(a, dtype), sides.side(b or a, b_dtype or dtype, kernels, b_threads)
+    first, second = sides.side(a, dtype), sides.side(a if b is None else b, b_dtype or dtype, kernels, b_threads)
     if isinstance(first, Recording) or isinstance(second, Recording):
         raise UserError("bisect: a trace holds one step and cannot be run again; give two backends, or use diff")
     sides.fit(first, second, products)
@@ -69,30 +70,47 @@ def bisect_command(
             refuse_uncalled(kernels)
         status.update("looking for the smallest inputs")
         case = _case(run, first, second, kernel)
+    written = [] if case is None else [str(path) for path in case.write(output)]
+    if json_file is not None:
+        json_file.write_text(json.dumps(_facts(run, written), indent=1, allow_nan=False) + "\n")
     console.print(said(run), highlight=False, soft_wrap=True)
     for name, side in (("A", first), ("B", second)):
         console.print(f"{name}: {sides.described(side)}", highlight=False, soft_wrap=True)
-    written: list[str] = []
     if run.first is not None:
-        console.print(table(run.found, False, console.width))
+        console.print(table(run.found, False, console.width, "the worst"))
         if case is None:
-            console.print("the call does not go wrong by itself: it hangs on what ran before it; no test was written")
+            console.print(
+                "run again by itself, the call is right: it hangs on what ran before it, or gives other results each "
+                "time; no test was written",
+                soft_wrap=True,
+            )
         else:
-            written = [str(path) for path in case.write(output)]
             shapes = ", ".join(str(x.shape) for x in case.evidence.inputs)
             console.print(
-                f"{written[1]}: the smallest inputs that still go wrong, {shapes}\n{written[0]}: fails until the "
-                f"kernel is mended: python -m pytest {written[0]}",
+                f"{written[1]}: small inputs that still go wrong, {shapes}\n{written[0]}: fails until the kernel is "
+                f"mended: python -m pytest {written[0]}",
                 highlight=False, soft_wrap=True,
             )  # fmt: skip
-    if json_file is not None:
-        json_file.write_text(json.dumps(_facts(run, written), indent=1, allow_nan=False) + "\n")
-    return 0 if run.first is None else 1
+    return 0 if run.ok else 1
+
+
+def _refuse_unwritable_folder(output: Path) -> None:
+    """Raise UserError where a test cannot be written: before the work, not after it."""
+    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise UserError(f"--output: {existing} is a file: name a folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"--output: {output} cannot be written; name another folder")
 
 
 def said(run: Bisection) -> str:
     """One line: the step and the culprit in it, or that there is none."""
     judged = ", ".join(map(str, sorted(run.judged)))
+    if run.unsteady is not None and run.first is None:
+        return (
+            f"[red]UNSTEADY[/red] step {run.unsteady} of {run.steps}: side B gave something else when it was run again "
+            "from the same state: a kernel gives other results each time; `minibert check` says which"
+        )
     if run.first is None:
         return (
             f"[green]no culprit[/green] in {run.steps} steps: B repeated each, and those that stood out most were "
@@ -108,14 +126,14 @@ def _case(run: Bisection, a: Any, b: Any, specs: list[str]) -> Case | None:
         return None
     side = a if evidence.on == "A" else b
     found = smallest(evidence, side)
-    line = verdict(run.found).replace("[red]CULPRIT[/red] ", "")
+    line = Text.from_markup(verdict(run.found)).plain.removeprefix("CULPRIT ")
     return found and Case(found, side, specs if evidence.on == "B" else (), f"Step {run.first}: {line}")
 
 
 def _facts(run: Bisection, written: list[str]) -> dict[str, Any]:
-    distances = [asdict(d) for d in run.distances]
+    distances = [{k: finite(v) if isinstance(v, float) else v for k, v in asdict(d).items()} for d in run.distances]
     found = {} if run.first is None else {"found": facts(run.found)}
     return {
-        "machine": machine(), "steps": run.steps, "first": run.first, "judged": sorted(run.judged),
-        "distances": distances, "written": written, **found,
+        "machine": machine(), "steps": run.steps, "first": run.first, "unsteady": run.unsteady,
+        "judged": sorted(run.judged), "distances": distances, "written": written, **found,
     }  # fmt: skip

@@ -69,7 +69,7 @@ def diff_command(
     first = sides.side(a, dtype)
     if b is None and record_file is None and not (kernels or b_threads or b_dtype):
         raise UserError("expected two sides, as in `minibert diff numpy numba`, or --kernel, --b-threads or --b-dtype")
-    second = sides.side(b or a, b_dtype or dtype, kernels, b_threads)
+    second = sides.side(a if b is None else b, b_dtype or dtype, kernels, b_threads)
     sides.fit(first, second, products)
     inputs = step_inputs(config, text, tokens, max_seq_length, seed, steps)
     if steps > 1:
@@ -94,14 +94,14 @@ def diff_command(
     refuse_untriable(kernels)
     if found.ok:
         refuse_uncalled(kernels)
+    if json_file is not None:
+        about = {"machine": machine(), "settings": settings, "a": sides.described(first), "b": sides.described(second)}
+        json_file.write_text(json.dumps(about | facts(found), indent=1, allow_nan=False) + "\n")
     console.print(verdict(found), highlight=False, soft_wrap=True)
     console.print(f"{config}, {dtype}, seed {seed}: {summary(found, batch)}", highlight=False, soft_wrap=True)
     for name, side in (("A", first), ("B", second)):
         console.print(f"{name}: {sides.described(side)}", highlight=False, soft_wrap=True)
-    console.print(table(found, every, console.width))
-    if json_file is not None:
-        about = {"machine": machine(), "settings": settings, "a": sides.described(first), "b": sides.described(second)}
-        json_file.write_text(json.dumps(about | facts(found), indent=1, allow_nan=False) + "\n")
+    console.print(table(found, every, console.width, "--all"))
     return 0 if found.ok else 1
 
 
@@ -114,15 +114,15 @@ def _drift(
     batches = inputs.make_batches()
     with notes.status("making the models") as status, show_compiling(status.update):
         found = drift(a, b, inputs.make_model, batches.batch, steps, progress=status.update)
+    if json_file is not None:
+        about = {"machine": machine(), "a": sides.described(a), "b": sides.described(b)}
+        json_file.write_text(json.dumps(about | drift_facts(found), indent=1, allow_nan=False) + "\n")
     console.print(drift_verdict(found, steps), highlight=False, soft_wrap=True)
     console.print(what, highlight=False)
     for name, side in (("A", a), ("B", b)):
         console.print(f"{name}: {sides.described(side)}", highlight=False, soft_wrap=True)
     for shown in drift_tables(found, console.width):
         console.print(shown)
-    if json_file is not None:
-        about = {"machine": machine(), "a": sides.described(a), "b": sides.described(b)}
-        json_file.write_text(json.dumps(about | drift_facts(found), indent=1, allow_nan=False) + "\n")
     return 0 if found.ok else 1
 
 

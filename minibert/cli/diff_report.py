@@ -64,10 +64,10 @@ def summary(found: Difference, batch: PackedBatch) -> str:
     )
 
 
-def table(found: Difference, every: bool, width: int) -> Table:
+def table(found: Difference, every: bool, width: int, hint: str) -> Table:
     """The calls that used up most of their bound; with `every`, all calls in order. Narrow ones leave columns out."""
     rows = found.rows if every else sorted(found.rows, key=_badness, reverse=True)[:SHOWN]
-    title = "Every call" if every else f"The {len(rows)} calls nearest to their bound, of {len(found.rows)} (--all)"
+    title = "Every call" if every else f"The {len(rows)} calls nearest to their bound, of {len(found.rows)} ({hint})"
     made = plain_table(title=title, header_style="bold")
     columns = [c for c in COLUMNS if (width >= WIDE or c.always) and (c.name not in LOCAL or isinstance(found.b, Side))]
     for column in columns:
@@ -141,12 +141,12 @@ def facts(found: Difference) -> dict[str, Any]:
     return {
         "culprit": row and worst and {
             "op": row.op, "phase": row.phase, "place": row.place, "side": row.side, "call": row.call,
-            "element": _element(worst), "bound_share": _finite(worst.judgement.bound_share),
+            "element": _element(worst), "bound_share": finite(worst.judgement.bound_share),
             "problem": worst.judgement.problem,
         },
         "parted": found.parted,
         "broken": found.broken,
-        "loss": dict(zip("ab", map(_finite, found.losses), strict=True)),
+        "loss": dict(zip("ab", map(finite, found.losses), strict=True)),
         "unjudged": found.unjudged,
         "calls": [_row_facts(row) for row in found.rows],
     }  # fmt: skip
@@ -158,10 +158,10 @@ def _row_facts(row: Row) -> dict[str, Any]:
         "shapes": [list(shape) for shape in row.shapes], "wrong": row.side,
         **{name: _assessment_facts(getattr(row, name)) for name in ("a", "b", "local")},
         **{
-            name: distance and {"largest": _finite(distance.largest), "relative": _finite(distance.relative)}
+            name: distance and {"largest": finite(distance.largest), "relative": finite(distance.relative)}
             for name, distance in (("inputs_apart", row.inputs), ("outputs_apart", row.outputs))
         },
-        "growth": _finite(row.growth),
+        "growth": finite(row.growth),
     }  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def _assessment_facts(result: Assessment | None) -> dict[str, Any] | None:
         return None
     judgement = result.judgement
     return {
-        **{name: _finite(getattr(judgement, name)) for name in ("ulp_max", "err_over_us", "bound_share")},
+        **{name: finite(getattr(judgement, name)) for name in ("ulp_max", "err_over_us", "bound_share")},
         "ok": judgement.ok, "problem": judgement.problem, "unbounded": judgement.unbounded,
         "element": _element(result), "ulps": dict(result.ulps),
     }  # fmt: skip
@@ -180,9 +180,10 @@ def _element(result: Assessment) -> dict[str, Any] | None:
     worst = result.judgement.worst
     if worst is None:
         return None
-    numbers = {name: _finite(getattr(worst, name)) for name in ("expected", "got", "bound")}
+    numbers = {name: finite(getattr(worst, name)) for name in ("expected", "got", "bound")}
     return {"output": worst.output, "index": list(worst.place), **numbers}
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
+    """As JSON can hold it."""
     return value if value is not None and math.isfinite(value) else None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from minibert.cli.diff_report import facts, verdict
+from minibert.cli.diff_report import facts, finite, verdict
 from minibert.cli.options import plain_table
 from minibert.drift import Drift, OpDrift
 
@@ -75,7 +75,18 @@ def drift_facts(found: Drift) -> dict[str, Any]:
     """Every step and every op as plain data; of the step in which a call left its bound what `diff --json` writes."""
     return {
         "ok": found.ok,
-        "steps": [asdict(step) for step in found.steps],
-        "ops": [{**asdict(op), "worst": {"step": op.worst[0], "place": op.worst[1]}} for op in found.ops.values()],
+        "steps": [_plain(asdict(step)) for step in found.steps],
+        "ops": [
+            _plain({**asdict(op), "worst": {"step": op.worst[0], "place": op.worst[1]}}) for op in found.ops.values()
+        ],
         "found": found.found and {"step": len(found.steps) + 1, **facts(found.found)},
     }
+
+
+def _plain(value: Any) -> Any:
+    """What is not finite is None."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return finite(value) if isinstance(value, float) else value

@@ -47,7 +47,7 @@ class TriedKernel:
         except UserError as error:  # a .cu file that does not compile, say: it names its line
             self.mistake = error
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             shapes = ", ".join(str(tuple(a.shape)) for a in arrays)
             told = UserError(f"--kernel {self.spec} raised {reason} (arrays of shapes {shapes})")
@@ -130,7 +130,7 @@ def _function(path: Path, function: str) -> Kernel:
         raise UserError(f"--kernel: {path} is CUDA C: name the .py file whose function launches its kernels")
     try:
         found = runpy.run_path(str(path), run_name=path.stem)
-    except Exception as error:  # whatever the user's file does: it is the user's to mend
+    except (Exception, SystemExit) as error:  # whatever the user's file does: it is the user's to mend
         raise UserError(f"--kernel: {path} does not run: {type(error).__name__}: {error}") from error
     own = (k for k, v in found.items() if callable(v) and getattr(v, "__module__", "") == path.stem)
     functions = ", ".join(k for k in own if not k.startswith("_")) or "none"
