@@ -27,7 +27,7 @@ LAYERS = (
     ("errors",),
     ("config", "assets"),
     ("tensor", "packing", "checkpoint"),
-    ("nn",),
+    ("nn", "recompute"),
     ("pretrained", "outputs"),
     ("bert",),
     ("optim", "data", "judge", "assess", "guard", "training_config"),
