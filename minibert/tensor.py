@@ -133,6 +133,8 @@ class Tensor:
                 grads[self] = self.backend.run(add, grads[self], g) if self in grads else g
 
     def _accumulate(self, g: Array) -> None:
+        if g is self.grad:  # it was added to in place
+            return
         if self.grad is not None:
             g = self.backend.run(add, self.grad, g)
         if self.grad_buffer is not None:
@@ -160,6 +162,12 @@ class _Run:
         """`run` for a call whose outputs are the gradients of those inputs: made where an optimiser wants them."""
         into = tuple(self._buffer(self.inputs[number]) for number in numbers)
         return self.run if all(place is None for place in into) else partial(self.run, into=into)
+
+    def gradient_so_far(self, number: int) -> Array | None:
+        """The gradient of that input, where it is final memory: an op may add to it in place, and return it."""
+        tensor = self.inputs[number]
+        once = tensor.made_by is None and tensor.requires_grad and self.inputs.count(tensor) == 1
+        return tensor.grad if once and tensor.grad is tensor.grad_buffer else None
 
     def _buffer(self, tensor: Tensor) -> Array | None:
         """Where the whole gradient of an input may be written: nothing is there yet, and no other one will be."""

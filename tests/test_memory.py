@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from minibert.backends import Backend
 from minibert.bert import BertForMaskedLM
 from minibert.config import BertConfig
 from minibert.kernels import OPS
+from minibert.kernels.embedding import add_rows, scatter_rows
 from minibert.kernels.linear import linear, linear_grad
 from minibert.kernels.op import Op, outputs
 from minibert.kernels.view import concatenate
@@ -163,6 +165,30 @@ def test_of_a_training_step_no_joined_weight_is_a_copy() -> None:
     assert joined and all(joined[::2])
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_tied_table_gets_its_second_gradient_row_by_row(passes: int) -> None:
+    """No array of the table's size is made for it, and the sum is that of a model without an optimiser."""
+    model, _ = model_and_optimiser(NUMBA, "float64")
+    plain = BertForMaskedLM(SMALL, NUMPY, "float64", seed=5).train()
+    table = model.bert.embeddings.word_embeddings.weight
+    added = []
+
+    def watch(op: Op, arrays: Any, params: Any, call: Any) -> Any:
+        if op is add_rows and arrays[0] is table.grad_buffer:
+            added.append(arrays[0])
+        assert op is not scatter_rows or params["num_rows"] != SMALL.vocab_size
+        return call()
+
+    with NUMBA.watched_by(watch):
+        for _ in range(passes):
+            model(IDS, labels=LABELS).loss.backward()
+    for _ in range(passes):
+        plain(IDS, labels=LABELS).loss.backward()
+    assert len(added) == passes and table.grad is table.grad_buffer
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        np.testing.assert_allclose(p.grad, q.grad, rtol=1e-7, atol=1e-12, err_msg=name)
+
+
 # --------------------------------------------------------------------------------------------------- kept, and dropped
 
 
@@ -202,7 +228,16 @@ def test_with_recomputation_every_bit_is_the_same(backend: Backend, dtype: str) 
         np.testing.assert_array_equal(a, b)
 
 
-def test_recomputation_keeps_of_each_layer_its_output_alone() -> None:
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A thread of the pool that has not woken yet holds the arrays of its call."""
+    before = NUMBA.num_threads()
+    NUMBA.set_num_threads(1)
+    yield
+    NUMBA.set_num_threads(before)
+
+
+def test_recomputation_keeps_of_each_layer_its_output_alone(one_thread: None) -> None:
     config = BertConfig(
         vocab_size=16, hidden_size=32, num_hidden_layers=6, num_attention_heads=1, intermediate_size=128,
         max_position_embeddings=64,

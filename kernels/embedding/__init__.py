@@ -2,7 +2,8 @@
 
 Devlin et al., "BERT" (2019), figure 2. gather_rows: y[k] = x[index[k]]; scatter_rows: y[i] = sum of x[k] over
 index[k] == i, the adjoint of the former and so the gradient of an embedding table. Rows at the index `skip` are left
-out of both (the padding row of a table gets no gradient).
+out of both (the padding row of a table gets no gradient). add_rows: total[i] += the same sum, in place, so that a table
+which has a gradient already (tied to the decoder) is touched at the rows of the batch alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from minibert.kernels.linear import gradients_of
 from minibert.kernels.op import Array, BertSize, Op, Run, Sample
 
 
@@ -34,16 +36,27 @@ def _scatter_rows(xp: Any, x: Array, index: Array, *, num_rows: int, skip: int |
     return xp.segment_sum(x, index, num_rows)
 
 
+def _add_rows(xp: Any, total: Array, x: Array, index: Array, *, skip: int | None = None) -> tuple[Array]:
+    return (total + _scatter_rows(xp, x, index, num_rows=total.shape[0], skip=skip),)
+
+
+def _table_gradient(run: Run, number: int, g: Array, table: Array, ids: Array, skip: int | None = None) -> Array:
+    """Of input `number`; where autodiff has a gradient of it already, that one, with this added."""
+    so_far = getattr(run, "gradient_so_far", None)
+    total = None if so_far is None else so_far(number)
+    if total is None:
+        return gradients_of(run, number)(scatter_rows, g, ids, num_rows=table.shape[0], skip=skip)
+    run(add_rows, total, g, ids, skip=skip)
+    return total
+
+
 def _embedding_vjp(
     run: Run, g: Array, outs: Any, word: Array, position: Array, token_type: Array, input_ids: Array,
     position_ids: Array, token_type_ids: Array, *, padding_idx: int | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
-    return (
-        run(scatter_rows, g, input_ids, num_rows=word.shape[0], skip=padding_idx),
-        run(scatter_rows, g, position_ids, num_rows=position.shape[0]),
-        run(scatter_rows, g, token_type_ids, num_rows=token_type.shape[0]),
-        None, None, None,
-    )  # fmt: skip
+    dposition = _table_gradient(run, 1, g, position, position_ids)
+    dtoken_type = _table_gradient(run, 2, g, token_type, token_type_ids)
+    return _table_gradient(run, 0, g, word, input_ids, padding_idx), dposition, dtoken_type, None, None, None
 
 
 def _tables(
@@ -82,6 +95,12 @@ def _scatters(rng: np.random.Generator) -> Iterator[Sample]:
     yield Sample((rng.standard_normal((len(runs), 8)), runs), {"num_rows": 3})
 
 
+def _additions(rng: np.random.Generator) -> Iterator[Sample]:
+    for (x, index), params in _scatters(rng):
+        total = rng.standard_normal((params["num_rows"], x.shape[1]))
+        yield Sample((total, x, index), {"skip": params.get("skip")})
+
+
 def _zipf(rng: np.random.Generator, size: BertSize) -> np.ndarray:
     """Word ids as text has them: few words often, many seldom (Zipf)."""
     return (rng.zipf(1.3, size.tokens) % size.vocabulary).astype(np.int32)
@@ -89,6 +108,11 @@ def _zipf(rng: np.random.Generator, size: BertSize) -> np.ndarray:
 
 def _bench_scatter(rng: np.random.Generator, size: BertSize) -> Sample:
     return Sample((rng.standard_normal((size.tokens, size.hidden)), _zipf(rng, size)), {"num_rows": size.vocabulary})
+
+
+def _bench_add(rng: np.random.Generator, size: BertSize) -> Sample:
+    (x, index), _ = _bench_scatter(rng, size)
+    return Sample((rng.standard_normal((size.vocabulary, size.hidden)), x, index))
 
 
 def _bench_gather(rng: np.random.Generator, size: BertSize) -> Sample:
@@ -118,6 +142,7 @@ scatter_rows = Op(
     bench=_bench_scatter,
     vjp=lambda run, g, outs, x, index, *, num_rows, skip=None: (run(gather_rows, g, index, skip=skip), None),
 )
+add_rows = Op("add_rows", _add_rows, samples=_additions, bench=_bench_add, writes=(0,), bytes=_rows_bytes(3))
 gather_rows: Op = Op(
     "gather_rows",
     _gather_rows,

@@ -1,11 +1,12 @@
-"""embedding adds rows of tables, gather_rows copies them; scatter_rows adds rows into one.
+"""embedding adds rows of tables, gather_rows copies them; scatter_rows and add_rows add rows into one.
 
-scatter_rows sorts the rows by where they go, so that each output row is the sum of one run, made by one thread: no
+These two sort the rows by where they go, so that what an output row gets is the sum of one run, made by one thread: no
 atomics, the same order each time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import numpy as np
@@ -69,10 +70,10 @@ def gather_rows(x: Array, index: Array, *, skip: int | None = None) -> Array:
 
 
 @jit
-def scatter_rows_loop(
+def add_rows_loop(
     x: Array, order: Array, targets: Array, starts: Array, ends: Array, y: Array, start: int, stop: int
 ) -> None:
-    """y[targets[i]] = sum of x[order[k]] over starts[i] <= k < ends[i]; long sums wide, rounded once."""
+    """y[targets[i]] += sum of x[order[k]] over starts[i] <= k < ends[i]; long sums wide, rounded once."""
     columns = x.shape[1]
     total = np.empty(columns, np.float64)
     for i in range(start, stop):
@@ -80,10 +81,10 @@ def scatter_rows_loop(
         if ends[i] == starts[i] + 1:
             row = x[order[starts[i]]]
             for j in range(columns):
-                y_row[j] = row[j]
+                y_row[j] += row[j]
         else:
             for j in range(columns):
-                total[j] = 0
+                total[j] = y_row[j]
             for k in range(starts[i], ends[i]):
                 row = x[order[k]]
                 for j in range(columns):
@@ -92,17 +93,36 @@ def scatter_rows_loop(
                 y_row[j] = total[j]
 
 
-def scatter_rows(x: Array, index: Array, *, num_rows: int, skip: int | None = None) -> Array:
+def scatter_rows(
+    x: Array, index: Array, *, num_rows: int, skip: int | None = None, into: Sequence[Array | None] = (None,)
+) -> Array:
+    shape = (num_rows, *x.shape[1:])
+    if into[0] is None:
+        y = np.zeros(shape, x.dtype)  # all at once: the system's memset goes past the caches
+    else:
+        y = into[0]
+        y[...] = 0
+    return _add_rows_into(y, x, index, skip)
+
+
+def add_rows(total: Array, x: Array, index: Array, *, skip: int | None = None) -> Array:
+    return _add_rows_into(total, x, index, skip)
+
+
+def _add_rows_into(y: Array, x: Array, index: Array, skip: int | None) -> Array:
+    num_rows = len(y)
     numbers = row_numbers(index, num_rows, "index")
-    rows = contiguous(x, (len(numbers), *x.shape[1:]), "the rows to scatter").reshape(len(numbers), prod(x.shape[1:]))
+    rows = contiguous(x, (len(numbers), *y.shape[1:]), "the rows to add").reshape(len(numbers), prod(x.shape[1:]))
     order = np.argsort(numbers, kind="stable")
     counts = np.bincount(numbers, minlength=num_rows)
     ends = np.cumsum(counts)
     targets = np.flatnonzero(counts)
     if skip is not None:
         targets = targets[targets != skip]
-    y = np.zeros((num_rows, rows.shape[1]), x.dtype)  # all at once: the system's memset goes past the caches
+    table = np.ascontiguousarray(y).reshape(num_rows, rows.shape[1])
     grain = rows_worth_a_thread(rows.shape[1] * max(1, len(numbers) // max(1, len(targets))), COST)
     starts, ends = (ends - counts)[targets], ends[targets]
-    run_rows(scatter_rows_loop, len(targets), rows, order, targets, starts, ends, y, grain=grain)
-    return y.reshape(num_rows, *x.shape[1:])
+    run_rows(add_rows_loop, len(targets), rows, order, targets, starts, ends, table, grain=grain)
+    if not np.shares_memory(table, y):
+        y[...] = table.reshape(y.shape)  # its rows are not one after the other
+    return y

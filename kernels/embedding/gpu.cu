@@ -3,7 +3,8 @@
 // embedding_warp   a warp for each row: three rows read, one written. Bound by memory.
 // gather_warp      a warp for each row. Bound by memory.
 // scatter_runs     x's rows in the order of where they go, so that each row of y is the sum of one run: no atomics, the
-//                  same order each time, and rows nobody names are the sums of empty runs. A warp for a run and a tile
+//                  same order each time, and rows nobody names are the sums of empty runs (with `add`, onto what y
+//                  holds, they are left alone). A warp for a run and a tile
 //                  of its columns; runs of more than `longest` rows are left to the two kernels below.
 //                  Bound by memory: y is written once, x read once.
 // scatter_pieces   a long run (a word of every sentence; the token type of all) in pieces of `longest` rows, each
@@ -96,18 +97,32 @@ __device__ __forceinline__ void sum_rows(const Storage* __restrict__ x, const in
     }
 }
 
-// y[row] = the sum of x[order[k]] over offsets[row] <= k < offsets[row + 1].
+// total += what y holds, at `width` columns.
+__device__ __forceinline__ void add_to(float (&total)[PACK], const Storage* y, int width) {
+    if (width == 1) {
+        total[0] += load(y);
+        return;
+    }
+    float values[PACK];
+    load_pack(y, values);
+#pragma unroll
+    for (int i = 0; i < PACK; ++i) total[i] += values[i];
+}
+
+// y[row] = the sum of x[order[k]] over offsets[row] <= k < offsets[row + 1]; with `add`, on top of what y holds.
 extern "C" __global__ void __launch_bounds__(THREADS)
     scatter_runs(const Storage* __restrict__ x, const int* __restrict__ order, const int* __restrict__ offsets,
-                 Storage* __restrict__ y, int rows, int columns, int longest) {
+                 Storage* __restrict__ y, int rows, int columns, int longest, int add) {
     const int width = in_packs(columns, x, y) ? PACK : 1;
     for (int column = (blockIdx.y * WARP + lane()) * width; column < columns; column += gridDim.y * WARP * width) {
         for (int row = warp_in_grid(); row < rows; row += warps_in_grid()) {
             const int first = offsets[row], last = offsets[row + 1];
             if (last - first > longest) continue;
+            if (add && first == last) continue;
             float total[PACK];
             sum_rows(x, order, first, last, columns, column, width, total);
             Storage* out = row_of(y, row, columns) + column;
+            if (add) add_to(total, out, width);
             if (width == 1) {
                 store(out, total[0]);
             } else {
@@ -136,11 +151,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 // y[row] = the sum of partial[piece] over first <= piece < last, for each run of (row, first, last). Empty runs fill the
-// list up at its end, to a size that does not depend on the indices.
+// list up at its end, to a size that does not depend on the indices. With `add`, on top of what y holds.
 // A warp takes 8 columns, 4 lanes to each: they add every fourth piece, then one another's sums. Runs lie along y.
 extern "C" __global__ void __launch_bounds__(THREADS)
     scatter_long(const float* __restrict__ partial, const int* __restrict__ runs, Storage* __restrict__ y, int count,
-                 int columns) {
+                 int columns, int add) {
     constexpr int COLUMNS = 8, SHARES = WARP / COLUMNS;
     const int tiles = (columns + COLUMNS - 1) / COLUMNS;
     const int share = lane() / COLUMNS;
@@ -158,6 +173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             }
             total += __shfl_xor_sync(ALL_LANES, total, COLUMNS);
             total += __shfl_xor_sync(ALL_LANES, total, 2 * COLUMNS);
+            if (add && share == 0 && column < columns) total += load(row_of(y, row, columns) + column);
             if (share == 0 && column < columns) store(row_of(y, row, columns) + column, total);
         }
     }

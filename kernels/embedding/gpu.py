@@ -1,4 +1,4 @@
-"""embedding and gather_rows: a warp for each row; scatter_rows: sorted on the host, where the indices are known."""
+"""embedding, gather_rows: a warp for each row; scatter_rows, add_rows: sorted on the host, where indices are known."""
 
 from __future__ import annotations
 
@@ -117,21 +117,34 @@ def _filled(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def scatter_rows(x: Array, index: Array, *, num_rows: int, skip: int | None = None) -> Array:
-    count, columns, device = index.size, prod(x.shape[1:]), x.device
+    y = x.device.empty((num_rows, *x.shape[1:]), x.dtype)
+    _scatter(x, index, y, skip, add=False)
+    return y
+
+
+def add_rows(total: Array, x: Array, index: Array, *, skip: int | None = None) -> Array:
+    y = contiguous(total, (len(total), *x.shape[1:]), "the rows to add to")
+    _scatter(x, index, y, skip, add=True)
+    if y is not total:  # a strided view: a copy was updated
+        total[...] = y
+    return total
+
+
+def _scatter(x: Array, index: Array, y: Array, skip: int | None, add: bool) -> None:
+    """The sums of x's rows into y, or with `add` onto what it holds."""
+    num_rows, count, columns, device = len(y), index.size, prod(x.shape[1:]), x.device
     x = contiguous(x, (count, *x.shape[1:]), "the rows to scatter")
     plan = _plan_on_device(index, num_rows, skip)
-    y = device.empty((num_rows, *x.shape[1:]), x.dtype)
     tiles = -(-columns // (LANES * PACK_BYTES // x.itemsize))
     grid: tuple[int, ...] = (blocks_for(num_rows, WARPS, device), tiles)
-    scatter_runs(x, plan.order, plan.offsets, y, num_rows, columns, LONGEST, grid=grid)
+    scatter_runs(x, plan.order, plan.offsets, y, num_rows, columns, LONGEST, int(add), grid=grid)
     pieces, runs = len(plan.bounds), len(plan.runs)
     if runs:
         partial = device.empty((pieces, columns), np.float32)
         grid = (blocks_for(pieces, WARPS, device), tiles)
         scatter_pieces(x, plan.order, plan.bounds, partial, pieces, columns, grid=grid)
         grid = (blocks_for(columns, WARPS * LONG_TILE, device), min(runs, RUNS_AT_ONCE))
-        scatter_long(partial, plan.runs, y, runs, columns, grid=grid)
-    return y
+        scatter_long(partial, plan.runs, y, runs, columns, int(add), grid=grid)
 
 
 def _plan_on_device(index: Array, num_rows: int, skip: int | None) -> ScatterPlan:
