@@ -312,7 +312,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert status == 0 and "86 calls" in out
     status, out, _ = run(capsys, trace, "numpy", *small, "--all", "--json", str(facts_file))
     assert status == 0
-    assert out.startswith("no culprit: 87 calls within their bounds on both sides\n")
+    assert out.startswith("no culprit: 86 calls within their bounds on both sides\n")
     assert json.loads(facts_file.read_text())["culprit"] is None
     assert out.count("linear_grad") == 10
 
