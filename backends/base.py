@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from minibert.backends.blas import blas_threads, set_blas_threads
+from minibert.kernels.adjoining import adjoining
 from minibert.kernels.op import Array, Op, outputs
-from minibert.kernels.view.adjoining import adjoining
 
 Kernel = Callable[..., Any]
 NARROW = ("float16", "bfloat16")  # arithmetic is in float32, and what an op calls wide is stored in it too

@@ -9,22 +9,30 @@ function on integers. `stored(x)` is x: it marks what an implementation may keep
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy import special
 
+from minibert.kernels.adjoining import adjoining
 from minibert.kernels.op import Array
 
 
 class NumpyModule:
-    """NumPy plus `erf`, `segment_sum` and `stored`."""
+    """NumPy plus `erf`, `segment_sum` and `stored`; its `concatenate` copies nothing that it need not."""
 
     erf = staticmethod(special.erf)
 
     @staticmethod
     def stored(x: Array) -> Array:
         return x
+
+    @staticmethod
+    def concatenate(arrays: Sequence[Array], axis: int = 0) -> Array:
+        """A view where the arrays lie one after the other already, as weights do in an optimiser's flat memory."""
+        whole = adjoining(arrays) if axis == 0 and len(arrays) > 1 else None
+        return np.concatenate(arrays, axis=axis) if whole is None else whole
 
     @staticmethod
     def segment_sum(rows: Array, ids: Array, count: int) -> Array:

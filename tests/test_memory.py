@@ -20,11 +20,11 @@ from minibert.backends import Backend
 from minibert.bert import BertForMaskedLM
 from minibert.config import BertConfig
 from minibert.kernels import OPS
+from minibert.kernels.adjoining import adjoining
 from minibert.kernels.embedding import add_rows, scatter_rows
 from minibert.kernels.linear import linear, linear_grad
 from minibert.kernels.op import Op, outputs
 from minibert.kernels.view import concatenate
-from minibert.kernels.view.adjoining import adjoining
 from minibert.optim import AdamW, parameter_groups
 from minibert.recompute import recomputed
 from minibert.tensor import Tensor, apply
