@@ -182,6 +182,9 @@ class Backend:
     def synchronize(self) -> None:
         """Wait until all that was launched has run."""
 
+    def release_memory(self) -> None:
+        """Give back what has been freed, where this backend keeps it: after a model was made, before the first step."""
+
     @contextmanager
     def peak_memory(self) -> Iterator[Callable[[], int]]:
         """Measure within the block; the function it yields gives the peak, in bytes, above what was there before."""

@@ -18,6 +18,11 @@ class NumbaBackend(Backend):
     def describe(self) -> str:
         return f"Numba {numba.__version__} ({cpu_threads.num_threads()} threads), {described()}"
 
+    def release_memory(self) -> None:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
     def finely_split(self) -> AbstractContextManager[None]:
         return cpu_threads.finely_split()
 

@@ -114,6 +114,7 @@ class AdamW:
         self.grad_norm: float | None = None  # of the last step, before clipping; only known where it is clipped
         for group in self.groups:
             group.flatten()
+        self.groups[0].params[0].backend.release_memory()  # the arrays that the parameters had before
 
     def zero_grad(self) -> None:
         """Forget every gradient."""

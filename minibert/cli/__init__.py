@@ -40,6 +40,4 @@ def main() -> None:
     except (UserError, BackendUnavailable, MemoryError) as error:
         print(f"error: {error or 'out of memory'}", file=sys.stderr)
         sys.exit(2)
-    if status == 130:  # some releases of typer make it of an interrupt
-        print("interrupted", file=sys.stderr)
     sys.exit(status if isinstance(status, int) else 0)
