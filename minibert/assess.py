@@ -53,9 +53,10 @@ def assess(
 
 
 def _pieces(op: Op, inputs: Sequence[np.ndarray]) -> Iterator[tuple[int, Callable[[np.ndarray], np.ndarray]]]:
-    """The whole; of an op that writes in place, and so is flat, pieces: where each begins, and what cuts it out."""
+    """The whole; of an op that writes flat arrays in place, pieces: where each begins, and what cuts it out."""
     size = max(x.size for x in inputs)
-    if not op.writes or size <= JUDGED_PIECE:
+    flat = all(x.ndim == 1 for x in inputs if x.size == size)  # else rows belong to indices, and are not to be parted
+    if not op.writes or not flat or size <= JUDGED_PIECE:
         yield 0, lambda x: x
         return
     for start in range(0, size, JUDGED_PIECE):

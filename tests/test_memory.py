@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minibert import backends
+from minibert import assess, backends
 from minibert.backends import Backend
 from minibert.bert import BertForMaskedLM
 from minibert.config import BertConfig
@@ -354,3 +354,19 @@ def test_a_warm_step_makes_no_page_fault_and_takes_no_fresh_memory() -> None:
     assert seen["grown"] < 1 << 20, seen
     untold = step_memory("as glibc begins")  # what is counted here does show
     assert sorted(untold["faults"])[len(untold["faults"]) // 2] > 1000, untold
+
+
+def test_rows_added_to_a_large_table_are_judged_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces an index would name a row of another piece."""
+    monkeypatch.setattr(assess, "JUDGED_PIECE", 8)
+    op = OPS["add_rows"]
+    arrays, params = next(iter(op.samples(np.random.default_rng(0))))
+    inputs = [np.asarray(a, np.float32) if np.asarray(a).dtype.kind == "f" else np.asarray(a) for a in arrays]
+    assert inputs[0].size > 8
+    got = [x.copy() for x in inputs]
+    result = NUMBA.run(op, *got, **params)
+    (found,) = assess.assess(op, inputs, params, [list(result)])
+    assert not found.wrong
+    got[0][-1] += 1
+    (found,) = assess.assess(op, inputs, params, [[got[0]]])
+    assert found.wrong
