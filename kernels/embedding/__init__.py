@@ -97,7 +97,7 @@ def _scatters(rng: np.random.Generator) -> Iterator[Sample]:
 
 def _additions(rng: np.random.Generator) -> Iterator[Sample]:
     for (x, index), params in _scatters(rng):
-        total = rng.standard_normal((params["num_rows"], x.shape[1]))
+        total = 100 * rng.standard_normal((params["num_rows"], x.shape[1]))  # so large that it must be added last
         yield Sample((total, x, index), {"skip": params.get("skip")})
 
 

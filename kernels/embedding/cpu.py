@@ -84,13 +84,13 @@ def add_rows_loop(
                 y_row[j] += row[j]
         else:
             for j in range(columns):
-                total[j] = y_row[j]
+                total[j] = 0
             for k in range(starts[i], ends[i]):
                 row = x[order[k]]
                 for j in range(columns):
                     total[j] += row[j]
-            for j in range(columns):
-                y_row[j] = total[j]
+            for j in range(columns):  # added last, as the formula does: the order counts where arrays are float64
+                y_row[j] = y_row[j] + total[j]
 
 
 def scatter_rows(
