@@ -120,8 +120,8 @@ def set_num_threads(count: int) -> None:
 def set_deterministic(on: bool) -> None:
     """Make the results of the CPU's backends bit-identical over runs and numbers of threads; or let them vary again.
 
-    It holds for the process, as its BLAS does: on `numba` products are cut by their shape alone (kernels/cpu_blas.py),
-    on `numpy` they run on one thread. Raises BackendUnavailable where NumPy's BLAS cannot be held to one thread.
+    It holds for the process, as its BLAS does: on `numpy` products run on one thread (those of `numba` are its own, and
+    have the same bits either way). Raises BackendUnavailable where NumPy's BLAS cannot be held to one thread.
     """
     if on and blas.blas_threads("numpy") is None:
         raise BackendUnavailable(

@@ -108,7 +108,6 @@ def test_kernels_are_found_by_the_name_of_their_op() -> None:
     from minibert.kernels.softmax import cpu
 
     assert numba.kernel(softmax) is cpu.softmax and numba.by(softmax) == "kernel"
-    assert numba.by(OPS["matmul"]) in ("library", "formula")  # BLAS either way
     assert numba.kernel(OPS["reshape"]) is None
 
 

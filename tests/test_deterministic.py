@@ -24,7 +24,7 @@ from minibert.bert import BertForMaskedLM
 from minibert.cli import main
 from minibert.config import BertConfig
 from minibert.data import SHIPPED_TEXT, SHIPPED_VOCABULARY
-from minibert.kernels.cpu_blas import product
+from minibert.kernels.cpu_product import product
 from minibert.optim import AdamW, parameter_groups
 from minibert.packing import Packed, pack
 from minibert.train import read_state

@@ -1,39 +1,63 @@
-"""Products by NumPy's BLAS; bias and GELU in one pass over the product while much of it is in cache."""
+"""Products by `cpu_product`; bias and GELU are added to each part of the output while that is in cache."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 
 from minibert.kernels.activation.cpu import gelu_erf_loop, gelu_tanh_loop
 from minibert.kernels.cpu_arrays import contiguous
-from minibert.kernels.cpu_blas import blas_ready, product
-from minibert.kernels.cpu_threads import jit, rows_worth_a_thread, run_rows
-from minibert.kernels.op import Array, library
+from minibert.kernels.cpu_product import gemm, part_of, product, run_parts, scratch_for
+from minibert.kernels.cpu_threads import jit
+from minibert.kernels.op import Array
 from minibert.kernels.reduction.cpu import reduce_sum
 
 
 @jit
-def bias_rows(y: Array, bias: Array, start: int, stop: int) -> None:
-    for i in range(start, stop):
-        row = y[i]
-        for j in range(row.size):
-            row[j] += bias[j]
+def linear_parts(
+    x: Array, weight: Array, bias: Array, y: Array, m: int, n: int, depth: int, cuts: tuple[int, int],
+    start: int, stop: int,
+) -> None:  # fmt: skip
+    scratch = scratch_for(y)
+    for part in range(start, stop):
+        linear_part(x, weight, bias, y, n, depth, scratch, part_of(y, m, n, cuts, part))
 
 
 @jit
-def bias_gelu_rows(before: Array, bias: Array, y: Array, start: int, stop: int) -> None:
-    for i in range(start, stop):
-        bias_rows(before, bias, i, i + 1)
-        gelu_erf_loop(before[i], y[i], 0, bias.size)
+def linear_part(
+    x: Array, weight: Array, bias: Array, y: Array, n: int, depth: int, scratch: Array, part: tuple[int, int, int, int]
+) -> None:
+    """x (m, depth) and weight (n, depth) give rows `first` on and columns `left` on of y (m, n)."""
+    first, rows, left, columns = part
+    gemm(
+        x, first * depth, depth, 1, weight, left * depth, 1, depth,
+        y, first * n + left, n, rows, columns, depth, False, scratch,
+    )  # fmt: skip
+    b = bias[left : left + columns]
+    for i in range(first, first + rows):
+        row = y[i * n + left : i * n + left + columns]
+        for j in range(columns):
+            row[j] += b[j]
 
 
 @jit
-def bias_gelu_tanh_rows(before: Array, bias: Array, y: Array, start: int, stop: int) -> None:
-    for i in range(start, stop):
-        bias_rows(before, bias, i, i + 1)
-        gelu_tanh_loop(before[i], y[i], 0, bias.size)
+def linear_gelu_parts(
+    x: Array, weight: Array, bias: Array, before: Array, y: Array, by_tanh: bool, m: int, n: int, depth: int,
+    cuts: tuple[int, int], start: int, stop: int,
+) -> None:  # fmt: skip
+    scratch = scratch_for(y)
+    for number in range(start, stop):
+        part = part_of(y, m, n, cuts, number)
+        linear_part(x, weight, bias, before, n, depth, scratch, part)
+        first, rows, left, columns = part
+        for i in range(first, first + rows):
+            from_row, to_row = before[i * n + left :], y[i * n + left :]
+            if by_tanh:
+                gelu_tanh_loop(from_row, to_row, 0, columns)
+            else:
+                gelu_erf_loop(from_row, to_row, 0, columns)
 
 
 def product_with_transpose(x: Array, weight: Array) -> Array:
@@ -42,28 +66,46 @@ def product_with_transpose(x: Array, weight: Array) -> Array:
     return product(rows, weight.swapaxes(0, 1)).reshape(*x.shape[:-1], len(weight))
 
 
-@library
 def matmul(a: Array, b: Array) -> Array:
-    return product(a, b) if a.ndim == b.ndim == 2 else np.matmul(blas_ready(a), blas_ready(b))
+    if a.ndim == b.ndim == 2:
+        return product(a, b)
+    stack = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    a, b = (np.broadcast_to(x, (*stack, *x.shape[-2:])) for x in (a, b))
+    y = np.empty((*stack, a.shape[-2], b.shape[-1]), a.dtype)
+    for index in np.ndindex(stack):
+        product(a[index], b[index], y[index])
+    return y
 
 
 def linear(x: Array, weight: Array, bias: Array) -> Array:
-    bias = contiguous(bias, weight.shape[:1], "bias")
-    y = product_with_transpose(x, weight)
-    rows = y.reshape(-1, max(1, bias.size))
-    run_rows(bias_rows, len(rows), rows, bias, grain=rows_worth_a_thread(bias.size, cost=0.25))
-    return y
+    return _linear(x, weight, bias)[0]
+
+
+def linear_gelu(x: Array, weight: Array, bias: Array, *, approximate: str = "none") -> tuple[Array, Array]:
+    before, y = _linear(x, weight, bias, approximate)
+    return y, before
+
+
+def _linear(x: Array, weight: Array, bias: Array, gelu: str | None = None) -> list[Array]:
+    """x W' + b, and its GELU where that is wanted."""
+    n, depth = weight.shape
+    bias, weight = contiguous(bias, (n,), "bias"), np.ascontiguousarray(weight)
+    if x.shape[-1] != depth:
+        raise ValueError(f"x: expected rows of {depth}, got {x.shape}")
+    rows = np.ascontiguousarray(x).reshape(-1)
+    outs = [np.empty((*x.shape[:-1], n), x.dtype) for _ in range(1 if gelu is None else 2)]
+    m = prod(x.shape[:-1])
+    if m and n:
+        flat = [out.reshape(-1) for out in outs]
+        if gelu is None:
+            run_parts(linear_parts, m, n, depth, x.dtype, rows, weight.reshape(-1), bias, *flat, m, n, depth)
+        else:
+            by_tanh = gelu == "tanh"
+            run_parts(
+                linear_gelu_parts, m, n, depth, x.dtype, rows, weight.reshape(-1), bias, *flat, by_tanh, m, n, depth
+            )
+    return outs
 
 
 def linear_grad(g: Array, x: Array, *, into: Sequence[Array | None] = (None,)) -> tuple[Array, Array]:
     return product(g.swapaxes(0, 1), x, into[0]), reduce_sum(g, axis=0)
-
-
-def linear_gelu(x: Array, weight: Array, bias: Array, *, approximate: str = "none") -> tuple[Array, Array]:
-    bias = contiguous(bias, weight.shape[:1], "bias")
-    before = product_with_transpose(x, weight)
-    y = np.empty_like(before)
-    rows = before.reshape(-1, max(1, bias.size))
-    kernel = bias_gelu_tanh_rows if approximate == "tanh" else bias_gelu_rows
-    run_rows(kernel, len(rows), rows, bias, y.reshape(rows.shape), grain=rows_worth_a_thread(bias.size))
-    return y, before
