@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 from hypothesis import given
@@ -126,3 +132,36 @@ def test_parts_cover_the_product_once(m: int, n: int, depth: int, threads: int) 
     assert sum(rows * columns for _, rows, _, columns in parts) == m * n
     assert all(rows > 0 and columns > 0 for _, rows, _, columns in parts)
     assert len({(i, j) for i, _, j, _ in parts}) == len(parts)
+
+
+# ------------------------------------------------------------------------------------------- other instruction sets
+
+# NUMBA_CPU_NAME, NUMBA_CPU_FEATURES, and the bytes of a vector that follow from them
+INSTRUCTION_SETS = {"SSE2": ("generic", "", 16), "AVX2": ("x86-64-v3", "+avx,+avx2,+fma", 32)}
+CHILD = """
+import sys, pytest
+from minibert.kernels.cpu_microkernel import VECTOR_BYTES
+assert VECTOR_BYTES == int(sys.argv[1]), VECTOR_BYTES
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "right or transposed or copied or packed", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="this processor has one width of vectors")
+def test_products_stay_correct_with_the_instructions_of_older_processors(root: Path, tmp_path: Path) -> None:
+    """The tests of this file and of the microkernels, on half and a quarter of 512 bits, in processes of their own."""
+    host = llvm.get_host_cpu_features()
+    files = [str(root / "tests" / name) for name in ("test_cpu_microkernel.py", "test_cpu_product.py")]
+    children = {}
+    for name, (processor, features, width) in INSTRUCTION_SETS.items():
+        if name == "SSE2" or (host.get("avx2") and host.get("fma")):
+            environment = {
+                **os.environ, "PYTHONPATH": str(root), "MINIBERT_CACHE_DIR": str(tmp_path / name),
+                "NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": features,
+            }  # fmt: skip
+            children[name] = subprocess.Popen(
+                [sys.executable, "-c", CHILD, str(width), *files], cwd=root, env=environment, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+    said = {name: child.communicate()[0] for name, child in children.items()}
+    for name, child in children.items():
+        assert child.returncode == 0 and " passed" in said[name], f"{name}: {said[name]}"
