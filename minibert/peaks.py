@@ -6,7 +6,6 @@ Waterman, Patterson, *Roofline: an insightful visual performance model*, CACM 20
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +112,13 @@ def triad(a, b, c, factor, start, stop):  # type: ignore[no-untyped-def]
         a[i] = b[i] + factor * c[i]
 
 
+@jit
+def fill(a, start, stop):  # type: ignore[no-untyped-def]
+    a = a[start:stop]
+    for i in range(a.size):
+        a[i] = 0
+
+
 def bandwidths(dtype: str) -> tuple[float, float]:
     """GB/s of the triad and of a fill."""
     count = ARRAY_BYTES // np.dtype(dtype).itemsize
@@ -120,12 +126,8 @@ def bandwidths(dtype: str) -> tuple[float, float]:
     factor = b.dtype.type(3)
     seconds = best_seconds(lambda: run_rows(triad, count, a, b, c, factor))
 
-    def fill(start: int, stop: int) -> None:
-        ctypes.memset(a[start:stop].ctypes.data, 0, a[start:stop].nbytes)
-
-    return 3 * ARRAY_BYTES / seconds * 1e-9, ARRAY_BYTES / best_seconds(
-        lambda: run_rows(fill, count, grain=count // num_threads())
-    ) * 1e-9
+    fill_seconds = best_seconds(lambda: run_rows(fill, count, a))
+    return 3 * ARRAY_BYTES / seconds * 1e-9, ARRAY_BYTES / fill_seconds * 1e-9
 
 
 def last_level_cache() -> int:

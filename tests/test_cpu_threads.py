@@ -6,16 +6,15 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numba
 import numpy as np
 import pytest
 
-from minibert.kernels import cpu_threads
+from minibert.kernels import cpu_team, cpu_threads
+from minibert.kernels.cpu_team import add, load, pause
 from minibert.kernels.cpu_threads import (
     PIECES_PER_THREAD,
     blocks,
@@ -104,23 +103,107 @@ def test_ranges_cover_the_rows_and_hold_a_grain():
     assert len(seen) == PIECES_PER_THREAD * 3 and min(stop - start for start, stop in seen) >= 7
 
 
-def test_work_is_spread_over_threads_but_little_work_stays_here():
+@jit
+def meet(memory, here, start, stop):
+    """Marks its range, then waits until two ranges are marked: so it ends early only if two threads are in it."""
+    here[start] = 1
+    arrived = add(memory, 0, 1)
+    looks = 0
+    while load(memory, 0) < 2 and looks < 50_000_000:
+        pause()
+        looks += 1
+    if arrived < 2:
+        here[start] = 2 if looks < 50_000_000 else -1
+
+
+def two_threads_meet():
+    words, here = np.zeros(1, np.int64), np.zeros(8)
+    run_rows(meet, 8, words.ctypes.data, here)
+    return (here == 2).sum() == 2
+
+
+def test_work_is_spread_over_threads_also_after_they_slept():
     set_num_threads(2)
-    barrier = threading.Barrier(2, timeout=20)
-    waited: set[int] = set()
+    for pause_between in (0, 0.05, 0, 0.5):
+        time.sleep(pause_between)
+        assert two_threads_meet()
 
-    def meet(start, stop):  # passes only if two threads are in the kernel at once
-        if threading.get_ident() not in waited:
-            waited.add(threading.get_ident())
-            barrier.wait()
 
-    run_rows(meet, 8)
-    assert len(waited) == 2
+def test_idle_threads_sleep_and_those_no_longer_wanted_end():
+    set_num_threads(3)
+    x, y = np.ones((10, 3), np.float32), np.zeros((10, 3), np.float32)
+    run_rows(square_rows, 10, x, y)
+    team = cpu_threads._team
+    assert team is not None and within(5, lambda: team._words[cpu_team.ASLEEP] == 2)
+    members = {thread for thread in threading.enumerate() if thread.name.startswith("minibert-")}
+    set_num_threads(2)
+    assert within(5, lambda: sum(thread.is_alive() for thread in members) <= len(members) - 2)
+    run_rows(square_rows, 10, x, y)
+    assert (y == 2).all()
+
+
+def within(seconds, condition):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def test_little_work_stays_here():
+    set_num_threads(2)
     names = []
     run_rows(lambda start, stop: names.append((threading.get_ident(), start, stop)), 8, grain=5)
     assert names == [(threading.get_ident(), 0, 8)]
     run_rows(lambda start, stop: names.append("called"), 0)
     assert len(names) == 1
+
+
+@jit
+def fail_once(x, failing, start, stop):
+    for i in range(start, stop):
+        x[i] += 1
+        if i == failing:
+            raise FloatingPointError("a row that fails")
+
+
+@pytest.mark.parametrize("failing", [0, 5, 9])
+def test_an_exception_in_compiled_code_comes_out_when_all_have_stopped(failing):
+    set_num_threads(3)
+    x = np.zeros(10)
+    with pytest.raises(FloatingPointError, match="a row that fails"):
+        run_rows(fail_once, 10, x, failing)
+    assert (np.delete(x, failing) >= 1).all()
+    run_rows(fail_once, 10, x, -1)
+
+
+def test_a_kernel_that_returns_something_is_refused():
+    @jit
+    def result(x, start, stop):
+        return x[start]
+
+    set_num_threads(2)
+    with pytest.raises(TypeError, match="a kernel returns nothing, and result returns float64"):
+        run_rows(result, 10, np.zeros(10))
+
+
+@jit
+def note_kinds(total, x, numbers, flag, start, stop):
+    wide, narrow = numbers
+    for i in range(start, stop):
+        total[i] = x[i] + np.float64(wide >> 60) + narrow + (100 if flag else 0)
+
+
+def test_arguments_of_other_types_meet_other_code():
+    set_num_threads(2)
+    for x in (np.ones(9), np.ones(9, np.float32), np.ones(18)[::2], np.broadcast_to(np.ones(1), 9)):
+        for wide in (1 << 63, 1 << 60):
+            for narrow in (np.float32(0.5), 2, 0.25):
+                for flag in (True, False):
+                    total = np.zeros(9)
+                    run_rows(note_kinds, 9, total, x, (wide, narrow), flag)
+                    assert (total == 1 + (wide >> 60) + float(narrow) + 100 * flag).all()
 
 
 @pytest.mark.parametrize("failing", [0, 5, 9])
@@ -136,18 +219,6 @@ def test_an_exception_comes_out_and_the_pool_lives_on(failing):
     x, y = np.ones((10, 3), np.float32), np.zeros((10, 3), np.float32)
     run_rows(square_rows, 10, x, y)
     assert y.sum() == 30
-
-
-def test_a_call_from_within_a_kernel_runs_there():
-    set_num_threads(2)
-    inner = []
-
-    def outer(start, stop):
-        me = threading.get_ident()
-        run_rows(lambda a, b: inner.append((me == threading.get_ident(), a, b)), 50)
-
-    run_rows(outer, 8)
-    assert inner == [(True, 0, 50)] * 8
 
 
 def test_two_callers_at_once_and_a_changing_number_of_threads():
@@ -175,13 +246,14 @@ def test_two_callers_at_once_and_a_changing_number_of_threads():
 def test_a_forked_child_makes_threads_of_its_own():
     code = (
         "import os, numpy as np\n"
-        "from minibert.kernels.cpu_threads import run_rows, set_num_threads\n"
+        "from minibert.kernels.cpu_threads import jit, run_rows, set_num_threads\n"
         "set_num_threads(3)\n"
         "hits = np.zeros(9)\n"
-        "def mark(start, stop): hits[start:stop] += 1\n"
-        "run_rows(mark, 9)\n"
+        "@jit\n"
+        "def mark(hits, start, stop): hits[start:stop] += 1\n"
+        "run_rows(mark, 9, hits)\n"
         "child = os.fork()\n"
-        "run_rows(mark, 9)\n"
+        "run_rows(mark, 9, hits)\n"
         "if child: print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), hits.tolist())\n"
         "else: os._exit(0 if hits.tolist() == [2] * 9 else 3)\n"
     )
@@ -313,28 +385,20 @@ def test_compilations_of_our_kernels_are_announced_and_timed(tmp_path):
     assert len(heard) == 2
 
 
-def test_work_is_finished_where_no_further_thread_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit on threads makes `submit` fail after some futures run: none of their ranges may be lost."""
-    before = cpu_threads.num_threads()
-    cpu_threads.set_num_threads(4)
-    y = np.zeros(16)
+@pytest.mark.parametrize("startable", [0, 1])
+def test_work_is_finished_where_no_further_thread_starts(startable: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_num_threads(1)
+    set_num_threads(4)
+    started = []
+    original = threading.Thread.start
 
-    def slow(y: np.ndarray, start: int, stop: int) -> None:
-        time.sleep(0.02)
-        y[start:stop] = 1
-
-    calls = []
-
-    def submit(pool: ThreadPoolExecutor, work: Any) -> Any:
-        calls.append(1)
-        if len(calls) > 1:
+    def start(thread: threading.Thread) -> None:
+        if len(started) == startable:
             raise RuntimeError("can't start new thread")
-        return original(pool, work)
+        started.append(thread)
+        original(thread)
 
-    original = ThreadPoolExecutor.submit
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
-    try:
-        cpu_threads.run_rows(slow, 16, y)
-    finally:
-        cpu_threads.set_num_threads(before)
-    assert len(calls) > 1 and y.all()
+    monkeypatch.setattr(threading.Thread, "start", start)
+    x, y = np.ones((16, 3), np.float32), np.zeros((16, 3), np.float32)
+    run_rows(square_rows, 16, x, y)
+    assert len(started) == startable and y.all()
