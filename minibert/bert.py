@@ -55,7 +55,11 @@ class BertEmbeddings(Module):
         ids = [batch.integers(i) for i in (packed.input_ids, packed.position_ids, packed.token_type_ids)]
         x = self.LayerNorm(embed(tables, (ids[0], ids[1], ids[2]), self.config.pad_token_id))
         params = batch.dropout(self.config.hidden_dropout_prob, EMBEDDING_STREAM, 0)
-        return apply(dropout, x, **params) if params["rate"] else x
+        if not params["rate"]:
+            return x
+        y = apply(dropout, x, **params)
+        x.forget()  # a mask is all that the gradient reads, and the layer norm's gradient reads its input
+        return y
 
 
 class BertSelfAttention(Module):
@@ -134,7 +138,11 @@ class BertLayer(Module):
 
     def __call__(self, x: Tensor, batch: Batch, attentions: list[Tensor] | None) -> Tensor:
         x = self.attention(x, batch, attentions)
-        return self.output(self.intermediate(x), x, batch)
+        inner = self.intermediate(x)
+        y = self.output(inner, x, batch)
+        for read in (x, inner):
+            read.forget_until_backward()
+        return y
 
 
 class BertEncoder(Module):
@@ -223,6 +231,8 @@ class BertModel(PreTrained):
                 x = recomputed(partial(layer, batch=batch, attentions=None), layers[-1])
             else:
                 x = layer(layers[-1], batch, attentions)
+            if not output_hidden_states:
+                layers[-1].forget_until_backward()
             layers = [*layers, x] if output_hidden_states else [x]
         return BertOutput(self, batch, layers, attentions)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,14 +11,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minibert.backends.base import Backend
+from minibert.kernels.activation import gelu
 from minibert.kernels.elementwise import add, mul, scale
-from minibert.kernels.linear import matmul
+from minibert.kernels.layer_norm import add_layer_norm, layer_norm
+from minibert.kernels.linear import linear_gelu, matmul
 from minibert.kernels.op import Array, Op, Run
 from minibert.kernels.reduction import reduce_sum
 from minibert.kernels.view import concatenate, reshape, slice_axis, transpose
 
 _mode = threading.local()
 FREED: Any = ("freed",)  # stands where a tensor's making was remembered, once backward has been through it
+
+# The output of an op, cheaply made again of what the op kept and of its inputs: (run, kept, *arrays, **params)
+AGAIN: dict[Op, Callable[..., Array]] = {
+    linear_gelu: lambda run, kept, *_, **params: run(gelu, kept[0], **params),
+    add_layer_norm: lambda run, kept, x, residual, weight, bias, *, eps, **_: run(
+        layer_norm, kept[0], weight, bias, eps=eps
+    )[0],
+}
 
 
 class Spent(NamedTuple):
@@ -57,6 +67,19 @@ class Tensor:
     def forget(self) -> None:
         """Drop the values, once no gradient reads them and nobody asks again: shape and dtype stay."""
         self.data = Spent(self.data.shape, self.data.ndim, self.data.size, self.data.dtype)
+
+    def forget_until_backward(self) -> None:
+        """Drop the values, once forward reads them no more, if backward can cheaply make them again; else keep them."""
+        if self.made_by is not None and self.made_by[0] in AGAIN:
+            self.forget()
+
+    def _remembered(self) -> Array:
+        """The values for a gradient that may read them; those that forward dropped are made again."""
+        if isinstance(self.data, Spent) and self.made_by is not None and self.made_by[0] in AGAIN:
+            op, inputs, kept, params = self.made_by
+            with at_place(self.place):
+                self.data = AGAIN[op](self.backend.run, kept, *(i.data for i in inputs), **params)
+        return self.data
 
     def __matmul__(self, other: Tensor) -> Tensor:
         return apply(matmul, self, other)
@@ -110,7 +133,7 @@ class Tensor:
         op, inputs, residuals, params = self.made_by
         if op.vjp is None:
             raise NotImplementedError(f"op {op.name!r} has no vjp: give one where the op is defined")
-        arrays = (i.data for i in inputs)
+        arrays = [i._remembered() for i in inputs]
         with at_place(self.place):
             gradients = op.vjp(_Run(self.backend.run, inputs), g, (self.data, *residuals), *arrays, **params)
         self.made_by = FREED  # and with it what this step kept
