@@ -1,9 +1,9 @@
 """What each means to be fast is worth: `python -m bench.ablation --config minilm [--json FILE]`.
 
 A training step on real text is timed as it is, and again with one thing taken away at a time: the kernels of one
-family (the formula runs in their place), the head on predicted rows alone, packing; and, in processes of their own,
-settings of the process (threads, BLAS, memory). All take turns. The figure is how many times as long the step takes
-without it.
+family (the formula runs in their place: NumPy, and its BLAS on all threads), the head on predicted rows alone, packing;
+and, in processes of their own, settings of the process (threads, vectors, memory). All take turns. The figure is how
+many times as long the step takes without it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from minibert.config import BertConfig
 from minibert.data.batching import PackedBatch
 from minibert.errors import UserError
 from minibert.kernels import OPS, Op
+from minibert.kernels.cpu_microkernel import VECTOR_BYTES
 from minibert.packing import IGNORE
 
 AS_IT_IS = "as it is"
@@ -41,18 +42,11 @@ WARM_UP, STEPS = 2, 5  # of a process of its own
 CHILD_SECONDS = 600.0
 # What a process is told instead, by the environment or by a function of this module.
 SETTINGS: dict[str, tuple[dict[str, str], str]] = {
-    "vectors of 512 bits in BLAS": ({"OPENBLAS_CORETYPE": "Haswell"}, ""),
-    "BLAS threads that soon sleep": ({"OPENBLAS_THREAD_TIMEOUT": "26"}, ""),
-    "workers kept off the caller's core": ({}, "let_workers_anywhere"),
     "memory that is kept for the next step": ({}, "give_memory_back"),
     "more than one thread": ({"MINIBERT_NUM_THREADS": "1"}, ""),
 }
-
-
-def let_workers_anywhere() -> None:
-    from minibert.kernels import cpu_threads
-
-    cpu_threads._keep_workers_off_this_core = lambda: None
+if VECTOR_BYTES == 64:
+    SETTINGS["vectors of 512 bits"] = ({"NUMBA_CPU_NAME": "x86-64-v3", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma"}, "")
 
 
 def give_memory_back() -> None:

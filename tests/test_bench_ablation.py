@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from bench import ablation, harness
 from minibert.config import NAMED
 from minibert.errors import UserError
+from minibert.kernels.cpu_microkernel import VECTOR_BYTES
 
 CONFIG = NAMED["tiny"]
 
@@ -68,6 +71,16 @@ def test_the_command_writes_a_row_for_each(
     assert all(row["ms"] > 0 and row["p20"] <= row["p80"] for row in document["rows"])
     out = capsys.readouterr().out
     assert setting in out and "nothing: the environment has taken that away already" in out
+
+
+@pytest.mark.skipif(VECTOR_BYTES != 64, reason="the vectors here have fewer than 512 bits")
+def test_a_process_without_vectors_of_512_bits_has_those_of_256(root: Path) -> None:
+    environment, call = ablation.SETTINGS["vectors of 512 bits"]
+    code = "from minibert.kernels.cpu_microkernel import VECTOR_BYTES; print(VECTOR_BYTES)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env={**os.environ, **environment}
+    )
+    assert done.stdout == "32\n" and not call, done.stderr
 
 
 def test_a_process_that_fails_says_why() -> None:
