@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minibert.kernels.cpu_jit import inline, jit
 from minibert.kernels.cpu_microkernel import (
     MR,
     VECTOR_BYTES,
@@ -25,7 +26,7 @@ from minibert.kernels.cpu_microkernel import (
     microkernel_3,
     transpose_square,
 )  # fmt: skip
-from minibert.kernels.cpu_threads import blocks, inline, jit, num_threads, rows_worth_a_thread, run_rows
+from minibert.kernels.cpu_threads import PIECES_PER_THREAD, blocks, num_threads, rows_worth_a_thread, run_rows
 from minibert.kernels.op import Array
 
 DEPTH = 384  # rows of B that are packed at once: as many elements of MR rows of A stay in the first-level cache
@@ -33,7 +34,9 @@ PANELS = 4  # micropanels that are packed at once
 FAR = 4096  # elements between a row's neighbours, from where on reading them in place misses the TLB every time
 UNIT = 16  # a multiple of MR and of every vector's lanes
 COST = 0.005  # nanoseconds that one core takes for a multiplication and addition
-UNIT_COST = 2e6  # nanoseconds of work that are not cut further: threads that come late find some left all the same
+PART = 20_000  # nanoseconds of work that are not cut further
+ROWS_TO_PACK_B = 20  # packing a column of B takes as long as multiplying it by so many rows of A
+COLUMNS_TO_PACK_A = 8
 
 
 # --- one core --------------------------------------------------------------------------------------------------------
@@ -198,19 +201,24 @@ def part_of(c: Array, m: int, n: int, cuts: tuple[int, int], part: int) -> tuple
 
 
 @cache
-def cuts_of(m: int, n: int, depth: int, nr: int, threads: int) -> tuple[int, int]:
-    """Into how many parts to cut the rows and the columns of C, so that the threads end soonest, packing included."""
-    parts = threads * min(4, max(1, round(m * n * depth * COST / UNIT_COST / threads)))
+def cuts_of(m: int, n: int, depth: int, nr: int, threads: int, far: bool = False) -> tuple[int, int]:
+    """Into how many parts to cut the rows and the columns of C (m, n), so that the threads end soonest.
+
+    A is packed too where it is `far`. Of equals it is the finest, since threads do not begin together.
+    """
     strips, panels = blocks(m, MR), blocks(n, nr)
+    most = min(PIECES_PER_THREAD * threads, max(threads, round(m * n * depth * COST / PART)))
 
-    def cost(down: int) -> float:
-        across = max(1, parts // down)
+    def cost(cuts: tuple[int, int]) -> tuple[float, int]:
+        down, across = cuts
         rows, columns = MR * blocks(strips, down), nr * blocks(panels, across)
-        rounds = blocks(min(strips, down) * min(panels, across), threads)
-        return rounds * (rows * columns + 24 * columns + 2 * rows)
+        packing = ROWS_TO_PACK_B * columns + (COLUMNS_TO_PACK_A * rows if far else 0)
+        return blocks(down * across, threads) * (rows * columns + packing), -down * across
 
-    down = min(range(1, parts + 1), key=cost)
-    return min(strips, down), min(panels, max(1, parts // down))
+    cuts = (
+        (down, across) for down in range(1, 1 + min(most, strips)) for across in range(1, 1 + min(most // down, panels))
+    )
+    return min(cuts, key=cost)
 
 
 class Operand(NamedTuple):
@@ -239,9 +247,11 @@ def operand(x: Array) -> Operand:
     return Operand(flat, down // item, across // item)
 
 
-def run_parts(kernel: Any, m: int, n: int, depth: int, dtype: np.dtype[Any], *args: Any) -> None:
+def run_parts(
+    kernel: Any, m: int, n: int, depth: int, dtype: np.dtype[Any], *args: Any, far: bool = False
+) -> None:  # fmt: skip
     """Call `kernel(*args, cuts, start, stop)` for all parts of a product (m, depth) by (depth, n)."""
-    down, across = cuts_of(m, n, depth, VECTORS * (VECTOR_BYTES // dtype.itemsize), num_threads())
+    down, across = cuts_of(m, n, depth, VECTORS * (VECTOR_BYTES // dtype.itemsize), num_threads(), far)
     grain = rows_worth_a_thread(m * n * depth // (down * across), COST)
     run_rows(kernel, down * across, *args, (down, across), grain=grain)
 
@@ -264,5 +274,7 @@ def product(a: Array, b: Array, out: Array | None = None, *, add: bool = False) 
         )
     if out.size:
         left, right, c = operand(a.astype(dtype, copy=False)), operand(b.astype(dtype, copy=False)), operand(out)
-        run_parts(product_parts, m, n, depth, dtype, *left, *right, c.flat, c.row, m, n, depth, add)
+        run_parts(
+            product_parts, m, n, depth, dtype, *left, *right, c.flat, c.row, m, n, depth, add, far=left.column >= FAR
+        )
     return out
