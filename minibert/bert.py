@@ -6,7 +6,7 @@ positions. Inside, a batch is (N, C): no attention mask and no arithmetic on pad
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -14,22 +14,23 @@ import numpy as np
 from minibert.config import BertConfig
 from minibert.kernels.activation import relu, tanh
 from minibert.kernels.attention import attention
-from minibert.kernels.cross_entropy import cross_entropy
+from minibert.kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from minibert.kernels.dropout import dropout
 from minibert.kernels.elementwise import where
-from minibert.kernels.embedding import scatter_rows
+from minibert.kernels.embedding import gather_rows, scatter_rows
 from minibert.kernels.linear import linear, linear_gelu
 from minibert.kernels.philox import Stream
 from minibert.kernels.softmax import softmax
 from minibert.kernels.view import concatenate
 from minibert.nn import Embedding, LayerNorm, Linear, Module, Parameter, Place, embed
 from minibert.outputs import Batch, BertOutput, MaskedLMOutput, PreTrainingOutput
-from minibert.packing import Packed, pack, sentence_labels
+from minibert.packing import IGNORE, Packed, pack, sentence_labels
 from minibert.pretrained import PreTrained
 from minibert.recompute import recomputed
-from minibert.tensor import Tensor, apply
+from minibert.tensor import Tensor, apply, at_place
 
 GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+HEAD_ROWS = 256  # predicted positions whose logits exist at one time, where memory is asked for
 EMBEDDING_STREAM, ATTENTION_OUTPUT_STREAM, ATTENTION_STREAM, OUTPUT_STREAM = 16, 17, 18, 19
 
 
@@ -203,7 +204,12 @@ class BertModel(PreTrained):
             self.initialise()
 
     def gradient_checkpointing_enable(self) -> None:
-        """Train in less memory: backward computes each layer again. The gradients have the same bits."""
+        """Train in less memory: backward computes each layer again. The gradients have the same bits.
+
+        With a masked-language-model head that predicts more than `HEAD_ROWS` positions, it runs on so many at a time,
+        again in backward. Loss and gradients are then sums of as many parts, each rounded to the model's dtype: they
+        differ from those of the whole by that rounding. A captured graph runs the head whole.
+        """
         self.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -287,9 +293,37 @@ class BertForMaskedLM(PreTrained):
         """
         encoded = self.bert(input_ids, attention_mask, token_type_ids, position_ids, labels=labels, **options)
         out = self.output.of(encoded, self.cls)
-        if encoded._batch.packed.labels is not None:
-            out.loss = out.masked_lm_loss()
+        packed = encoded._batch.packed
+        if packed.labels is not None:
+            out.loss = self.loss_in_parts(out) if self.in_parts(packed.predicted) else out.masked_lm_loss()
         return out
+
+    def in_parts(self, predicted: np.ndarray | None) -> bool:
+        """Whether the head runs on some of the predicted positions at a time.
+
+        Not in a captured graph: the weight of each part would be that of the batch with which it was captured.
+        """
+        captured = getattr(self.place.backend, "capture", None) is not None
+        less_memory = self.training and self.bert.gradient_checkpointing and not captured
+        return less_memory and predicted is not None and len(predicted) > HEAD_ROWS
+
+    def loss_in_parts(self, out: MaskedLMOutput) -> Tensor:
+        """As `masked_lm_loss`, `HEAD_ROWS` positions at a time, each part computed again in backward."""
+        predicted, targets = out._batch.packed.predicted, out._batch.packed.targets
+        assert predicted is not None and targets is not None
+        transform, decoder, counted = self.cls.predictions.transform, out.decoder(), targets != IGNORE
+
+        def loss(x: Tensor, labels: Tensor) -> Tensor:
+            return apply(linear_cross_entropy, transform(x), *decoder, labels)
+
+        parts = []
+        with at_place(self.cls.predictions.name):
+            x = apply(gather_rows, out._layers[-1], out._batch.integers(predicted.astype(np.int32, copy=False)))
+            for start in range(0, len(predicted), HEAD_ROWS):
+                stop = min(start + HEAD_ROWS, len(predicted))
+                part = recomputed(loss, x.slice(0, start, stop), out._batch.integers(targets[start:stop]))
+                parts.append(part * float(counted[start:stop].sum() / counted.sum()))
+            return reduce(Tensor.__add__, parts)
 
 
 class BertForPreTraining(BertForMaskedLM):
