@@ -16,6 +16,7 @@ from minibert.cli import main
 from minibert.scaling import Base, measure
 
 AXES = {"batch": (1, 2), "length": (8, 16)}
+FEW = ("linear", "attention", "gelu_grad", "adamw")
 
 
 def minibert(*arguments: str) -> int:
@@ -39,9 +40,17 @@ def _written() -> str:
     return json.dumps(facts)
 
 
-def small_facts(ulps: bool = True) -> dict[str, Any]:
-    """The document, a copy that may be changed; it is measured once in a process. Without `ulps` a page is quick."""
+def small_facts(ulps: bool = True, figures: bool = True) -> dict[str, Any]:
+    """The document, a copy that may be changed; it is measured once in a process.
+
+    What is drawn takes most of a page's time: without `ulps` there are a few ops, and no figure for each; without
+    `figures` none at all.
+    """
     document: dict[str, Any] = json.loads(_written())
-    for row in document["ops"] if not ulps else []:
-        del row["ulps"]
+    if not ulps:
+        document["ops"] = [row for row in document["ops"] if row["op"] in FEW]
+        for row in document["ops"]:
+            del row["ulps"]
+    for drawn in ("ops", "stages", "memory", "loss", "scaling") if not figures else ():
+        del document[drawn]
     return document

@@ -204,18 +204,18 @@ def test_inputs_in_sixteen_bits_come_back_as_they_were(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- many steps
 
 
-def test_two_clean_sides_stay_in_their_bounds_over_two_hundred_steps() -> None:
-    found = drift(Side(NUMPY), Side(NUMBA), maker(TINY), small_batch, 200)
-    assert found.ok and len(found.steps) == 200, drift_verdict(found, 200)
+def test_two_clean_sides_stay_in_their_bounds_over_many_steps() -> None:
+    found = drift(Side(NUMPY), Side(NUMBA), maker(TINY), small_batch, 60)
+    assert found.ok and len(found.steps) == 60, drift_verdict(found, 60)
     assert {"adamw", "dropout", "attention_grad"} <= {op.op for op in found.ops.values()}
     assert all(op.shares[name] <= 1 for op in found.ops.values() for name in ("a", "b", "local"))
     assert not any(op.unjudged for op in found.ops.values())
     adamw = found.ops["adamw", "optimiser"]
-    assert adamw.calls == 400 and len(adamw.inherited) == 200
+    assert adamw.calls == 120 and len(adamw.inherited) == 60
     assert adamw.inherited[0] < 1e-5 < 10 * max(adamw.inherited), "errors are inherited"
     assert found.steps[-1].weights_apart > found.steps[0].weights_apart > 0
     assert found.steps[-1].weights_apart < 1e-3
-    assert f"{found.calls} calls within their bounds" in drift_verdict(found, 200)
+    assert f"{found.calls} calls within their bounds" in drift_verdict(found, 60)
 
 
 def test_a_run_ends_with_the_step_that_is_wrong() -> None:

@@ -38,8 +38,8 @@ TINY = BertConfig(
     max_position_embeddings=32,
 )  # fmt: skip
 CONFIG = TrainingConfig(
-    max_steps=20, tokens_per_batch=64, max_seq_length=32, warmup_steps=3, learning_rate=2e-3, eval_tokens=64,
-    logging_steps=5, eval_steps=20, save_steps=7, max_grad_norm=0.5,
+    max_steps=10, tokens_per_batch=64, max_seq_length=32, warmup_steps=3, learning_rate=2e-3, eval_tokens=64,
+    logging_steps=5, eval_steps=10, save_steps=4, max_grad_norm=0.5,
 )  # fmt: skip
 INFINITE = "bert.encoder.layer.1.output.dense.weight"
 
@@ -87,7 +87,7 @@ def trained(run: Trainer) -> Run:
 
 @pytest.fixture(scope="module")
 def whole(trainer: MakeTrainer) -> Callable[..., Run]:
-    """Runs of all twenty steps, each made once."""
+    """Runs of all ten steps, each made once."""
     made: dict[tuple[Any, ...], Run] = {}
 
     def get(dtype: str = "float32", graph: bool = False) -> Run:
@@ -101,7 +101,7 @@ def whole(trainer: MakeTrainer) -> Callable[..., Run]:
 @pytest.fixture(scope="module")
 def by_numpy(trainer: MakeTrainer) -> Run:
     run = trained(trainer("numpy"))
-    assert len(run.losses) == 20 and max(run.norms) > CONFIG.max_grad_norm, "clipping is at work"
+    assert len(run.losses) == 10 and max(run.norms) > CONFIG.max_grad_norm, "clipping is at work"
     return run
 
 
@@ -117,14 +117,14 @@ def assert_same_state(a: Trainer, b: Trainer) -> None:
 
 
 @pytest.mark.parametrize("graph", [False, True])
-def test_twenty_steps_follow_numpy(by_numpy: Run, whole: Callable[..., Run], graph: bool) -> None:
+def test_ten_steps_follow_numpy(by_numpy: Run, whole: Callable[..., Run], graph: bool) -> None:
     """Two layers, dropout, clipping, AdamW."""
     run = whole(graph=graph)
     np.testing.assert_allclose(run.losses, by_numpy.losses, rtol=0, atol=1e-4)
     np.testing.assert_allclose(run.norms, by_numpy.norms, rtol=1e-4)
     if graph:
         steps = run.trainer.graphed
-        assert steps is not None and steps.replays == 20 - len(steps.recorded) > 0
+        assert steps is not None and steps.replays == 10 - len(steps.recorded) > 0
 
 
 @pytest.mark.parametrize("graph", [False, True])
@@ -265,7 +265,7 @@ def test_memory_does_not_grow(trainer: MakeTrainer, emulator: Any, graph: bool) 
     before = emulator.pool.used
     run = trainer(graph=graph)
     held = []
-    for _ in range(12):
+    for _ in range(8):
         run.train_step()
         gc.collect()
         emulator.pool.trim()
@@ -288,7 +288,7 @@ def test_resumed_to_the_bit(
     for kind, record in cut.run():
         if kind == "step":
             losses.append(record["loss"])
-            cut.stop = record["step"] == 9
+            cut.stop = record["step"] == 6
     resumed = trainer(dtype=dtype, graph=graph, folder=tmp_path)
     resumed.resume(read_state(tmp_path))
     assert losses + trained(resumed).losses == expected.losses

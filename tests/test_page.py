@@ -139,7 +139,7 @@ def test_the_table_has_a_row_for_each_op_and_backend(page: str) -> None:
 
 
 def test_what_is_unavailable_is_said_with_its_reason(tmp_path: Path) -> None:
-    facts = small_facts(ulps=False)
+    facts = small_facts(figures=False)
     facts["energy"] = {"source": None, "why": "no meter here", "joules_per_step": {"numpy": None, "numba": None}}
     facts["cost"] = {"numpy": {"unavailable": "no price of it"}, "numba": {"unavailable": "no price of it"}}
     said = Page(written(tmp_path, facts)).said["spent"]
@@ -148,7 +148,7 @@ def test_what_is_unavailable_is_said_with_its_reason(tmp_path: Path) -> None:
 
 
 def test_energy_and_cost_are_shown_where_they_were_read(tmp_path: Path) -> None:
-    facts = small_facts(ulps=False)
+    facts = small_facts(figures=False)
     facts["energy"] = {"source": "RAPL package-0", "why": "", "joules_per_step": {"numpy": 2.5, "numba": None}}
     facts["cost"]["numpy"] = {"per_million_tokens": 0.125, "currency": "EUR", "basis": "0.10 EUR an hour"}
     said = Page(written(tmp_path, facts)).said["spent"]
@@ -272,7 +272,7 @@ def test_a_trace_is_read(tmp_path: Path) -> None:
     assert minibert("diff", "numpy", "--tokens", "40", "--max-seq-length", "16", "--record", str(trace)) == 0
     recorded = read_recorded(trace)
     assert recorded.kind == "trace"
-    said = Page(written(tmp_path, small_facts(ulps=False), recorded)).said["recorded"]
+    said = Page(written(tmp_path, small_facts(figures=False), recorded)).said["recorded"]
     calls = len(recorded.facts["calls"])
     assert f"{calls} calls of ops" in said
     assert str(recorded.facts["facts"]["machine"]["processor"]) in said
@@ -303,7 +303,7 @@ def test_a_gpu_check_shows_times_of_a_gpu_alone(emulated: bool, tmp_path: Path) 
     (tmp_path / "gpu.json").write_text(json.dumps(gpu_check(emulated)))
     recorded = read_recorded(tmp_path / "gpu.json")
     assert recorded.kind == "gpu-check"
-    said = Page(written(tmp_path, small_facts(ulps=False), recorded)).said["recorded"]
+    said = Page(written(tmp_path, small_facts(figures=False), recorded)).said["recorded"]
     assert "Synthetic GPU on Synthetic CPU, 3 cores" in said and "2026-03-04 05:06 UTC" in said
     assert "the part conformance" in said and "50.0%" in said
     assert ("plays another machine: no times" in said) is emulated
@@ -343,7 +343,7 @@ def test_documents_of_the_benches_are_read(kind: str, tmp_path: Path) -> None:
     (tmp_path / "bench.json").write_text(json.dumps(BENCHES[kind]))
     recorded = read_recorded(tmp_path / "bench.json")
     assert recorded.kind == kind
-    page = written(tmp_path, small_facts(ulps=False), recorded)
+    page = written(tmp_path, small_facts(figures=False), recorded)
     said = Page(page).said["recorded"]
     assert "Synthetic CPU, 3 cores" in said and "2026-02-03 04:05 UTC" in said
     assert ('id="figure-r0-scaling-0"' if kind == "bench.scaling" else "2.00 ms") in page
