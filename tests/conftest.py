@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -19,6 +20,15 @@ hypothesis.settings.load_profile("minibert")
 def root() -> Path:
     """The repository's folder."""
     return ROOT
+
+
+@pytest.fixture(scope="module")
+def smaller_tiny() -> Iterator[None]:
+    """For tests that run commands in this process: see `tests.small_steps`."""
+    from tests import small_steps
+
+    with small_steps.smaller_tiny():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,6 +14,7 @@ import pytest
 from minibert import backends
 from minibert.cli import main
 from minibert.scaling import Base, measure
+from tests.small_steps import smaller_tiny
 
 AXES = {"batch": (1, 2), "length": (8, 16)}
 FEW = ("linear", "attention", "gelu_grad", "adamw")
@@ -30,7 +31,7 @@ def minibert(*arguments: str) -> int:
 
 @cache
 def _written() -> str:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, smaller_tiny():
         file = Path(folder) / "facts.json"
         sizes = ["--tokens", "60", "--max-seq-length", "24", "--steps", "3"]
         assert minibert("compare", "--backends", "numpy,numba", *sizes, "--json", str(file)) == 0

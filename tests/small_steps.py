@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 
 import minibert as mb
 from minibert import backends
 from minibert.cli.diff_report import verdict
+from minibert.config import NAMED
 from minibert.data import PackedBatch
 from minibert.kernels import OPS
 from minibert.lockstep import Difference
@@ -35,6 +38,15 @@ TINY = dataclasses.replace(
     SMALL, vocab_size=64, hidden_size=16, num_hidden_layers=1, intermediate_size=32, max_position_embeddings=32
 )
 LENGTHS = (17, 30, 5, 1, 40)
+
+
+@contextmanager
+def smaller_tiny() -> Iterator[None]:
+    """Within the block the configuration "tiny", which commands take by default, is a quarter as wide."""
+    with pytest.MonkeyPatch.context() as patch:
+        narrow = dataclasses.replace(NAMED["tiny"], hidden_size=32, num_attention_heads=2, intermediate_size=64)
+        patch.setitem(NAMED, "tiny", narrow)
+        yield
 
 
 def maker(config: mb.BertConfig = SMALL, seed: int = 0) -> Callable[[Any, str], Any]:

@@ -16,12 +16,12 @@ from minibert.config import NAMED
 from minibert.errors import UserError
 from minibert.kernels.cpu_microkernel import VECTOR_BYTES
 
-CONFIG = NAMED["tiny"]
+pytestmark = pytest.mark.usefixtures("smaller_tiny")
 
 
 @pytest.fixture(scope="module")
-def step() -> ablation.Step:
-    return ablation.Step(CONFIG, 3, 24, 0)
+def step(smaller_tiny: None) -> ablation.Step:
+    return ablation.Step(NAMED["tiny"], 3, 24, 0)
 
 
 def test_a_family_without_its_kernels_runs_by_formula(step: ablation.Step) -> None:
@@ -85,4 +85,4 @@ def test_a_process_without_vectors_of_512_bits_has_those_of_256(root: Path) -> N
 
 def test_a_process_that_fails_says_why() -> None:
     with pytest.raises(UserError, match="more than one thread: KeyError"):
-        ablation.in_a_process("more than one thread", {"config": CONFIG.to_dict(), "batch": 1, "length": 8})
+        ablation.in_a_process("more than one thread", {"config": NAMED["tiny"].to_dict(), "batch": 1, "length": 8})

@@ -25,6 +25,8 @@ from minibert.trace import Side, Training
 from tests.small_steps import NUMBA, NUMPY, TINY, batch, maker, tiny_batch, wrong
 from tests.test_diff import passes
 
+pytestmark = pytest.mark.usefixtures("smaller_tiny")
+
 ADAMW, GELU_GRAD = OPS["adamw"], OPS["gelu_grad"]
 
 

@@ -15,6 +15,7 @@ from minibert.cli import main
 from minibert.data import SHIPPED_VOCABULARY
 from minibert.kernels import OPS
 
+pytestmark = pytest.mark.usefixtures("smaller_tiny")
 SMALL = ["--config", "tiny", "--tokens", "200", "--max-seq-length", "48", "--steps", "3"]
 
 
@@ -27,7 +28,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def facts(smaller_tiny: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one small comparison wrote."""
     folder = tmp_path_factory.mktemp("compare")
     with pytest.MonkeyPatch.context() as patch:

@@ -30,6 +30,7 @@ from minibert.peaks import Peaks
 from minibert.prices import Prices
 from tests.small_steps import NUMBA, NUMPY, TINY, maker, tiny_batch
 
+pytestmark = pytest.mark.usefixtures("smaller_tiny")
 PEAKS = Peaks(gflops=40.0, product="m", fma_gflops=50.0, triad_gbps=8.0, fill_gbps=10.0, cache_bytes=1 << 20)
 LAUNCH = 1e-6
 

@@ -211,6 +211,7 @@ def test_a_run_begun_deterministic_stays_so(
     assert "deterministic)" in capsys.readouterr().out and read_state(run).options["deterministic"] is True
 
 
+@pytest.mark.usefixtures("smaller_tiny")
 def test_compare_records_the_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "facts.json"
     words = ["compare", "--backends", "numba", "--steps", 2, "--tokens", 64, "--max-seq-length", 32]
@@ -220,6 +221,7 @@ def test_compare_records_the_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not deterministic()
 
 
+@pytest.mark.usefixtures("smaller_tiny")
 @pytest.mark.parametrize("module", [step, infer], ids=["step", "infer"])
 def test_benches_run_in_the_mode_and_record_it(
     module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

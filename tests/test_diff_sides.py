@@ -23,6 +23,8 @@ from minibert.lockstep import diff
 from minibert.trace import Recording, Side, Store, key_of, load, record, save
 from tests.small_steps import NUMBA, NUMPY, SMALL, assert_clean, batch, maker, wrong
 
+pytestmark = pytest.mark.usefixtures("smaller_tiny")
+
 
 def test_one_backend_against_itself_is_equal_to_the_bit() -> None:
     found = diff(Side(NUMBA), Side(NUMBA), maker(), batch())
