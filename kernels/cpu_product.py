@@ -127,6 +127,20 @@ def tile(
 
 
 @jit
+def gemm_by_panels(
+    a: Array, a_start: int, a_row: int, a_k: int, panels: Array, c: Array, c_row: int, m: int, n: int, depth: int,
+    add: bool,
+) -> None:  # fmt: skip
+    """C = A B, or C += A B, on B as `pack_panels` packs it; C has room for whole tiles: MR rows, whole vectors."""
+    lanes = lanes_of(c)
+    nr = VECTORS * lanes
+    for i in range(0, m, MR):
+        for j in range(0, n, nr):
+            vectors, left = ceil_div(min(nr, n - j), lanes), a_start + i * a_row
+            tile(vectors, a, left, a_row, a_k, min(MR, m - i), panels, j * depth, depth, c, i * c_row + j, c_row, add)
+
+
+@jit
 def pack_panels(b: Array, start: int, b_k: int, b_column: int, depth: int, columns: int, out: Array) -> None:
     """(depth, columns) of B as micropanels, one after the other, each row after row, filled up to whole vectors."""
     lanes = lanes_of(out)

@@ -1,25 +1,36 @@
-"""Attention, one head of one sequence at a time: its scores stay in cache, its products are BLAS calls of this thread.
+"""Attention, one head of one sequence and a block of its queries at a time: the scores stay in cache.
 
 In the kernels qkv is (N, 3, heads, D), y is (N, heads, D), and `sequences` holds (first row, length) of each that is
 not empty, the longest first. Item i of the work is head i // len(sequences) of sequence i % len(sequences): every
 thread gets its share of each sequence, so that they end together whatever the mix of lengths.
+
+Scores lie in rows of `wide` elements, whole vectors: loops over all of a row leave no rest that runs one by one. What
+stands beyond a sequence's length is in no result.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from minibert.kernels.attention import mask_width
 from minibert.kernels.cpu_arrays import contiguous
-from minibert.kernels.cpu_math import constant, exp, philox_row, vmax
-from minibert.kernels.cpu_threads import jit, rows_worth_a_thread, run_rows
+from minibert.kernels.cpu_jit import jit
+from minibert.kernels.cpu_math import constant, exp, philox_block
+from minibert.kernels.cpu_microkernel import INDEX, VECTOR_BYTES, _Emitter
+from minibert.kernels.cpu_product import UNIT, ceil_div, gemm_by_panels, pack_panels
+from minibert.kernels.cpu_threads import rows_worth_a_thread, run_rows
 from minibert.kernels.op import Array
 from minibert.kernels.philox import NO_STREAM, Stream, threshold
 
-NANOSECONDS_A_SCORE = 2.0
+NANOSECONDS_A_SCORE = 1.5
+QUERIES = 128  # in a block, at most; a multiple of the rows of a tile
 
 
 class Dropout(NamedTuple):
@@ -35,27 +46,30 @@ def attention_heads(
     width, drop, kept = dropout
     heads, size = y.shape[1:]
     scale = constant(size**-0.5, kept)
-    longest = sequences[0, 1]
-    scratch, scores = np.empty((4, longest, size), y.dtype), np.empty(longest * longest, y.dtype)
-    shares, words = np.empty(longest, y.dtype), np.empty(longest, np.uint32)
+    flat, token, deep, most = qkv.reshape(-1), 3 * heads * size, whole_units(size), whole_units(sequences[0, 1])
+    k_panels, v_panels = vectors(most * size, y), vectors(most * deep, y)
+    scores, sums = vectors(QUERIES * most, y), vectors(QUERIES * deep, y)
+    tops, totals = vectors(QUERIES, y), vectors(QUERIES, y)
+    blocks, words = word_buffers(QUERIES * most if drop > 0 else 0)
     for item in range(start, stop):
         head, (first, t) = item // len(sequences), sequences[item % len(sequences)]
-        q, k, v, sums, p = scratch[0, :t], scratch[1, :t], scratch[2, :t], scratch[3, :t], scores[: t * t].reshape(t, t)
-        for part, x in enumerate((q, k, v)):
-            load(qkv[first : first + t], part, head, x)
-        np.dot(q, k.T, p)
-        for i in range(t):
-            top, total = exp_row(p[i], scale)
-            lse[first + i, head] = top + math.log(total)
-            shares[i] = kept / total
+        wide, q = whole_units(t), first * token + head * size
+        k, v = q + heads * size, q + 2 * heads * size
+        pack_panels(flat, k, 1, token, size, t, k_panels)
+        pack_panels(flat, v, token, 1, t, size, v_panels)
+        for i in range(0, t, QUERIES):
+            rows = min(QUERIES, t - i)
+            gemm_by_panels(flat, q + i * token, token, 1, k_panels, scores, wide, rows, t, size, False)
+            exp_rows(scores, rows, t, wide, scale, tops, totals)
             if drop > 0:
-                philox_row(words, ((first + i) * heads + head) * width, t, *stream)
-                drop_row(p[i], words, drop)
-        np.dot(p, v, sums)
-        for i in range(t):
-            row = y[first + i, head]
-            for j in range(size):
-                row[j] = sums[i, j] * shares[i]
+                draw(blocks, words, ((first + i) * heads + head) * width, heads * width, rows, wide, stream)
+                drop_scores(scores, words, rows * wide, drop)
+            gemm_by_panels(scores, 0, wide, 1, v_panels, sums, deep, rows, size, t, False)
+            for r in range(rows):
+                lse[first + i + r, head] = tops[r] + math.log(totals[r])
+                share, row, sums_row = kept / totals[r], y[first + i + r, head], sums[r * deep :]
+                for j in range(size):
+                    row[j] = sums_row[j] * share
 
 
 @jit
@@ -66,64 +80,161 @@ def attention_grad_heads(
     width, drop, kept = dropout
     heads, size = y.shape[1:]
     scale = constant(size**-0.5, kept)
-    longest = sequences[0, 1]
-    scratch, scores = np.empty((5, longest, size), y.dtype), np.empty((2, longest * longest), y.dtype)
-    words = np.empty(longest, np.uint32)
+    flat, flat_g, token = qkv.reshape(-1), g.reshape(-1), 3 * heads * size
+    deep, most = whole_units(size), whole_units(sequences[0, 1])
+    k_columns, v_columns, k_rows = vectors(most * size, y), vectors(most * size, y), vectors(most * deep, y)
+    q_rows, g_rows, dq = vectors(QUERIES * deep, y), vectors(QUERIES * deep, y), vectors(QUERIES * deep, y)
+    p, ds = vectors(QUERIES * most, y), vectors(QUERIES * most, y)
+    dk, dv, deltas = vectors(most * deep, y), vectors(most * deep, y), vectors(QUERIES, y)
+    blocks, words = word_buffers(QUERIES * most)
     for item in range(start, stop):
         head, (first, t) = item // len(sequences), sequences[item % len(sequences)]
-        q, k, v, gy, dx = scratch[0, :t], scratch[1, :t], scratch[2, :t], scratch[3, :t], scratch[4, :t]
-        p, ds = scores[0, : t * t].reshape(t, t), scores[1, : t * t].reshape(t, t)
-        for part, x in enumerate((q, k, v)):
-            load(qkv[first : first + t], part, head, x)
-        load(g[first : first + t], 0, head, gy)
-        np.dot(q, k.T, p)
-        np.dot(gy, v.T, ds)
-        for i in range(t):
+        wide, q = whole_units(t), first * token + head * size
+        k, v = q + heads * size, q + 2 * heads * size
+        pack_panels(flat, k, 1, token, size, t, k_columns)
+        pack_panels(flat, v, 1, token, size, t, v_columns)
+        pack_panels(flat, k, token, 1, t, size, k_rows)
+        for i in range(0, t, QUERIES):
+            rows, q_i, g_i = min(QUERIES, t - i), q + i * token, ((first + i) * heads + head) * size
+            pack_panels(flat, q_i, token, 1, rows, size, q_rows)
+            pack_panels(flat_g, g_i, heads * size, 1, rows, size, g_rows)
+            gemm_by_panels(flat, q_i, token, 1, k_columns, p, wide, rows, t, size, False)
+            gemm_by_panels(flat_g, g_i, heads * size, 1, v_columns, ds, wide, rows, t, size, False)
             if drop > 0:
-                philox_row(words, ((first + i) * heads + head) * width, t, *stream)
-            delta = dot_row(gy[i], y[first + i, head])
-            score_grad_row(p[i], ds[i], words, drop, kept, scale, lse[first + i, head], delta)
-        np.dot(ds, k, dx)
-        store(dx, dqkv[first : first + t], 0, head)
-        np.dot(ds.T, q, dx)
-        store(dx, dqkv[first : first + t], 1, head)
-        np.dot(p.T, gy, dx)
-        store(dx, dqkv[first : first + t], 2, head)
+                draw(blocks, words, ((first + i) * heads + head) * width, heads * width, rows, wide, stream)
+            for r in range(rows):
+                deltas[r] = dot_row(g[first + i + r, 0, head], y[first + i + r, head])
+            log_sums = lse[first + i : first + i + rows, head]
+            score_grads(p, ds, words, dropout, rows, wide, scale, log_sums, deltas)
+            gemm_by_panels(ds, 0, wide, 1, k_rows, dq, deep, rows, size, t, False)
+            store(dq, deep, rows, dqkv, first + i, 0, head)
+            gemm_by_panels(ds, 0, 1, wide, q_rows, dk, deep, t, size, rows, i > 0)
+            gemm_by_panels(p, 0, 1, wide, g_rows, dv, deep, t, size, rows, i > 0)
+        store(dk, deep, t, dqkv, first, 1, head)
+        store(dv, deep, t, dqkv, first, 2, head)
 
 
 @jit
-def exp_row(row: Array, scale: float) -> tuple[float, float]:
-    """Scores (t,) become exp(scale (score - top)); returns scale top, and their sum."""
-    top = row[0]
-    for j in range(row.size):
-        top = vmax(top, row[j])
-    total = constant(0.0, top)
-    for j in range(row.size):
-        e = exp((row[j] - top) * scale)
-        row[j] = e
-        total += e
-    return top * scale, total
+def whole_units(count: int) -> int:
+    return UNIT * ceil_div(count, UNIT)
 
 
 @jit
-def drop_row(row: Array, words: Array, drop: np.uint32) -> None:
-    zero = constant(0.0, row[0])
-    for j in range(row.size):
-        row[j] = row[j] if words[j] >= drop else zero
+def vectors(count: int, like: Array) -> Array:
+    """Scratch of `count` elements, aligned to vectors."""
+    lanes = VECTOR_BYTES // like.itemsize
+    buffer = np.empty(count + lanes, like.dtype)
+    return buffer[-(buffer.ctypes.data // like.itemsize) % lanes :]
 
 
 @jit
-def score_grad_row(
-    p: Array, ds: Array, words: Array, drop: np.uint32, kept: float, scale: float, lse: float, delta: float
+def word_buffers(count: int) -> tuple[Array, Array]:
+    """Scratch of `draw`: numbers of blocks, and their words."""
+    return np.empty(count // 4, np.uint64), np.empty(count, np.uint32)
+
+
+@jit
+def draw(blocks: Array, words: Array, first: int, apart: int, rows: int, wide: int, stream: tuple[Any, ...]) -> None:
+    """Rows of `wide` words, from elements first, first + apart, ... of the stream, multiples of 4, all in one loop."""
+    count = wide // 4
+    for i in range(rows):
+        row, block = blocks[i * count : (i + 1) * count], (first + i * apart) // 4
+        for j in range(count):
+            row[j] = block + j
+    seed, number, step, layer = stream
+    seed, number, step, layer = np.uint64(seed), np.uint64(number), np.uint64(step), np.uint64(layer)
+    one, two, three, four = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)
+    for i in range(np.uint64(rows * count)):  # unsigned: Numba adds no test for negative indices
+        a, b, c, d = philox_block(blocks[i], layer, step, seed, number)
+        place = four * i
+        words[place], words[place + one] = np.uint32(a), np.uint32(b)
+        words[place + two], words[place + three] = np.uint32(c), np.uint32(d)
+
+
+def _row_reduction(identity: float, combine: Callable[[ir.IRBuilder, Any, Any], Any]) -> Any:
+    """x[start : start + count] combined, vector by vector and then the lanes; all of the last vector is read.
+
+    LLVM's own sum or maximum of a loop takes 64 float32 at once, and what is left over one by one.
+    """
+
+    @intrinsic
+    def reduce_row(typing_context: Any, x: Any, start: Any, count: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            emit = _Emitter(context, builder, signature.args, args)
+            x, start, count = emit.values
+            lanes, indices = emit.lanes, ir.VectorType(INDEX, emit.lanes)
+            nothing, zeros = emit.vector([identity] * lanes), ir.VectorType(ir.IntType(32), lanes)([0] * lanes)
+
+            def spread(value: Any) -> Any:
+                first = builder.insert_element(indices(ir.Undefined), value, ir.IntType(32)(0))
+                return builder.shuffle_vector(first, indices(ir.Undefined), zeros)
+
+            before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+            left = builder.sub(spread(count), indices(list(range(lanes))))
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            j, sofar = builder.phi(INDEX), builder.phi(emit.vector)
+            inside = builder.icmp_signed("<", spread(j), left)
+            value = builder.select(inside, emit.load(emit.at(x, builder.add(start, j))), nothing)
+            found, following = combine(builder, value, sofar), builder.add(j, INDEX(lanes))
+            for phi, at_first, then in ((j, INDEX(0), following), (sofar, nothing, found)):
+                phi.add_incoming(at_first, before)
+                phi.add_incoming(then, loop)
+            builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
+            builder.position_at_end(after)
+            while lanes > 1:
+                lanes //= 2
+                turned = emit.shuffle(found, found, [(lane + lanes) % emit.lanes for lane in range(emit.lanes)])
+                found = combine(builder, found, turned)
+            return builder.extract_element(found, ir.IntType(32)(0))
+
+        return x.dtype(x, types.intp, types.intp), generate
+
+    return reduce_row
+
+
+row_sum = _row_reduction(0.0, lambda builder, a, b: builder.fadd(a, b))
+# A NaN is passed over: whoever subtracts the maximum meets it all the same.
+row_max = _row_reduction(-math.inf, lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+
+
+@jit
+def exp_rows(scores: Array, rows: int, t: int, wide: int, scale: float, tops: Array, totals: Array) -> None:
+    """Scores become exp(scale (score - top of the row)); `tops` are scale top, and `totals` the rows' sums."""
+    for i in range(rows):  # three loops: a maximum is long under way, and the next row's need not wait for it
+        tops[i] = row_max(scores, i * wide, t)
+    for i in range(rows):
+        top, row = tops[i], scores[i * wide : (i + 1) * wide]
+        for j in range(wide):
+            row[j] = exp((row[j] - top) * scale)
+    for i in range(rows):
+        tops[i] *= scale
+        totals[i] = row_sum(scores, i * wide, t)
+
+
+@jit
+def drop_scores(scores: Array, words: Array, count: int, drop: np.uint32) -> None:
+    zero = constant(0.0, scores[0])
+    for j in range(np.uint64(count)):
+        scores[j] = scores[j] if words[j] >= drop else zero
+
+
+@jit
+def score_grads(
+    p: Array, ds: Array, words: Array, dropout: Dropout, rows: int, wide: int, scale: float, lse: Array, deltas: Array
 ) -> None:
-    """Scores (t,) become dropout(p), and the gradient of dropout(p) becomes that of the scores; no word is below 0."""
+    """Scores become dropout(p), and the gradient of dropout(p) becomes that of the scores; no word is below 0."""
+    _, drop, kept = dropout
     zero = constant(0.0, kept)
-    for j in range(p.size):
-        probability = exp(p[j] * scale - lse)
-        share, slope = probability * kept, ds[j] * kept
-        keep = words[j] >= drop  # chosen, not multiplied by 0: what is dropped may be infinite
-        p[j] = share if keep else zero
-        ds[j] = probability * ((slope if keep else zero) - delta) * scale
+    for i in range(rows):
+        at = slice(i * wide, (i + 1) * wide)
+        p_row, ds_row, words_row, delta, log_sum = p[at], ds[at], words[at], deltas[i], lse[i]
+        for j in range(wide):
+            probability = exp(p_row[j] * scale - log_sum)
+            share, slope = probability * kept, ds_row[j] * kept
+            keep = words_row[j] >= drop  # chosen, not multiplied by 0: what is dropped may be infinite
+            p_row[j] = share if keep else zero
+            ds_row[j] = probability * ((slope if keep else zero) - delta) * scale
 
 
 @jit
@@ -135,21 +246,12 @@ def dot_row(a: Array, b: Array) -> float:
 
 
 @jit
-def load(x: Array, part: int, head: int, out: Array) -> None:
-    """(t, parts, heads, D) -> (t, D)."""
-    for i in range(len(out)):
-        row = x[i, part, head]
-        for j in range(row.size):
-            out[i, j] = row[j]
-
-
-@jit
-def store(x: Array, out: Array, part: int, head: int) -> None:
-    """(t, D) -> (t, parts, heads, D)."""
-    for i in range(len(x)):
-        row = out[i, part, head]
-        for j in range(row.size):
-            row[j] = x[i, j]
+def store(x: Array, x_row: int, rows: int, out: Array, first: int, part: int, head: int) -> None:
+    """Rows of x, `x_row` apart, to rows `first` on of (N, parts, heads, D)."""
+    for i in range(rows):
+        from_row, to_row = x[i * x_row :], out[first + i, part, head]
+        for j in range(to_row.size):
+            to_row[j] = from_row[j]
 
 
 def _sequences(cu_seqlens: Array, rows: int) -> Array:
