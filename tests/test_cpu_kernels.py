@@ -13,6 +13,7 @@ import pytest
 from minibert import backends
 from minibert.kernels import OPS
 from minibert.kernels.attention import attention, attention_grad
+from minibert.kernels.attention.cpu import QUERIES
 from minibert.kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from minibert.kernels.layer_norm.cpu import layer_norm_grad_blocks, layer_norm_rows
 from minibert.kernels.linear import linear, matmul
@@ -88,6 +89,16 @@ def test_attention_of_any_mix_of_lengths_and_heads_follows_the_formula(seed: int
     heads, size = rng.integers(1, 6, 2)
     stream = tuple(rng.integers(0, 2**32, 4).tolist())  # the whole range of each word
     params = {"num_heads": int(heads), "rate": [0.0, 0.1, 0.9][seed % 3], "stream": stream}
+    qkv = rng.standard_normal((cu_seqlens[-1], 3 * heads * size), np.float32)
+    y, lse = assert_within_bound(attention, qkv, cu_seqlens, **params)
+    g = rng.standard_normal(y.shape, np.float32)
+    assert_within_bound(attention_grad, g, qkv, y, lse, cu_seqlens, **params)
+
+
+def test_attention_of_sequences_longer_than_a_block_of_queries() -> None:
+    rng, heads, size = np.random.default_rng(0), 2, 20
+    cu_seqlens = np.cumsum([0, 3, QUERIES + 1, 2 * QUERIES + 9])
+    params = {"num_heads": heads, "rate": 0.3, "stream": (1, 2, 3, 4)}
     qkv = rng.standard_normal((cu_seqlens[-1], 3 * heads * size), np.float32)
     y, lse = assert_within_bound(attention, qkv, cu_seqlens, **params)
     g = rng.standard_normal(y.shape, np.float32)
