@@ -22,7 +22,7 @@ from minibert.kernels.linear import linear, linear_gelu
 from minibert.kernels.philox import Stream
 from minibert.kernels.softmax import softmax
 from minibert.kernels.view import concatenate
-from minibert.nn import Embedding, LayerNorm, Linear, Module, Parameter, Place, embed
+from minibert.nn import Embedding, LayerNorm, Linear, Module, Parameter, Place, embed, lay_together
 from minibert.outputs import Batch, BertOutput, MaskedLMOutput, PreTrainingOutput
 from minibert.packing import IGNORE, Packed, pack, sentence_labels
 from minibert.pretrained import PreTrained
@@ -67,6 +67,8 @@ class BertSelfAttention(Module):
     def __init__(self, config: BertConfig, place: Place, layer: int) -> None:
         self.config, self.layer = config, layer
         self.query, self.key, self.value = (Linear(config.hidden_size, config.hidden_size, place) for _ in range(3))
+        for three in zip(*(part.parameters() for part in (self.query, self.key, self.value)), strict=True):
+            lay_together(*three)  # the three are one product
 
     def __call__(self, x: Tensor, batch: Batch, attentions: list[Tensor] | None) -> Tensor:  # (N, C) -> (N, C)
         weight = apply(concatenate, self.query.weight, self.key.weight, self.value.weight, axis=0)

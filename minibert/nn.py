@@ -47,7 +47,7 @@ class Parameter(Tensor):
         values = values.reshape(self.declared_shape)
         if self.zero_row is not None:
             values[self.zero_row] = 0
-        self.data = self.backend.asarray(values, dtype=self.dtype)
+        self.assign(values)
 
     def assign(self, values: Array) -> None:
         """Take new values; where there are some already, in place, since an optimiser may hold a view of them."""
@@ -58,6 +58,15 @@ class Parameter(Tensor):
             self.data[...] = values
         else:
             self.data = values.copy()
+
+
+def lay_together(*parameters: Parameter) -> None:
+    """Give parameters that have no data yet memory one after the other, so that joining them copies nothing."""
+    first = parameters[0]
+    ends = np.cumsum([0, *(np.prod(p.declared_shape) for p in parameters)]).tolist()
+    whole = first.backend.asarray(np.zeros(ends[-1]), dtype=first.dtype)
+    for p, start, stop in zip(parameters, ends, ends[1:], strict=False):
+        p.data = whole[start:stop].reshape(p.declared_shape)
 
 
 def standard_normal(stream: Stream, count: int) -> np.ndarray:
