@@ -73,13 +73,15 @@ class Tensor:
         if self.made_by is not None and self.made_by[0] in AGAIN:
             self.forget()
 
-    def _remembered(self) -> Array:
-        """The values for a gradient that may read them; those that forward dropped are made again."""
-        if isinstance(self.data, Spent) and self.made_by is not None and self.made_by[0] in AGAIN:
+    def _values(self, again: dict[Tensor, Array]) -> Array:
+        """The values for a gradient that may read them; those that forward dropped are made again, and noted there."""
+        if not isinstance(self.data, Spent) or self.made_by is None or self.made_by[0] not in AGAIN:
+            return self.data
+        if self not in again:
             op, inputs, kept, params = self.made_by
             with at_place(self.place):
-                self.data = AGAIN[op](self.backend.run, kept, *(i.data for i in inputs), **params)
-        return self.data
+                again[self] = AGAIN[op](self.backend.run, kept, *(i.data for i in inputs), **params)
+        return again[self]
 
     def __matmul__(self, other: Tensor) -> Tensor:
         return apply(matmul, self, other)
@@ -121,19 +123,21 @@ class Tensor:
             raise ValueError(f"backward: expected a gradient of shape {self.shape}, got {gradient.shape}")
         order = _oldest_first(self)
         grads: dict[Tensor, Array] = {}
+        again: dict[Tensor, Array] = {}  # what forward dropped, until every gradient that reads it is there
         self._receive(gradient, grads)
         while order:  # popped, so that nothing here keeps a tensor that has been passed
-            order.pop()._pass_on(grads)
+            order.pop()._pass_on(grads, again)
 
-    def _pass_on(self, grads: dict[Tensor, Array]) -> None:
+    def _pass_on(self, grads: dict[Tensor, Array], again: dict[Tensor, Array]) -> None:
         """Undo the op that made this: its inputs receive their gradients, and what it kept is freed."""
+        again.pop(self, None)
         g = grads.pop(self, None)
         if g is None or self.made_by is None or self.made_by is FREED:
             return
         op, inputs, residuals, params = self.made_by
         if op.vjp is None:
             raise NotImplementedError(f"op {op.name!r} has no vjp: give one where the op is defined")
-        arrays = [i._remembered() for i in inputs]
+        arrays = [i._values(again) for i in inputs]
         with at_place(self.place):
             gradients = op.vjp(_Run(self.backend.run, inputs), g, (self.data, *residuals), *arrays, **params)
         self.made_by = FREED  # and with it what this step kept
