@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 KERNELS = Path(str(minibert.kernels.__file__)).parent
 
+# For files that tests write: kernels that are compiled already, since compiling takes most of such a test's time.
+KERNELS_AT_HAND: list[Callable[..., Any]] = []
+
 # What several faults replace.
 BLOCK_SUM = """\
     if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = x;
