@@ -111,9 +111,8 @@ FAULTS = (
         "drop_row(p[i], words, drop)", "drop_row(p[i, : max(1, t - 1)], words, drop)",
     ),
     Fault(
-        "gelu by a short constant", "linear", "linear_gelu", "transform", "forward",
-        "    before = product_with_transpose(x, weight)\n",
-        "    before = product_with_transpose(x, weight) * x.dtype.type(1.0001 if len(x) < 40 else 1)\n",
+        "gelu a little too large", "linear", "linear_gelu", "transform", "forward",
+        "    return y, before\n", "    return y * y.dtype.type(1.0001 if len(x) < 40 else 1), before\n",
     ),
     # ------------------------------------------------------------------------------------------------------ backward
     Fault(
