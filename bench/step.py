@@ -107,6 +107,8 @@ def one_step(spec: dict[str, Any]) -> Callable[[], Any]:
     backends.set_deterministic(task.deterministic)
     one = side(spec["side"], task, random_weights(task.config, task.seed))
     one.weights = {}  # kept for `reload` alone
+    if isinstance(one, OurTraining):
+        one.backend.release_memory()  # of the weights it was given a copy of, which torch gives back by itself
     prepared = [one.prepare(b) for b in task.batches(spec["measure"], task.seed)]
     return lambda: [one.step(p) for p in prepared]
 

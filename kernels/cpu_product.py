@@ -261,9 +261,11 @@ def operand(x: Array) -> Operand:
     return Operand(flat, down // item, across // item)
 
 
-def run_parts(
-    kernel: Any, m: int, n: int, depth: int, dtype: np.dtype[Any], *args: Any, far: bool = False
-) -> None:  # fmt: skip
+def _rows_are_contiguous(x: Array) -> bool:
+    return x.flags.c_contiguous or (x.strides[1] == x.itemsize and x.strides[0] >= x.shape[1] * x.itemsize)
+
+
+def run_parts(kernel: Any, m: int, n: int, depth: int, dtype: np.dtype[Any], *args: Any, far: bool = False) -> None:
     """Call `kernel(*args, cuts, start, stop)` for all parts of a product (m, depth) by (depth, n)."""
     down, across = cuts_of(m, n, depth, VECTORS * (VECTOR_BYTES // dtype.itemsize), num_threads(), far)
     grain = rows_worth_a_thread(m * n * depth // (down * across), COST)
@@ -282,7 +284,7 @@ def product(a: Array, b: Array, out: Array | None = None, *, add: bool = False) 
     (m, depth), n, dtype = a.shape, b.shape[1], np.result_type(a, b)
     if out is None:
         out, add = np.empty((m, n), dtype), False
-    elif out.shape != (m, n) or out.dtype != dtype or (out.size and out.strides[1] != out.itemsize):
+    elif out.shape != (m, n) or out.dtype != dtype or (out.size and not _rows_are_contiguous(out)):
         raise ValueError(
             f"out: expected {m, n} {dtype} of contiguous rows, got {out.shape} {out.dtype} of strides {out.strides}"
         )

@@ -137,12 +137,12 @@ class Tensor:
         op, inputs, residuals, params = self.made_by
         if op.vjp is None:
             raise NotImplementedError(f"op {op.name!r} has no vjp: give one where the op is defined")
-        arrays = [i._values(again) for i in inputs]
+        arrays, run = [i._values(again) for i in inputs], _Run(self.backend.run, inputs)
         with at_place(self.place):
-            gradients = op.vjp(_Run(self.backend.run, inputs), g, (self.data, *residuals), *arrays, **params)
+            gradients = op.vjp(run, g, (self.data, *residuals), *arrays, **params)
         self.made_by = FREED  # and with it what this step kept
         for i, gi in zip(inputs, gradients, strict=True):
-            if gi is not None and i.requires_grad:
+            if gi is not None and i.requires_grad and not any(gi is total for total in run.added_to):
                 i._receive(gi, grads)
 
     def _receive(self, g: Array, grads: dict[Tensor, Array]) -> None:
@@ -160,8 +160,6 @@ class Tensor:
                 grads[self] = self.backend.run(add, grads[self], g) if self in grads else g
 
     def _accumulate(self, g: Array) -> None:
-        if g is self.grad:  # it was added to in place
-            return
         if self.grad is not None:
             g = self.backend.run(add, self.grad, g)
         if self.grad_buffer is not None:
@@ -181,6 +179,7 @@ class _Run:
 
     def __init__(self, run: Run, inputs: tuple[Tensor, ...]) -> None:
         self.run, self.inputs = run, inputs
+        self.added_to: list[Array] = []  # gradients so far that were handed out
 
     def __call__(self, op: Op, *arrays: Array, **params: Any) -> Any:
         return self.run(op, *arrays, **params)
@@ -190,19 +189,34 @@ class _Run:
         into = tuple(self._buffer(self.inputs[number]) for number in numbers)
         return self.run if all(place is None for place in into) else partial(self.run, into=into)
 
-    def gradient_so_far(self, number: int) -> Array | None:
-        """The gradient of that input, where it is final memory: an op may add to it in place, and return it."""
+    def gradient_so_far(self, number: int, by: Op | None = None) -> Array | None:
+        """The gradient of that input, where it is final memory: an op adds to it in place, and the vjp returns it.
+
+        None where this backend has no kernel for the op `by`: its formula would make the sum elsewhere first.
+        """
         tensor = self.inputs[number]
-        once = tensor.made_by is None and tensor.requires_grad and self.inputs.count(tensor) == 1
-        return tensor.grad if once and tensor.grad is tensor.grad_buffer else None
+        leaves = self._leaves(tensor)
+        if any(t.grad is None or t.grad is not t.grad_buffer for t in leaves):
+            return None
+        total = None if by is not None and tensor.backend.kernel(by) is None else self._whole(tensor, leaves)
+        if total is not None:
+            self.added_to.append(total)
+        return total
 
     def _buffer(self, tensor: Tensor) -> Array | None:
         """Where the whole gradient of an input may be written: nothing is there yet, and no other one will be."""
+        leaves = self._leaves(tensor)
+        return None if any(t.grad is not None for t in leaves) else self._whole(tensor, leaves)
+
+    def _leaves(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """What an input is made of, end to end; nothing where its gradient is not, once and whole, theirs."""
         leaves = joined_leaves(tensor) or (tensor,)
-        if any(t.made_by is not None or t.grad is not None or not t.requires_grad for t in leaves):
-            return None
-        if self.inputs.count(tensor) != 1 or len(set(leaves)) != len(leaves):
-            return None
+        whole = all(t.made_by is None and t.requires_grad for t in leaves) and len(set(leaves)) == len(leaves)
+        return leaves if whole and self.inputs.count(tensor) == 1 else ()
+
+    @staticmethod
+    def _whole(tensor: Tensor, leaves: tuple[Tensor, ...]) -> Array | None:
+        """The memory of the gradients of an input's leaves as one array, where it is."""
         buffers = [t.grad_buffer for t in leaves]
         return buffers[0] if len(buffers) == 1 else tensor.backend.adjoining(buffers)
 

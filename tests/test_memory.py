@@ -21,7 +21,7 @@ from minibert.config import BertConfig
 from minibert.kernels import OPS
 from minibert.kernels.adjoining import adjoining
 from minibert.kernels.embedding import add_rows, scatter_rows
-from minibert.kernels.linear import linear, linear_grad
+from minibert.kernels.linear import add_linear_grad, linear, linear_grad
 from minibert.kernels.op import Op, outputs
 from minibert.kernels.view import concatenate
 from minibert.optim import AdamW, parameter_groups
@@ -161,6 +161,31 @@ def test_of_a_training_step_no_joined_weight_is_a_copy() -> None:
     with NUMBA.watched_by(watch):
         model(IDS, labels=LABELS).loss.backward()
     assert joined and all(joined[::2])
+
+
+def test_gradients_of_more_passes_are_added_in_place() -> None:
+    """Nothing of a weight's size is made for the second, not of one that is joined of three either."""
+    model, _ = model_and_optimiser(NUMBA, "float64")
+    plain = BertForMaskedLM(SMALL, NUMPY, "float64", seed=5).train()
+    weights = [p.grad_buffer for p in model.parameters() if len(p.declared_shape) == 2]
+    calls: list[str] = []
+
+    def watch(op: Op, arrays: Any, params: Any, call: Any) -> Any:
+        calls.append(op.name)
+        assert op is not OPS["add"] or not any(np.shares_memory(arrays[0], w) for w in weights)
+        if op is add_linear_grad:
+            assert any(np.shares_memory(arrays[0], w) for w in weights)
+        return call()
+
+    for one in (model, plain):
+        one(IDS, labels=LABELS).loss.backward()
+    with NUMBA.watched_by(watch):
+        model(IDS, labels=LABELS).loss.backward()
+    plain(IDS, labels=LABELS).loss.backward()
+    assert calls.count("add_linear_grad") == 4 * SMALL.num_hidden_layers + 2 and "linear_grad" not in calls
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert p.grad is p.grad_buffer
+        np.testing.assert_allclose(p.grad, q.grad, rtol=1e-7, atol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize("passes", [1, 2])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from minibert.kernels.elementwise import mul
-from minibert.kernels.linear import gradients_of, linear_grad, matmul
+from minibert.kernels.linear import matmul, parameter_gradients
 from minibert.kernels.op import Array, BertSize, Op, Run, Sample
 
 IGNORED = -100  # the label of a row that is not predicted, as in torch and transformers
@@ -42,7 +42,7 @@ def _linear_cross_entropy_vjp(
 ) -> tuple[Any, ...]:
     dlogits = outs[1]  # g is a number: it is cheapest to scale the small arrays
     dx = run(mul, run(matmul, dlogits, weight), g)
-    dweight, total = gradients_of(run, 1)(linear_grad, dlogits, run(mul, x, g))
+    dweight, total = parameter_gradients(run, dlogits, run(mul, x, g), 1)
     return dx, dweight, run(mul, total, g), None
 
 

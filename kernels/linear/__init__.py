@@ -1,7 +1,7 @@
 """matmul: y = a b; linear: y = x W' + b, W (out, in); linear_gelu: y = gelu(x W' + b), keeps x W' + b.
 
 linear_grad: dW = g' x and db, the sum of g over its rows, of which the product reads every element anyway; g (N, out),
-x (N, in).
+x (N, in). add_linear_grad: total += g' x, in place, for a weight that has a gradient already.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from minibert.kernels.activation import gelu_formula, gelu_grad
 from minibert.kernels.op import Array, BertSize, Op, Run, Sample
-from minibert.kernels.reduction import sum_to
+from minibert.kernels.reduction import reduce_sum, sum_to
 from minibert.kernels.view import reshape
 
 
@@ -34,6 +34,10 @@ def _linear_grad(xp: Any, g: Array, x: Array) -> tuple[Array, Array]:
     return g.swapaxes(0, 1) @ x, g.sum(axis=0)
 
 
+def _add_linear_grad(xp: Any, total: Array, g: Array, x: Array) -> tuple[Array]:
+    return (total + g.swapaxes(0, 1) @ x,)
+
+
 def _matmul_vjp(run: Run, g: Array, outs: tuple[Array, ...], a: Array, b: Array) -> tuple[Array, Array]:
     return sum_to(run, run(matmul, g, b.swapaxes(-1, -2)), a), sum_to(run, run(matmul, a.swapaxes(-1, -2), g), b)
 
@@ -42,8 +46,21 @@ def linear_vjp(run: Run, g: Array, outs: Any, x: Array, weight: Array, bias: Arr
     dx = run(matmul, g, weight)
     if x.ndim != 2:  # every row counts alike, whatever axes it stands in
         g, x = (run(reshape, a, shape=(-1, a.shape[-1])) for a in (g, x))
-    dweight, dbias = gradients_of(run, 1, 2)(linear_grad, g, x)
-    return dx, dweight, dbias
+    return dx, *parameter_gradients(run, g, x, 1, 2)
+
+
+def parameter_gradients(run: Run, g: Array, x: Array, weight: int, *bias: int) -> tuple[Array, Array]:
+    """dW and db: of the inputs with those numbers (the bias's is left out where db is not yet its whole gradient).
+
+    Where autodiff has a gradient of the weight already, and a backend a kernel for it, dW is that, with this added.
+    """
+    so_far = getattr(run, "gradient_so_far", None)
+    total = None if so_far is None else so_far(weight, add_linear_grad)
+    if total is None:
+        dweight, dbias = gradients_of(run, weight, *bias)(linear_grad, g, x)
+        return dweight, dbias
+    run(add_linear_grad, total, g, x)
+    return total, run(reduce_sum, g, axis=0)
 
 
 def gradients_of(run: Run, *numbers: int) -> Run:
@@ -89,6 +106,11 @@ def _gradients(rng: np.random.Generator) -> Iterator[Sample]:
     yield Sample((rng.standard_normal((6, 40)).swapaxes(0, 1), rng.standard_normal((40, 10))[:, ::2]))
 
 
+def _additions(rng: np.random.Generator) -> Iterator[Sample]:
+    for (g, x), _ in _gradients(rng):
+        yield Sample((rng.standard_normal((g.shape[1], x.shape[1])), g, x))
+
+
 def _bench(rng: np.random.Generator, size: BertSize) -> Sample:
     n, c, i = size.tokens, size.hidden, size.intermediate
     return Sample((rng.standard_normal((n, c)), rng.standard_normal((i, c)) * 0.05, rng.standard_normal(i)))
@@ -106,9 +128,15 @@ def _bench_grad(rng: np.random.Generator, size: BertSize) -> Sample:
     )
 
 
+def _bench_add(rng: np.random.Generator, size: BertSize) -> Sample:
+    g, x = _bench_grad(rng, size).arrays
+    return Sample((rng.standard_normal((size.intermediate, size.hidden)), g, x))
+
+
 matmul = Op("matmul", _matmul, samples=_products, bench=_bench_matmul, vjp=_matmul_vjp)
 linear = Op("linear", _linear, samples=_layers, bench=_bench, vjp=linear_vjp)
 linear_grad = Op("linear_grad", _linear_grad, samples=_gradients, bench=_bench_grad)
+add_linear_grad = Op("add_linear_grad", _add_linear_grad, samples=_additions, bench=_bench_add, writes=(0,))
 linear_gelu = Op(
     "linear_gelu",
     _linear_gelu,

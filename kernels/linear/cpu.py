@@ -109,3 +109,10 @@ def _linear(x: Array, weight: Array, bias: Array, gelu: str | None = None) -> li
 
 def linear_grad(g: Array, x: Array, *, into: Sequence[Array | None] = (None,)) -> tuple[Array, Array]:
     return product(g.swapaxes(0, 1), x, into[0]), reduce_sum(g, axis=0)
+
+
+def add_linear_grad(total: Array, g: Array, x: Array) -> None:
+    if total.flags.c_contiguous:
+        product(g.swapaxes(0, 1), x, total, add=True)
+    else:
+        total += product(g.swapaxes(0, 1), x)
