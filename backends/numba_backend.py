@@ -1,4 +1,4 @@
-"""Numba: the loops of `kernels/*/cpu.py`, compiled for this CPU; products by NumPy's BLAS."""
+"""Numba: the loops of `kernels/*/cpu.py`, compiled for this CPU."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from contextlib import AbstractContextManager
 import numba
 
 from minibert.backends.base import Backend
-from minibert.backends.blas import described, set_blas_threads, set_product_threads
+from minibert.backends.blas import set_product_threads
 from minibert.kernels import cpu_threads
 from minibert.kernels.array_module import numpy_module
+from minibert.kernels.cpu_vectors import VECTOR_BYTES
 
 
 class NumbaBackend(Backend):
     def describe(self) -> str:
-        return f"Numba {numba.__version__} ({cpu_threads.num_threads()} threads), {described()}"
+        return f"Numba {numba.__version__} ({cpu_threads.num_threads()} threads, vectors of {8 * VECTOR_BYTES} bits)"
 
     def release_memory(self) -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -49,5 +50,4 @@ def recycle_memory() -> None:
 
 
 recycle_memory()
-set_blas_threads("scipy", 1)  # products inside kernels: each thread runs its own
 backend = NumbaBackend("numba", numpy_module, kernel_files="cpu")

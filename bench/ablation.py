@@ -34,7 +34,7 @@ from minibert.config import BertConfig
 from minibert.data.batching import PackedBatch
 from minibert.errors import UserError
 from minibert.kernels import OPS, Op
-from minibert.kernels.cpu_microkernel import VECTOR_BYTES
+from minibert.kernels.cpu_vectors import VECTOR_BYTES
 from minibert.packing import IGNORE
 
 AS_IT_IS = "as it is"

@@ -185,7 +185,7 @@ def overhead(backend: Backend, call: Callable[[], Any], on_nothing: Callable[[],
 
 def numba_compile_seconds() -> float:
     """Seconds that this process has spent compiling Numba kernels."""
-    cpu_threads = sys.modules.get("minibert.kernels.cpu_threads")  # without a Numba backend it was never imported
+    cpu_threads = sys.modules.get("minibert.kernels.cpu_jit")  # without a Numba backend it was never imported
     return 0.0 if cpu_threads is None else float(cpu_threads.compile_seconds())
 
 

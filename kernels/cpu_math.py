@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from minibert.kernels.cpu_threads import HELPER_OPTIONS, helper, inline
+from minibert.kernels.cpu_jit import HELPER_OPTIONS, helper, inline
 from minibert.kernels.philox import MASK, MULTIPLY_0, MULTIPLY_1, WEYL_0, WEYL_1
 
 F = np.float32

@@ -16,17 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minibert.kernels.cpu_jit import inline, jit
-from minibert.kernels.cpu_microkernel import (
-    MR,
-    VECTOR_BYTES,
-    VECTORS,
-    copy_vector,
-    microkernel_1,
-    microkernel_2,
-    microkernel_3,
-    transpose_square,
-)  # fmt: skip
+from minibert.kernels.cpu_microkernel import MR, VECTORS, microkernel_1, microkernel_2, microkernel_3
 from minibert.kernels.cpu_threads import PIECES_PER_THREAD, blocks, num_threads, rows_worth_a_thread, run_rows
+from minibert.kernels.cpu_vectors import VECTOR_BYTES, copy_vector, transpose_square
 from minibert.kernels.op import Array
 
 DEPTH = 384  # rows of B that are packed at once: as many elements of MR rows of A stay in the first-level cache

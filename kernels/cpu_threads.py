@@ -14,18 +14,6 @@ import numba
 import numpy as np
 from numba import types
 
-from minibert.kernels.cpu_jit import (  # noqa: F401
-    HELPER_OPTIONS,
-    KERNEL_FLAGS,
-    OPTIONS,
-    Compilation,
-    compile_seconds,
-    helper,
-    inline,
-    jit,
-    on_compile,
-    source_hash,
-)  # fmt: skip
 from minibert.kernels.cpu_team import Team
 
 GRAIN_NANOSECONDS = 10_000  # work that outweighs handing some of it to another thread

@@ -16,7 +16,8 @@ import numpy as np
 
 from minibert.backends import Backend
 from minibert.kernels import OPS
-from minibert.kernels.cpu_threads import inline, jit, num_threads, run_rows
+from minibert.kernels.cpu_jit import inline, jit
+from minibert.kernels.cpu_threads import num_threads, run_rows
 from minibert.kernels.readings import Cost
 
 PRODUCTS = ((1024, 1024, 1024), (2048, 2048, 2048), (1024, 1536, 384), (1024, 30522, 384))  # (M, N, K)

@@ -20,7 +20,7 @@ from minibert import peaks as machine_peaks
 from minibert.bert import BertForMaskedLM
 from minibert.config import BertConfig
 from minibert.errors import UserError
-from minibert.kernels.cpu_threads import KERNEL_FLAGS, OPTIONS
+from minibert.kernels.cpu_jit import KERNEL_FLAGS, OPTIONS
 from minibert.kernels.readings import cost
 from minibert.peaks import Peaks, product_gflops
 from minibert.tensor import no_grad

@@ -14,7 +14,7 @@ import pytest
 from bench import ablation, harness
 from minibert.config import NAMED
 from minibert.errors import UserError
-from minibert.kernels.cpu_microkernel import VECTOR_BYTES
+from minibert.kernels.cpu_vectors import VECTOR_BYTES
 
 pytestmark = pytest.mark.usefixtures("smaller_tiny")
 
@@ -76,7 +76,7 @@ def test_the_command_writes_a_row_for_each(
 @pytest.mark.skipif(VECTOR_BYTES != 64, reason="the vectors here have fewer than 512 bits")
 def test_a_process_without_vectors_of_512_bits_has_those_of_256(root: Path) -> None:
     environment, call = ablation.SETTINGS["vectors of 512 bits"]
-    code = "from minibert.kernels.cpu_microkernel import VECTOR_BYTES; print(VECTOR_BYTES)"
+    code = "from minibert.kernels.cpu_vectors import VECTOR_BYTES; print(VECTOR_BYTES)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env={**os.environ, **environment}
     )

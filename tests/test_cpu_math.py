@@ -8,8 +8,9 @@ import pytest
 import scipy.special
 
 from minibert.kernels import cpu_math
+from minibert.kernels.cpu_jit import KERNEL_FLAGS, OPTIONS, jit
 from minibert.kernels.cpu_math import constant, erf, exp, philox_row, tanh, vmax
-from minibert.kernels.cpu_threads import KERNEL_FLAGS, OPTIONS, jit, run_rows
+from minibert.kernels.cpu_threads import run_rows
 from minibert.kernels.philox import Stream, philox4x32, random_words
 
 FULL_SWEEP = os.environ.get("MINIBERT_FULL_SWEEP") == "1"  # every float32 there is: about 5 minutes

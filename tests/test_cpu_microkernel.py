@@ -15,9 +15,10 @@ import numba
 import numpy as np
 import pytest
 
-from minibert.kernels import cpu_microkernel, cpu_product
-from minibert.kernels.cpu_microkernel import FEATURES, MR, VECTOR_BYTES, VECTORS
-from minibert.kernels.cpu_threads import KERNEL_FLAGS, OPTIONS
+from minibert.kernels import cpu_microkernel, cpu_product, cpu_vectors
+from minibert.kernels.cpu_jit import KERNEL_FLAGS, OPTIONS
+from minibert.kernels.cpu_microkernel import MR, VECTORS
+from minibert.kernels.cpu_vectors import FEATURES, VECTOR_BYTES
 from tests.planted import replaced, source
 
 DTYPES = [np.float32, np.float64]
@@ -108,12 +109,12 @@ def assert_transposes(call: Any, dtype: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_square_is_transposed_and_nothing_else_touched(dtype: Any) -> None:
-    assert_transposes(square_transposer(cpu_microkernel), dtype)
+    assert_transposes(square_transposer(cpu_vectors), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_vector_is_copied(dtype: Any) -> None:
-    inner = cpu_microkernel.copy_vector
+    inner = cpu_vectors.copy_vector
 
     def call(x: Any, x_start: int, y: Any, y_start: int) -> None:
         inner(x, x_start, y, y_start)
@@ -134,8 +135,9 @@ def test_one_vector_is_copied(dtype: Any) -> None:
 def planted(old: str, new: str) -> ModuleType:
     """The module with one place of its source changed."""
     module = ModuleType("planted_microkernel")
-    text = replaced(source("cpu_microkernel.py"), old, new)
-    exec(compile(text, cpu_microkernel.__file__, "exec"), module.__dict__)
+    inner = source("cpu_microkernel.py").split("import FEATURES, INDEX, TRIPLE, Emitter, signature_of", 1)[1]
+    text = replaced(source("cpu_vectors.py") + inner, old, new)
+    exec(compile(text, cpu_vectors.__file__, "exec"), module.__dict__)
     return module
 
 

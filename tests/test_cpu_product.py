@@ -140,7 +140,7 @@ def test_parts_cover_the_product_once(m: int, n: int, depth: int, threads: int) 
 INSTRUCTION_SETS = {"SSE2": ("generic", "", 16), "AVX2": ("x86-64-v3", "+avx,+avx2,+fma", 32)}
 CHILD = """
 import sys, pytest
-from minibert.kernels.cpu_microkernel import VECTOR_BYTES
+from minibert.kernels.cpu_vectors import VECTOR_BYTES
 assert VECTOR_BYTES == int(sys.argv[1]), VECTOR_BYTES
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "right or transposed or copied or packed", *sys.argv[2:]]))
 """

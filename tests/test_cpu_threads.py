@@ -14,18 +14,15 @@ import numpy as np
 import pytest
 
 from minibert.kernels import cpu_team, cpu_threads
+from minibert.kernels.cpu_jit import compile_seconds, jit, on_compile, source_hash
 from minibert.kernels.cpu_team import add, load, pause
 from minibert.kernels.cpu_threads import (
     PIECES_PER_THREAD,
     blocks,
-    compile_seconds,
-    jit,
     num_threads,
-    on_compile,
     rows_worth_a_thread,
     run_rows,
     set_num_threads,
-    source_hash,
 )
 
 KERNELS = Path(cpu_threads.__file__).parent
@@ -246,7 +243,8 @@ def test_two_callers_at_once_and_a_changing_number_of_threads():
 def test_a_forked_child_makes_threads_of_its_own():
     code = (
         "import os, numpy as np\n"
-        "from minibert.kernels.cpu_threads import jit, run_rows, set_num_threads\n"
+        "from minibert.kernels.cpu_jit import jit\n"
+        "from minibert.kernels.cpu_threads import run_rows, set_num_threads\n"
         "set_num_threads(3)\n"
         "hits = np.zeros(9)\n"
         "@jit\n"
@@ -311,7 +309,7 @@ def test_code_is_kept_in_the_named_folder_and_loaded_from_it(tmp_path):
     kernel = tmp_path / "mine.py"
     kernel.write_text(
         "import numba\n"
-        "from minibert.kernels.cpu_threads import compile_seconds, jit, on_compile\n"
+        "from minibert.kernels.cpu_jit import compile_seconds, jit, on_compile\n"
         "@jit\n"
         "def double(x, start, stop):\n"
         "    for i in range(start, stop):\n"
@@ -340,7 +338,7 @@ def test_code_of_sources_long_gone_is_removed(tmp_path):
         (folder / "code").touch()
     for folder in (old, other):
         os.utime(folder, (0, 0))
-    assert python("import minibert.kernels.cpu_threads", MINIBERT_CACHE_DIR=str(tmp_path)).returncode == 0
+    assert python("import minibert.kernels.cpu_jit", MINIBERT_CACHE_DIR=str(tmp_path)).returncode == 0
     assert not old.exists() and recent.exists() and other.exists()
 
 
@@ -350,7 +348,7 @@ def test_without_a_writable_folder_it_warns_once_and_compiles(tmp_path):
     code = (
         "import numpy as np\n"
         "from minibert.kernels.cpu_math import exp, philox_row\n"
-        "from minibert.kernels.cpu_threads import jit\n"
+        "from minibert.kernels.cpu_jit import jit\n"
         "def one(x, start, stop): x[start] = exp(x[start])\n"
         "x = np.zeros(2); jit(one)(x, 1, 2); print(x.tolist())\n"
     )

@@ -24,7 +24,7 @@ from minibert.config import BertConfig
 from minibert.data import SHIPPED_TEXT, SHIPPED_VOCABULARY, load_tokenizer, read_documents
 from minibert.errors import UserError
 from minibert.guard import NonFiniteError
-from minibert.kernels.cpu_threads import jit
+from minibert.kernels.cpu_jit import jit
 from minibert.kernels.linear import linear_gelu
 from minibert.packing import IGNORE
 from minibert.train import LOG, STATE, Data, Trainer, prepare, read_state

@@ -11,21 +11,17 @@ stands beyond a sequence's length is in no result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from minibert.kernels.attention import mask_width
 from minibert.kernels.cpu_arrays import contiguous
 from minibert.kernels.cpu_jit import jit
 from minibert.kernels.cpu_math import constant, exp, philox_block
-from minibert.kernels.cpu_microkernel import INDEX, VECTOR_BYTES, _Emitter
 from minibert.kernels.cpu_product import UNIT, ceil_div, gemm_by_panels, pack_panels
 from minibert.kernels.cpu_threads import rows_worth_a_thread, run_rows
+from minibert.kernels.cpu_vectors import VECTOR_BYTES, row_max, row_sum
 from minibert.kernels.op import Array
 from minibert.kernels.philox import NO_STREAM, Stream, threshold
 
@@ -149,53 +145,6 @@ def draw(blocks: Array, words: Array, first: int, apart: int, rows: int, wide: i
         place = four * i
         words[place], words[place + one] = np.uint32(a), np.uint32(b)
         words[place + two], words[place + three] = np.uint32(c), np.uint32(d)
-
-
-def _row_reduction(identity: float, combine: Callable[[ir.IRBuilder, Any, Any], Any]) -> Any:
-    """x[start : start + count] combined, vector by vector and then the lanes; all of the last vector is read.
-
-    LLVM's own sum or maximum of a loop takes 64 float32 at once, and what is left over one by one.
-    """
-
-    @intrinsic
-    def reduce_row(typing_context: Any, x: Any, start: Any, count: Any) -> Any:
-        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            emit = _Emitter(context, builder, signature.args, args)
-            x, start, count = emit.values
-            lanes, indices = emit.lanes, ir.VectorType(INDEX, emit.lanes)
-            nothing, zeros = emit.vector([identity] * lanes), ir.VectorType(ir.IntType(32), lanes)([0] * lanes)
-
-            def spread(value: Any) -> Any:
-                first = builder.insert_element(indices(ir.Undefined), value, ir.IntType(32)(0))
-                return builder.shuffle_vector(first, indices(ir.Undefined), zeros)
-
-            before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-            left = builder.sub(spread(count), indices(list(range(lanes))))
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            j, sofar = builder.phi(INDEX), builder.phi(emit.vector)
-            inside = builder.icmp_signed("<", spread(j), left)
-            value = builder.select(inside, emit.load(emit.at(x, builder.add(start, j))), nothing)
-            found, following = combine(builder, value, sofar), builder.add(j, INDEX(lanes))
-            for phi, at_first, then in ((j, INDEX(0), following), (sofar, nothing, found)):
-                phi.add_incoming(at_first, before)
-                phi.add_incoming(then, loop)
-            builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
-            builder.position_at_end(after)
-            while lanes > 1:
-                lanes //= 2
-                turned = emit.shuffle(found, found, [(lane + lanes) % emit.lanes for lane in range(emit.lanes)])
-                found = combine(builder, found, turned)
-            return builder.extract_element(found, ir.IntType(32)(0))
-
-        return x.dtype(x, types.intp, types.intp), generate
-
-    return reduce_row
-
-
-row_sum = _row_reduction(0.0, lambda builder, a, b: builder.fadd(a, b))
-# A NaN is passed over: whoever subtracts the maximum meets it all the same.
-row_max = _row_reduction(-math.inf, lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
 
 
 @jit
