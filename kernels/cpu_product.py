@@ -17,15 +17,17 @@ import numpy as np
 
 from minibert.kernels.cpu_jit import inline, jit
 from minibert.kernels.cpu_microkernel import MR, VECTORS, microkernel_1, microkernel_2, microkernel_3
-from minibert.kernels.cpu_threads import PIECES_PER_THREAD, blocks, num_threads, rows_worth_a_thread, run_rows
+from minibert.kernels.cpu_threads import blocks, num_threads, rows_worth_a_thread, run_rows
 from minibert.kernels.cpu_vectors import VECTOR_BYTES, copy_vector, transpose_square
 from minibert.kernels.op import Array
 
 DEPTH = 384  # rows of B that are packed at once: as many elements of MR rows of A stay in the first-level cache
 PANELS = 4  # micropanels that are packed at once
-FAR = 4096  # elements between a row's neighbours, from where on reading them in place misses the TLB every time
+FAR = 1024  # elements between a row's neighbours, from where on each of them lies in another page
+WIDE = 128  # rows of A that are packed at once, where it is FAR: elements that lie one after the other
 UNIT = 16  # a multiple of MR and of every vector's lanes
 COST = 0.005  # nanoseconds that one core takes for a multiplication and addition
+PARTS_PER_THREAD = 2  # at most: the more, the more often A is read
 PART = 20_000  # nanoseconds of work that are not cut further
 ROWS_TO_PACK_B = 20  # packing a column of B takes as long as multiplying it by so many rows of A
 COLUMNS_TO_PACK_A = 8
@@ -43,9 +45,9 @@ def lanes_of(x: Array) -> int:
 
 @jit
 def scratch_for(x: Array) -> Array:
-    """What `gemm` packs into: B's micropanels, UNIT rows of A, and the sums at an edge of C; aligned to vectors."""
+    """What `gemm` packs into: B's micropanels, WIDE rows of A, and the sums at an edge of C; aligned to vectors."""
     nr = VECTORS * lanes_of(x)
-    buffer = np.empty(PANELS * DEPTH * nr + UNIT * DEPTH + MR * nr + lanes_of(x), x.dtype)
+    buffer = np.empty(PANELS * DEPTH * nr + WIDE * DEPTH + MR * nr + lanes_of(x), x.dtype)
     return buffer[-(buffer.ctypes.data // x.itemsize) % lanes_of(x) :]
 
 
@@ -76,10 +78,10 @@ def gemm(
                 if a_k < FAR:
                     strip_by_panels(a, left, a_row, a_k, rows, terms, columns, scratch, c, place, c_row, more)
                     continue
-                if i % UNIT == 0:
-                    pack_columns(a, left, a_k, terms, min(UNIT, m - i), UNIT, scratch, strip)
+                if i % WIDE == 0:
+                    pack_columns(a, left, a_k, terms, min(WIDE, m - i), WIDE, scratch, strip)
                 strip_by_panels(
-                    scratch, strip + i % UNIT, 1, UNIT, rows, terms, columns, scratch, c, place, c_row, more
+                    scratch, strip + i % WIDE, 1, WIDE, rows, terms, columns, scratch, c, place, c_row, more
                 )
 
 
@@ -91,7 +93,7 @@ def strip_by_panels(
     """Up to MR rows of A times all micropanels in `scratch`."""
     lanes = lanes_of(c)
     nr = VECTORS * lanes
-    edge = PANELS * DEPTH * nr + UNIT * DEPTH
+    edge = PANELS * DEPTH * nr + WIDE * DEPTH
     for j in range(0, columns, nr):
         wide = min(nr, columns - j)
         vectors, panel = ceil_div(wide, lanes), j * depth
@@ -213,7 +215,7 @@ def cuts_of(m: int, n: int, depth: int, nr: int, threads: int, far: bool = False
     A is packed too where it is `far`. Of equals it is the finest, since threads do not begin together.
     """
     strips, panels = blocks(m, MR), blocks(n, nr)
-    most = min(PIECES_PER_THREAD * threads, max(threads, round(m * n * depth * COST / PART)))
+    most = min(PARTS_PER_THREAD * threads, max(threads, round(m * n * depth * COST / PART)))
 
     def cost(cuts: tuple[int, int]) -> tuple[float, int]:
         down, across = cuts

@@ -138,7 +138,7 @@ def test_memory_is_followed_over_one_training_step(document: dict[str, Any]) -> 
         assert list(dict.fromkeys(stage for _, _, stage, _ in moments)) == list(TRAINING)
         assert all(a[0] <= b[0] for a, b in pairwise(moments))
         kept = {stage: [live for _, live, at, _ in moments if at == stage] for stage in TRAINING}
-        assert kept["forward"][-1] > 4 * kept["forward"][0] > 0, "activations gather"
+        assert kept["forward"][-1] > 3 * kept["forward"][0] > 0, "activations gather"
         assert moments[-1][1] < max(kept["forward"]), "and are gone after the step"
         peak = next(r["peak_bytes"] for r in document["stages"] if (r["stage"], r["backend"]) == ("forward", name))
         assert 0.3 * peak < max(kept["forward"]) <= 1.2 * peak

@@ -99,16 +99,16 @@ FAULTS = (
     ),
     Fault(
         "the last key of a sequence is lost", "attention", "attention", "first attention", "forward",
-        "e = exp((row[j] - top) * scale)",
-        "e = exp((row[j] - top) * scale) if j < max(1, row.size - 1) else constant(0.0, top)",
+        "row[j] = exp((row[j] - top) * scale)",
+        "row[j] = exp((row[j] - top) * scale) if j < max(1, t - 1) else constant(0.0, top)",
     ),
     Fault(
         "no scale of dropout on attention", "attention", "attention", "first attention", "forward",
-        "shares[i] = kept / total", "shares[i] = 1 / total",
+        "share, row, sums_row = kept / totals[r],", "share, row, sums_row = 1 / totals[r],",
     ),
     Fault(
-        "dropout spares the last key", "attention", "attention", "first attention", "forward",
-        "drop_row(p[i], words, drop)", "drop_row(p[i, : max(1, t - 1)], words, drop)",
+        "dropout spares the last query", "attention", "attention", "first attention", "forward",
+        "drop_scores(scores, words, rows * wide, drop)", "drop_scores(scores, words, (rows - 1) * wide, drop)",
     ),
     Fault(
         "gelu a little too large", "linear", "linear_gelu", "transform", "forward",
