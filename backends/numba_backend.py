@@ -13,11 +13,14 @@ from minibert.backends.blas import set_product_threads
 from minibert.kernels import cpu_threads
 from minibert.kernels.array_module import numpy_module
 from minibert.kernels.cpu_vectors import VECTOR_BYTES
+from minibert.kernels.determinism import deterministic
 
 
 class NumbaBackend(Backend):
     def describe(self) -> str:
-        return f"Numba {numba.__version__} ({cpu_threads.num_threads()} threads, vectors of {8 * VECTOR_BYTES} bits)"
+        mode = ", deterministic" if deterministic() else ""
+        threads, bits = cpu_threads.num_threads(), 8 * VECTOR_BYTES
+        return f"Numba {numba.__version__} ({threads} threads, vectors of {bits} bits{mode})"
 
     def release_memory(self) -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
