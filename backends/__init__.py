@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from minibert.backends import blas
 from minibert.backends.base import Backend, BackendUnavailable
+from minibert.backends.blas import deterministic
 from minibert.errors import UserError
-from minibert.kernels.determinism import deterministic
 
 __all__ = [
     "MOST_THREADS", "Backend", "BackendUnavailable", "Status", "available", "determinism", "deterministic", "get",
@@ -123,7 +123,7 @@ def set_deterministic(on: bool) -> None:
     It holds for the process, as its BLAS does: on `numpy` products run on one thread (those of `numba` are its own, and
     have the same bits either way). Raises BackendUnavailable where NumPy's BLAS cannot be held to one thread.
     """
-    if on and blas.blas_threads("numpy") is None:
+    if on and blas.blas_threads() is None:
         raise BackendUnavailable(
             "the deterministic mode needs the OpenBLAS of NumPy's wheel, whose threads can be set, and this NumPy has "
             "another BLAS: pip install --force-reinstall numpy"

@@ -228,16 +228,16 @@ class Backend:
 
     @contextmanager
     def _divided_among(self, threads: int) -> Iterator[None]:
-        before, blas = self.num_threads(), blas_threads("numpy")
+        before, blas = self.num_threads(), blas_threads()
         try:
             self.set_num_threads(threads)
-            set_blas_threads("numpy", 1)  # whose bits depend on its threads
+            set_blas_threads(1)  # whose bits depend on its threads
             with self.finely_split():
                 yield
         finally:
             self.set_num_threads(before)
             if blas:
-                set_blas_threads("numpy", blas)
+                set_blas_threads(blas)
 
     def describe(self) -> str:
         """Library, version and threads, for a table."""

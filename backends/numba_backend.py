@@ -9,11 +9,10 @@ from contextlib import AbstractContextManager
 import numba
 
 from minibert.backends.base import Backend
-from minibert.backends.blas import set_product_threads
+from minibert.backends.blas import deterministic, set_product_threads
 from minibert.kernels import cpu_threads
 from minibert.kernels.array_module import numpy_module
 from minibert.kernels.cpu_vectors import VECTOR_BYTES
-from minibert.kernels.determinism import deterministic
 
 
 class NumbaBackend(Backend):

@@ -42,6 +42,8 @@ class Op:
     `formula(xp, *arrays, **params)` is the math over an array module `xp`. It returns the output, or
     `(output, *residuals)` where something is kept for the gradient.
     `vjp(run, g, outs, *arrays, **params)` gives one gradient per array (None where there is none), in ops.
+    `again(run, kept, *arrays, **params)` is the output once more, in ops, from what was kept for the gradient: where
+    that is cheap. Then nothing holds the output from forward to backward.
     `samples(rng)` yields the inputs it is checked on, `bench(rng, size)` the input it is timed on.
     `writes` names the arrays that it updates in place; the formula then returns their new values in that order.
     `bytes` overrides the memory traffic that sizes of inputs and outputs suggest, where an op reads less.
@@ -54,6 +56,7 @@ class Op:
     samples: Callable[[np.random.Generator], Iterator[Sample]]
     bench: Callable[[np.random.Generator, BertSize], Sample]
     vjp: Callable[..., tuple[Any, ...]] | None = None
+    again: Callable[..., Array] | None = None
     writes: tuple[int, ...] = ()
     bytes: Callable[..., int] | None = None
     wide_inputs: tuple[int, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,24 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minibert.backends.base import Backend
-from minibert.kernels.activation import gelu
 from minibert.kernels.elementwise import add, mul, scale
-from minibert.kernels.layer_norm import add_layer_norm, layer_norm
-from minibert.kernels.linear import linear_gelu, matmul
+from minibert.kernels.linear import matmul
 from minibert.kernels.op import Array, Op, Run
 from minibert.kernels.reduction import reduce_sum
 from minibert.kernels.view import concatenate, reshape, slice_axis, transpose
 
 _mode = threading.local()
 FREED: Any = ("freed",)  # stands where a tensor's making was remembered, once backward has been through it
-
-# The output of an op, cheaply made again of what the op kept and of its inputs: (run, kept, *arrays, **params)
-AGAIN: dict[Op, Callable[..., Array]] = {
-    linear_gelu: lambda run, kept, *_, **params: run(gelu, kept[0], **params),
-    add_layer_norm: lambda run, kept, x, residual, weight, bias, *, eps, **_: run(
-        layer_norm, kept[0], weight, bias, eps=eps
-    )[0],
-}
 
 
 class Spent(NamedTuple):
@@ -70,17 +60,19 @@ class Tensor:
 
     def forget_until_backward(self) -> None:
         """Drop the values, once forward reads them no more, if backward can cheaply make them again; else keep them."""
-        if self.made_by is not None and self.made_by[0] in AGAIN:
+        if self.made_by is not None and self.made_by is not FREED and self.made_by[0].again is not None:
             self.forget()
 
     def _values(self, again: dict[Tensor, Array]) -> Array:
         """The values for a gradient that may read them; those that forward dropped are made again, and noted there."""
-        if not isinstance(self.data, Spent) or self.made_by is None or self.made_by[0] not in AGAIN:
+        if not isinstance(self.data, Spent) or self.made_by is None or self.made_by is FREED:
+            return self.data
+        op, inputs, kept, params = self.made_by
+        if op.again is None:
             return self.data
         if self not in again:
-            op, inputs, kept, params = self.made_by
             with at_place(self.place):
-                again[self] = AGAIN[op](self.backend.run, kept, *(i.data for i in inputs), **params)
+                again[self] = op.again(self.backend.run, kept, *(i.data for i in inputs), **params)
         return again[self]
 
     def __matmul__(self, other: Tensor) -> Tensor:

@@ -239,12 +239,12 @@ def test_peak_memory_counts_temporaries_of_an_op() -> None:
 
 
 def test_threads_can_be_set_for_all_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = blas_threads("numpy") or 1
+    before = blas_threads() or 1
     monkeypatch.setenv(backends.THREADS, "1")
     try:
         backends.get("numba")
         backends.set_num_threads(1)
-        assert blas_threads("numpy") in (1, None)
+        assert blas_threads() in (1, None)
         assert "(1 threads)" in backends.get("numba").describe()
         backends.set_num_threads(2)
         assert "(2 threads)" in backends.get("numba").describe()
@@ -262,7 +262,7 @@ def test_the_description_says_whose_kernels_blas_took(root: Path) -> None:
         )
         described[core] = done.stdout
         assert re.search(r"BLAS kernels \w+, BLAS threads \w+", done.stdout), done.stderr
-    if platform.machine() == "x86_64" and blas.blas_kernels("numpy") != "unknown":
+    if platform.machine() == "x86_64" and blas.blas_kernels() != "unknown":
         assert all(core in text for core, text in described.items()), "OpenBLAS was asked for each"
 
 
@@ -281,7 +281,7 @@ def test_threads_from_the_environment(value: str, printed: str | None, root: Pat
         "except errors.UserError as error: print('refused:', error)\n"
         "else:\n"
         "    from minibert.backends.blas import blas_threads\n"
-        "    print(cpu_threads.num_threads(), blas_threads('numpy') or 3)\n"
+        "    print(cpu_threads.num_threads(), blas_threads() or 3)\n"
     )
     environment = {**os.environ, backends.THREADS: value, "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)

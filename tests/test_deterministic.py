@@ -30,7 +30,7 @@ from minibert.train import read_state
 from tests.small_steps import batch
 
 pytestmark = pytest.mark.skipif(
-    blas_threads("numpy") is None, reason="NumPy's BLAS is not the OpenBLAS of its wheel, whose threads can be set"
+    blas_threads() is None, reason="NumPy's BLAS is not the OpenBLAS of its wheel, whose threads can be set"
 )
 # wide enough that its products are cut among threads, both in forward and backward
 WIDE = BertConfig(
@@ -47,7 +47,7 @@ VARYING = [(37, 500, 101), (333, 777, 111), (64, 300, 300), (200, 1000, 203), (1
 
 @contextmanager
 def threads(place: Backend, count: int) -> Iterator[None]:
-    before, blas = place.num_threads(), blas_threads("numpy") or 1
+    before, blas = place.num_threads(), blas_threads() or 1
     place.set_num_threads(count)
     try:
         with place.finely_split():
@@ -55,7 +55,7 @@ def threads(place: Backend, count: int) -> Iterator[None]:
     finally:
         place.set_num_threads(before)
         if not deterministic():
-            set_blas_threads("numpy", blas)
+            set_blas_threads(blas)
 
 
 def packed(config: BertConfig, lengths: tuple[int, ...]) -> Packed:
@@ -108,7 +108,7 @@ def test_training_steps_have_the_same_bits_on_any_number_of_threads(
 
 def test_without_the_mode_the_bits_of_numpy_s_products_hang_on_the_threads() -> None:
     """Else the tests beside this one would show nothing."""
-    rng, before = np.random.default_rng(0), blas_threads("numpy") or 1
+    rng, before = np.random.default_rng(0), blas_threads() or 1
     varied, kept = [], []
     try:
         for m, k, n in VARYING:
@@ -118,7 +118,7 @@ def test_without_the_mode_the_bits_of_numpy_s_products_hang_on_the_threads() -> 
                     with determinism(on):
                         found.append(len({in_bits(a, b, count) for count in (1, 2, 3)}))
     finally:
-        set_blas_threads("numpy", before)
+        set_blas_threads(before)
     assert kept == [1] * len(kept)
     if max(varied) == 1:
         pytest.skip("this OpenBLAS gives the same bits on 1, 2 and 3 threads for every shape that was tried")
@@ -141,34 +141,30 @@ def in_bits(a: np.ndarray, b: np.ndarray, count: int) -> bytes:
 
 
 def test_blas_has_one_thread_while_the_mode_is_on_and_those_it_was_given_after() -> None:
-    place, before = backends.get("numba"), blas_threads("numpy") or 1
+    place, before = backends.get("numba"), blas_threads() or 1
     ours = place.num_threads()
     try:
         place.set_num_threads(2)
         with determinism():
-            assert deterministic() and blas_threads("numpy") == 1 and place.num_threads() == 2
+            assert deterministic() and blas_threads() == 1 and place.num_threads() == 2
             assert "BLAS threads 1, deterministic" in backends.get("numpy").describe()
             place.set_num_threads(3)
-            assert blas_threads("numpy") == 1 and place.num_threads() == 3
+            assert blas_threads() == 1 and place.num_threads() == 3
             assert backends.get("numpy").num_threads() == 3
             with determinism(False):
-                assert not deterministic() and blas_threads("numpy") == 3
-            assert deterministic() and blas_threads("numpy") == 1
-        assert (
-            not deterministic()
-            and blas_threads("numpy") == 3
-            and "deterministic" not in backends.get("numpy").describe()
-        )
+                assert not deterministic() and blas_threads() == 3
+            assert deterministic() and blas_threads() == 1
+        assert not deterministic() and blas_threads() == 3 and "deterministic" not in backends.get("numpy").describe()
         with pytest.raises(RuntimeError, match="within"), determinism():
             raise RuntimeError("within")
         assert not deterministic()
     finally:
         place.set_num_threads(ours)
-        set_blas_threads("numpy", before)
+        set_blas_threads(before)
 
 
 def test_another_blas_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minibert.backends.blas.blas_threads", lambda package: None)
+    monkeypatch.setattr("minibert.backends.blas.blas_threads", lambda: None)
     with pytest.raises(BackendUnavailable, match=r"needs the OpenBLAS of NumPy's wheel.*pip install"):
         backends.set_deterministic(True)
     assert not deterministic()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from minibert.kernels.activation import gelu_formula, gelu_grad
+from minibert.kernels.activation import gelu, gelu_formula, gelu_grad
 from minibert.kernels.op import Array, BertSize, Op, Run, Sample
 from minibert.kernels.reduction import reduce_sum, sum_to
 from minibert.kernels.view import reshape
@@ -143,4 +143,5 @@ linear_gelu = Op(
     samples=_gelu_layers,
     bench=_bench,
     vjp=lambda run, g, outs, *arrays, **params: linear_vjp(run, run(gelu_grad, g, outs[1], **params), None, *arrays),
+    again=lambda run, kept, *_, **params: run(gelu, kept[0], **params),
 )
