@@ -17,6 +17,7 @@ class _Recomputation:
     """Stands where a tensor remembers the op that made it; its gradient goes through `function` anew."""
 
     name = "recomputation"
+    again = None  # what it makes is what is kept
 
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
         self.function, self.backend = function, inputs[0].backend
