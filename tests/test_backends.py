@@ -245,9 +245,9 @@ def test_threads_can_be_set_for_all_backends(monkeypatch: pytest.MonkeyPatch) ->
         backends.get("numba")
         backends.set_num_threads(1)
         assert blas_threads() in (1, None)
-        assert "(1 threads)" in backends.get("numba").describe()
+        assert "(1 threads," in backends.get("numba").describe()
         backends.set_num_threads(2)
-        assert "(2 threads)" in backends.get("numba").describe()
+        assert "(2 threads," in backends.get("numba").describe()
     finally:
         backends.set_num_threads(before)
 
