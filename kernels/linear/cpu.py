@@ -10,30 +10,33 @@ import numpy as np
 from minibert.kernels.activation.cpu import gelu_erf_loop, gelu_tanh_loop
 from minibert.kernels.cpu_arrays import contiguous
 from minibert.kernels.cpu_jit import jit
-from minibert.kernels.cpu_product import gemm, part_of, product, run_parts, scratch_for
+from minibert.kernels.cpu_product import gemm, operand, part_of, product, run_parts, scratch_for
 from minibert.kernels.op import Array
 from minibert.kernels.reduction.cpu import reduce_sum
 
 
 @jit
 def linear_parts(
-    x: Array, weight: Array, bias: Array, y: Array, m: int, n: int, depth: int, cuts: tuple[int, int],
-    start: int, stop: int,
+    x: Array, x_row: int, x_k: int, weight: Array, w_k: int, w_column: int, bias: Array, y: Array, m: int, n: int,
+    depth: int, add: bool, cuts: tuple[int, int], start: int, stop: int,
 ) -> None:  # fmt: skip
+    """x (m, depth) and weight (depth, n), with their strides, give y (m, n), contiguous; `add` is False."""
     scratch = scratch_for(y)
-    for part in range(start, stop):
-        linear_part(x, weight, bias, y, n, depth, scratch, part_of(y, m, n, cuts, part))
+    for number in range(start, stop):
+        part = part_of(y, m, n, cuts, number)
+        linear_part(x, x_row, x_k, weight, w_k, w_column, bias, y, n, depth, add, scratch, part)
 
 
 @jit
 def linear_part(
-    x: Array, weight: Array, bias: Array, y: Array, n: int, depth: int, scratch: Array, part: tuple[int, int, int, int]
-) -> None:
-    """x (m, depth) and weight (n, depth) give rows `first` on and columns `left` on of y (m, n)."""
+    x: Array, x_row: int, x_k: int, weight: Array, w_k: int, w_column: int, bias: Array, y: Array, n: int, depth: int,
+    add: bool, scratch: Array, part: tuple[int, int, int, int],
+) -> None:  # fmt: skip
+    # no constant among gemm's arguments: Numba would compile gemm, and all that it calls, once more for that constant
     first, rows, left, columns = part
     gemm(
-        x, first * depth, depth, 1, weight, left * depth, 1, depth,
-        y, first * n + left, n, rows, columns, depth, False, scratch,
+        x, first * x_row, x_row, x_k, weight, left * w_column, w_k, w_column,
+        y, first * n + left, n, rows, columns, depth, add, scratch,
     )  # fmt: skip
     b = bias[left : left + columns]
     for i in range(first, first + rows):
@@ -44,13 +47,13 @@ def linear_part(
 
 @jit
 def linear_gelu_parts(
-    x: Array, weight: Array, bias: Array, before: Array, y: Array, by_tanh: bool, m: int, n: int, depth: int,
-    cuts: tuple[int, int], start: int, stop: int,
+    x: Array, x_row: int, x_k: int, weight: Array, w_k: int, w_column: int, bias: Array, before: Array, y: Array,
+    by_tanh: bool, m: int, n: int, depth: int, add: bool, cuts: tuple[int, int], start: int, stop: int,
 ) -> None:  # fmt: skip
     scratch = scratch_for(y)
     for number in range(start, stop):
         part = part_of(y, m, n, cuts, number)
-        linear_part(x, weight, bias, before, n, depth, scratch, part)
+        linear_part(x, x_row, x_k, weight, w_k, w_column, bias, before, n, depth, add, scratch, part)
         first, rows, left, columns = part
         for i in range(first, first + rows):
             from_row, to_row = before[i * n + left :], y[i * n + left :]
@@ -89,21 +92,21 @@ def linear_gelu(x: Array, weight: Array, bias: Array, *, approximate: str = "non
 def _linear(x: Array, weight: Array, bias: Array, gelu: str | None = None) -> list[Array]:
     """x W' + b, and its GELU where that is wanted."""
     n, depth = weight.shape
-    bias, weight = contiguous(bias, (n,), "bias"), np.ascontiguousarray(weight)
+    bias = contiguous(bias, (n,), "bias")
     if x.shape[-1] != depth:
         raise ValueError(f"x: expected rows of {depth}, got {x.shape}")
-    rows = np.ascontiguousarray(x).reshape(-1)
     outs = [np.empty((*x.shape[:-1], n), x.dtype) for _ in range(1 if gelu is None else 2)]
     m = prod(x.shape[:-1])
     if m and n:
+        rows, columns = operand(np.ascontiguousarray(x).reshape(m, depth)), operand(weight.T)
         flat = [out.reshape(-1) for out in outs]
         if gelu is None:
-            run_parts(linear_parts, m, n, depth, x.dtype, rows, weight.reshape(-1), bias, *flat, m, n, depth)
+            run_parts(linear_parts, m, n, depth, x.dtype, *rows, *columns, bias, *flat, m, n, depth, False)
         else:
-            by_tanh = gelu == "tanh"
             run_parts(
-                linear_gelu_parts, m, n, depth, x.dtype, rows, weight.reshape(-1), bias, *flat, by_tanh, m, n, depth
-            )
+                linear_gelu_parts, m, n, depth, x.dtype,
+                *rows, *columns, bias, *flat, gelu == "tanh", m, n, depth, False,
+            )  # fmt: skip
     return outs
 
 
