@@ -2,7 +2,7 @@
 
 `gemm` is the product on one core, called by any kernel that multiplies. It packs B into micropanels of NR columns, some
 rows and columns at a time, so few that they stay in the second-level cache, and reads A where it lies, MR rows at a
-time (packed only where it is transposed). `cpu_microkernel` names the papers.
+time (packed only where the terms of a row lie far apart). `cpu_microkernel` names the papers.
 
 Each element of C is a sum in an order that the number of its terms alone decides: neither the number of threads nor
 the other rows and columns change a bit of it.
