@@ -93,8 +93,12 @@ def jit(function: Function, *, announced: bool = True) -> Function:
     if it counts from 0: `for j in range(n)`. Where it would run over [start, stop), slice first: Numba lets indices be
     negative, and a test for that in the loop turns loads into gathers (12 times slower, measured on exp).
 
-    A loop that sums stores nothing into another array: where the two lie close together, LLVM's test for overlap takes
-    the scalar loop, which adds in another order, and the same call gives other bits from one time to the next.
+    A loop has two versions where it reads one array and stores into another: on vectors, and one by one for arrays that
+    lie so close together that they may overlap. Both must round alike, or the same call gives other bits from one time
+    to the next (tests/test_overlap.py). So a loop that sums stores nothing into another array: the order would differ.
+    And of products that are added, the factors are chosen, not the product: `(x if keep else 0) * s + r` is one fused
+    operation in both versions, `(x * s if keep else 0) + r` in one of them. What LLVM reorders in one version alone
+    goes into an `inline` helper.
 
     What is not `announced` is compiled without a word to `on_compile`.
     """

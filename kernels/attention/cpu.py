@@ -17,7 +17,7 @@ import numpy as np
 
 from minibert.kernels.attention import mask_width
 from minibert.kernels.cpu_arrays import contiguous
-from minibert.kernels.cpu_jit import jit
+from minibert.kernels.cpu_jit import inline, jit
 from minibert.kernels.cpu_math import constant, exp, philox_block
 from minibert.kernels.cpu_product import UNIT, ceil_div, gemm_by_panels, pack_panels
 from minibert.kernels.cpu_threads import rows_worth_a_thread, run_rows
@@ -180,10 +180,15 @@ def score_grads(
         p_row, ds_row, words_row, delta, log_sum = p[at], ds[at], words[at], deltas[i], lse[i]
         for j in range(wide):
             probability = exp(p_row[j] * scale - log_sum)
-            share, slope = probability * kept, ds_row[j] * kept
             keep = words_row[j] >= drop  # chosen, not multiplied by 0: what is dropped may be infinite
-            p_row[j] = share if keep else zero
-            ds_row[j] = probability * ((slope if keep else zero) - delta) * scale
+            p_row[j] = probability * kept if keep else zero
+            ds_row[j] = score_grad(probability, ds_row[j] if keep else zero, kept, delta, scale)
+
+
+@inline
+def score_grad(probability: float, slope: float, kept: float, delta: float, scale: float) -> float:
+    """Of one score; not in its loop: see `jit`."""
+    return probability * (slope * kept - delta) * scale
 
 
 @jit

@@ -72,8 +72,8 @@ def add_layer_norm_rows(
         x_row, residual_row, z_row = x[i], residual[i], z[i]
         if limit > 0:
             philox_row(words, i * n, n, *stream)
-            for j in range(n):
-                z_row[j] = (x_row[j] * scale if words[j] >= limit else zero) + residual_row[j]
+            for j in range(n):  # chosen before it is scaled: see `jit`
+                z_row[j] = (x_row[j] if words[j] >= limit else zero) * scale + residual_row[j]
         else:
             for j in range(n):
                 z_row[j] = x_row[j] * scale + residual_row[j]
