@@ -70,8 +70,8 @@ class OurTraining:
     def step(self, packed: Any) -> float:
         """One update; the loss."""
         loss = self.model(packed).loss
-        value = loss.item()
         loss.backward()
+        value = loss.item()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(value)
@@ -80,8 +80,8 @@ class OurTraining:
         """Loss and gradient norm without dropout; with `update` the weights follow."""
         self.model.eval()
         loss = self.model(packed).loss
-        value = loss.item()
         loss.backward()
+        value = loss.item()
         norm = float(self.backend.numpy(self.optimizer.square_norm())) ** 0.5
         if update:
             self.optimizer.step()

@@ -6,7 +6,9 @@ positions. Inside, a batch is (N, C): no attention mask and no arithmetic on pad
 
 from __future__ import annotations
 
-from functools import partial, reduce
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,11 +28,11 @@ from minibert.nn import Embedding, LayerNorm, Linear, Module, Parameter, Place, 
 from minibert.outputs import Batch, BertOutput, MaskedLMOutput, PreTrainingOutput
 from minibert.packing import IGNORE, Packed, pack, sentence_labels
 from minibert.pretrained import PreTrained
-from minibert.recompute import recomputed
+from minibert.recompute import SumOfParts, recomputed
 from minibert.tensor import Tensor, apply, at_place
 
 GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-HEAD_ROWS = 256  # predicted positions whose logits exist at one time, where memory is asked for
+HEAD_ROWS = 384  # predicted positions whose logits exist at one time
 EMBEDDING_STREAM, ATTENTION_OUTPUT_STREAM, ATTENTION_STREAM, OUTPUT_STREAM = 16, 17, 18, 19
 
 
@@ -206,12 +208,7 @@ class BertModel(PreTrained):
             self.initialise()
 
     def gradient_checkpointing_enable(self) -> None:
-        """Train in less memory: backward computes each layer again. The gradients have the same bits.
-
-        With a masked-language-model head that predicts more than `HEAD_ROWS` positions, it runs on so many at a time,
-        again in backward. Loss and gradients are then sums of as many parts, each rounded to the model's dtype: they
-        differ from those of the whole by that rounding. A captured graph runs the head whole.
-        """
+        """Train in less memory: backward computes each layer again. The gradients have the same bits."""
         self.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -250,6 +247,7 @@ class BertForMaskedLM(PreTrained):
 
     output = MaskedLMOutput
     next_sentence = False
+    head_in_parts = True  # not where a graph is captured: the weight of a part would be that of the batch then
 
     def __init__(
         self,
@@ -291,7 +289,8 @@ class BertForMaskedLM(PreTrained):
     ) -> Any:  # fmt: skip
         """As `BertModel`; `labels` (ids, -100 where nothing is predicted) give `out.loss`, their mean cross entropy.
 
-        A label on padding does not count.
+        A label on padding does not count. With more than `HEAD_ROWS` labels the loss is computed when it is read, or
+        with its gradient: read it after `backward()`, and nothing is computed twice.
         """
         encoded = self.bert(input_ids, attention_mask, token_type_ids, position_ids, labels=labels, **options)
         out = self.output.of(encoded, self.cls)
@@ -303,29 +302,30 @@ class BertForMaskedLM(PreTrained):
     def in_parts(self, predicted: np.ndarray | None) -> bool:
         """Whether the head runs on some of the predicted positions at a time.
 
-        Not in a captured graph: the weight of each part would be that of the batch with which it was captured.
+        A loss that is added to another is read before its gradient is known, and so computed twice: for memory alone.
         """
-        captured = getattr(self.place.backend, "capture", None) is not None
-        less_memory = self.training and self.bert.gradient_checkpointing and not captured
-        return less_memory and predicted is not None and len(predicted) > HEAD_ROWS
+        wanted = self.head_in_parts and (self.bert.gradient_checkpointing or not self.next_sentence)
+        return wanted and predicted is not None and len(predicted) > HEAD_ROWS
 
     def loss_in_parts(self, out: MaskedLMOutput) -> Tensor:
-        """As `masked_lm_loss`, `HEAD_ROWS` positions at a time, each part computed again in backward."""
+        """As `masked_lm_loss`, on at most `HEAD_ROWS` positions at a time: there are logits of no more.
+
+        Loss and gradients are sums of as many parts, each rounded to the model's dtype.
+        """
         predicted, targets = out._batch.packed.predicted, out._batch.packed.targets
         assert predicted is not None and targets is not None
         transform, decoder, counted = self.cls.predictions.transform, out.decoder(), targets != IGNORE
 
-        def loss(x: Tensor, labels: Tensor) -> Tensor:
-            return apply(linear_cross_entropy, transform(x), *decoder, labels)
+        def parts(x: Tensor) -> Iterator[Tensor]:
+            count = -(-len(predicted) // HEAD_ROWS)
+            for start, stop in pairwise(len(predicted) * i // count for i in range(count + 1)):
+                labels = out._batch.integers(targets[start:stop])
+                loss = apply(linear_cross_entropy, transform(x.slice(0, start, stop)), *decoder, labels)
+                yield loss * float(counted[start:stop].sum() / counted.sum())
 
-        parts = []
         with at_place(self.cls.predictions.name):
-            x = apply(gather_rows, out._layers[-1], out._batch.integers(predicted.astype(np.int32, copy=False)))
-            for start in range(0, len(predicted), HEAD_ROWS):
-                stop = min(start + HEAD_ROWS, len(predicted))
-                part = recomputed(loss, x.slice(0, start, stop), out._batch.integers(targets[start:stop]))
-                parts.append(part * float(counted[start:stop].sum() / counted.sum()))
-            return reduce(Tensor.__add__, parts)
+            rows = out._batch.integers(predicted.astype(np.int32, copy=False))
+            return SumOfParts(parts, apply(gather_rows, out._layers[-1], rows))
 
 
 class BertForPreTraining(BertForMaskedLM):

@@ -272,8 +272,8 @@ class _Trainer:
 
     def step(self) -> None:
         self.forward()
-        self.run.losses.append(self.loss.item())
         self.backward()
+        self.run.losses.append(self.loss.item())
         self.optimise()
 
     def stages(self, make_batch: MakeBatch) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -315,7 +315,7 @@ def _timed(run: Run, trainer: _Trainer, make_batch: MakeBatch, meter: Meter | No
             synchronize()
             run.times[stage].append(time.perf_counter() - began)
             readings[stage] = before, meter.read() if meter else before
-        if stage == "forward":
+        if stage == "backward":
             run.losses.append(trainer.loss.item())
     readings["step"] = readings[TRAINING[0]][0], readings[TRAINING[-1]][1]
     if meter and not run.backend.emulated:

@@ -158,8 +158,8 @@ class Side:
 
     def step(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         loss = self.model.train()(**inputs).loss
-        value = loss.item()
         loss.backward()
+        value = loss.item()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.backend.synchronize()

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,7 +106,7 @@ class Tensor:
         if not self.requires_grad:
             raise RuntimeError("backward: no gradient leads here; was it computed under no_grad()?")
         if gradient is None:
-            if self.data.size != 1:
+            if prod(self.shape) != 1:
                 raise ValueError(
                     f"backward: expected a scalar or an explicit gradient, got a tensor of shape {self.shape}"
                 )

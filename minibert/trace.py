@@ -130,9 +130,9 @@ class Training:
             self.optimiser.zero_grad()
             with seen("forward"):
                 loss = self.model(**inputs, labels=batch.labels).loss
-            value = float(loss.item())
             with seen("backward"):
                 loss.backward()
+            value = float(loss.item())
             with seen("optimiser"):
                 self.optimiser.step()
         self.taken += 1

@@ -239,7 +239,7 @@ class Trainer:
             self.model.step = number  # names the dropout masks
             sentences = batch.next_sentence_label
             out = self.model(packed) if sentences is None else self.model(packed, next_sentence_label=sentences)
-            (out.loss if passes == 1 else out.loss * (1 / passes)).backward()
+            out.loss.backward(np.asarray(1 / passes))
             self.prepare(number + 1)
             loss += out.loss.item() / passes
             tokens += len(batch.input_ids)

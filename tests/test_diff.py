@@ -133,11 +133,11 @@ FAULTS = (
     ),
     Fault(
         "missing scale of scores", "attention", "attention_grad", "last attention", "backward",
-        "(slope if keep else zero) - delta) * scale", "(slope if keep else zero) - delta)",
+        "(slope * kept - delta) * scale", "(slope * kept - delta)",
     ),
     Fault(
         "dropped scores have a gradient", "attention", "attention_grad", "last attention", "backward",
-        "(slope if keep else zero) - delta", "slope - delta",
+        "ds_row[j] if keep else zero, kept", "ds_row[j], kept",
     ),
     Fault(
         "the gradient of a bias lacks the last row", "linear", "linear_grad", "head", "backward",

@@ -11,7 +11,7 @@ import pytest
 
 from minibert import bert
 from minibert.backends import Backend
-from minibert.bert import BertForMaskedLM
+from minibert.bert import BertForMaskedLM, BertForPreTraining
 from minibert.config import BertConfig
 from minibert.kernels.layer_norm import add_layer_norm
 from minibert.kernels.linear import linear, linear_gelu
@@ -19,7 +19,7 @@ from minibert.kernels.op import Op
 from minibert.kernels.philox import Stream
 from minibert.packing import in_fixed_shape, pack
 from minibert.recompute import recomputed
-from minibert.tensor import Spent, Tensor, apply
+from minibert.tensor import Spent, Tensor, apply, current_place, no_grad
 from tests.test_memory import IDS, LABELS, NUMBA, NUMPY, SMALL, model_and_optimiser
 
 # --------------------------------------------------------------------------------------------------- kept, and dropped
@@ -148,36 +148,85 @@ def test_recomputation_keeps_of_each_layer_its_output_alone(one_thread: None) ->
     assert 10 < units_per_layer(checkpointing=False) < 11.5
 
 
-@pytest.mark.parametrize("filled", [False, True])
-def test_the_head_runs_on_some_rows_at_a_time(filled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more logits than of those exist; loss and gradients are those of the whole, but for the order of sums."""
+@pytest.fixture
+def head_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Of each call of decoder and loss on NumPy, how many rows; the head runs on 2 at a time."""
     monkeypatch.setattr(bert, "HEAD_ROWS", 2)
-    packed = pack(SMALL, IDS, labels=LABELS)
-    if filled:  # with rows that count for nothing, some of them a part of their own
-        packed, _ = in_fixed_shape(packed, 24, 0)
     rows: list[int] = []
 
     def watch(op: Op, arrays: Any, params: Any, call: Any) -> Any:
         if op.name == "linear_cross_entropy":
             rows.append(len(arrays[0]))
+            assert current_place() == "cls.predictions"
         return call()
 
+    with NUMPY.watched_by(watch):
+        yield rows
+
+
+def gradients_of(model: BertForMaskedLM) -> dict[str, np.ndarray]:
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_the_head_runs_on_some_rows_at_a_time(filled: bool, head_calls: list[int]) -> None:
+    """No more logits than of those exist; loss and gradients are those of the whole, but for the order of sums."""
+    packed = pack(SMALL, IDS, labels=LABELS)
+    if filled:  # with rows that count for nothing, some of them a part of their own
+        packed, _ = in_fixed_shape(packed, 24, 0)
     found = []
-    for checkpointing in (True, False):
+    for in_parts in (True, False):
         model, _ = model_and_optimiser(NUMPY, "float64")
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        with NUMPY.watched_by(watch):
-            loss = model(packed).loss
-            (loss * 3.0).backward()
-        found.append((loss.item(), {name: p.grad for name, p in model.named_parameters()}))
+        model.head_in_parts = in_parts
+        loss = model(packed).loss
+        loss.backward(np.asarray(3.0))
+        found.append((loss.item(), gradients_of(model)))
     assert packed.predicted is not None
-    assert rows.pop() == len(packed.predicted) > 4
-    assert max(rows) == 2 and sum(rows) == 2 * len(packed.predicted)
+    assert head_calls.pop() == len(packed.predicted) > 4
+    assert max(head_calls) == 2 and sum(head_calls) == len(packed.predicted)  # none was computed twice
     (loss, gradients), (whole, expected) = found
     assert loss == pytest.approx(whole, rel=1e-14)
     for name, g in gradients.items():
         np.testing.assert_allclose(g, expected[name], rtol=1e-9, atol=1e-15, err_msg=name)
+
+
+def test_a_loss_in_parts_that_is_read_first_is_the_same_and_computed_twice(head_calls: list[int]) -> None:
+    found, predicted = [], int((LABELS >= 0).sum())
+    for read_first in (False, True):
+        model, _ = model_and_optimiser(NUMPY, "float64")
+        loss = model(IDS, labels=LABELS).loss
+        assert (loss.shape, loss.ndim, loss.dtype, loss.requires_grad) == ((), 0, np.float64, True)
+        assert head_calls == []
+        before = loss.item() if read_first else None
+        calls = len(head_calls)
+        (loss * 3.0).backward() if read_first else loss.backward(np.asarray(3.0))
+        assert len(head_calls) - calls == -(-predicted // 2) and calls == (len(head_calls) // 2 if read_first else 0)
+        assert before is None or before == loss.item()
+        with pytest.raises(RuntimeError, match="freed"):
+            loss.backward()
+        found.append((loss.item(), gradients_of(model)))
+        head_calls.clear()
+    (loss, gradients), (again, same) = found
+    assert loss == again
+    for name, g in gradients.items():
+        np.testing.assert_array_equal(g, same[name], err_msg=name)
+
+
+def test_a_loss_in_parts_without_gradient_is_computed_at_once(head_calls: list[int]) -> None:
+    model, _ = model_and_optimiser(NUMPY, "float64")
+    with no_grad():
+        loss = model.eval()(IDS, labels=LABELS).loss
+    predicted = int((LABELS >= 0).sum())
+    assert sum(head_calls) == predicted and max(head_calls) == 2 and not loss.requires_grad
+    model.head_in_parts = False
+    assert loss.item() == pytest.approx(model(IDS, labels=LABELS).loss.item(), rel=1e-14)
+    assert head_calls.pop() == predicted
+
+
+def test_the_head_runs_whole_where_its_loss_is_read_before_backward(head_calls: list[int]) -> None:
+    both = BertForPreTraining(SMALL, NUMPY, "float64").train()
+    both(IDS, labels=LABELS, next_sentence_label=np.array([0, 1])).loss.backward()
+    assert head_calls == [int((LABELS >= 0).sum())]
 
 
 def test_recomputation_is_for_training_and_gives_attentions() -> None:
