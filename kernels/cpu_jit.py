@@ -104,7 +104,16 @@ def jit(function: Function, *, announced: bool = True) -> Function:
     """
     with _our_cache(function) as cached:
         function.__dict__["minibert_kernel"] = announced  # so that the listener tells it from other people's functions
-        return numba.njit(fastmath=KERNEL_FLAGS, cache=cached, **OPTIONS)(function)
+        return _without_literals(numba.njit(fastmath=KERNEL_FLAGS, cache=cached, **OPTIONS)(function))
+
+
+def _without_literals(kernel: Any) -> Any:
+    """A call from another kernel does not compile this one, and all that it calls, anew for each constant it passes."""
+    template = kernel.get_call_template
+    kernel.get_call_template = lambda args, kws: template(
+        [types.unliteral(kind) for kind in args], {name: types.unliteral(kind) for name, kind in kws.items()}
+    )
+    return kernel
 
 
 def address_for_c(function: Callable[..., int], arguments: int) -> int:

@@ -78,11 +78,10 @@ def gemm(
                 if a_k < FAR:
                     strip_by_panels(a, left, a_row, a_k, rows, terms, columns, scratch, c, place, c_row, more)
                     continue
-                wide = max(WIDE, rows)  # WIDE; the constant itself would have strip_by_panels compiled once more
                 if i % WIDE == 0:
-                    pack_columns(a, left, a_k, terms, min(WIDE, m - i), wide, scratch, strip)
+                    pack_columns(a, left, a_k, terms, min(WIDE, m - i), WIDE, scratch, strip)
                 strip_by_panels(
-                    scratch, strip + i % WIDE, a_row, wide, rows, terms, columns, scratch, c, place, c_row, more
+                    scratch, strip + i % WIDE, a_row, WIDE, rows, terms, columns, scratch, c, place, c_row, more
                 )
 
 

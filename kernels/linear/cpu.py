@@ -14,53 +14,35 @@ from minibert.kernels.cpu_product import gemm, operand, part_of, product, run_pa
 from minibert.kernels.op import Array
 from minibert.kernels.reduction.cpu import reduce_sum
 
+NO_GELU, BY_ERF, BY_TANH = range(3)
+KINDS = {None: NO_GELU, "none": BY_ERF, "tanh": BY_TANH}  # by `approximate`
+
 
 @jit
 def linear_parts(
-    x: Array, x_row: int, x_k: int, weight: Array, w_k: int, w_column: int, bias: Array, y: Array, m: int, n: int,
-    depth: int, add: bool, cuts: tuple[int, int], start: int, stop: int,
-) -> None:  # fmt: skip
-    """x (m, depth) and weight (depth, n), with their strides, give y (m, n), contiguous; `add` is False."""
-    scratch = scratch_for(y)
-    for number in range(start, stop):
-        part = part_of(y, m, n, cuts, number)
-        linear_part(x, x_row, x_k, weight, w_k, w_column, bias, y, n, depth, add, scratch, part)
-
-
-@jit
-def linear_part(
-    x: Array, x_row: int, x_k: int, weight: Array, w_k: int, w_column: int, bias: Array, y: Array, n: int, depth: int,
-    add: bool, scratch: Array, part: tuple[int, int, int, int],
-) -> None:  # fmt: skip
-    # no constant among gemm's arguments: Numba would compile gemm, and all that it calls, once more for that constant
-    first, rows, left, columns = part
-    gemm(
-        x, first * x_row, x_row, x_k, weight, left * w_column, w_k, w_column,
-        y, first * n + left, n, rows, columns, depth, add, scratch,
-    )  # fmt: skip
-    b = bias[left : left + columns]
-    for i in range(first, first + rows):
-        row = y[i * n + left : i * n + left + columns]
-        for j in range(columns):
-            row[j] += b[j]
-
-
-@jit
-def linear_gelu_parts(
     x: Array, x_row: int, x_k: int, weight: Array, w_k: int, w_column: int, bias: Array, before: Array, y: Array,
-    by_tanh: bool, m: int, n: int, depth: int, add: bool, cuts: tuple[int, int], start: int, stop: int,
+    gelu: int, m: int, n: int, depth: int, cuts: tuple[int, int], start: int, stop: int,
 ) -> None:  # fmt: skip
+    """x (m, depth) and weight (depth, n), with their strides, and bias give `before` (m, n), and that GELU's y.
+
+    One kernel with GELU and without: each one would hold, and have compiled, all of `gemm`.
+    """
     scratch = scratch_for(y)
     for number in range(start, stop):
-        part = part_of(y, m, n, cuts, number)
-        linear_part(x, x_row, x_k, weight, w_k, w_column, bias, before, n, depth, add, scratch, part)
-        first, rows, left, columns = part
+        first, rows, left, columns = part_of(y, m, n, cuts, number)
+        gemm(
+            x, first * x_row, x_row, x_k, weight, left * w_column, w_k, w_column,
+            before, first * n + left, n, rows, columns, depth, False, scratch,
+        )  # fmt: skip
+        b = bias[left : left + columns]
         for i in range(first, first + rows):
-            from_row, to_row = before[i * n + left :], y[i * n + left :]
-            if by_tanh:
-                gelu_tanh_loop(from_row, to_row, 0, columns)
-            else:
-                gelu_erf_loop(from_row, to_row, 0, columns)
+            row, to_row = before[i * n + left : i * n + left + columns], y[i * n + left :]
+            for j in range(columns):
+                row[j] += b[j]
+            if gelu == BY_ERF:
+                gelu_erf_loop(row, to_row, 0, columns)
+            elif gelu == BY_TANH:
+                gelu_tanh_loop(row, to_row, 0, columns)
 
 
 def product_with_transpose(x: Array, weight: Array) -> Array:
@@ -73,11 +55,17 @@ def matmul(a: Array, b: Array) -> Array:
     if a.ndim == b.ndim == 2:
         return product(a, b)
     stack = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    a, b = (np.broadcast_to(x, (*stack, *x.shape[-2:])) for x in (a, b))
+    a, b = (_stacked(x, stack) for x in (a, b))
     y = np.empty((*stack, a.shape[-2], b.shape[-1]), a.dtype)
     for index in np.ndindex(stack):
         product(a[index], b[index], y[index])
     return y
+
+
+def _stacked(x: Array, stack: tuple[int, ...]) -> Array:
+    """`x` as so many matrices. Not read-only, as `broadcast_to` is: `gemm` would be compiled once more for that."""
+    shape = (*stack, *x.shape[-2:])
+    return np.lib.stride_tricks.as_strided(x, shape, np.broadcast_to(x, shape).strides)
 
 
 def linear(x: Array, weight: Array, bias: Array) -> Array:
@@ -89,25 +77,20 @@ def linear_gelu(x: Array, weight: Array, bias: Array, *, approximate: str = "non
     return y, before
 
 
-def _linear(x: Array, weight: Array, bias: Array, gelu: str | None = None) -> list[Array]:
-    """x W' + b, and its GELU where that is wanted."""
+def _linear(x: Array, weight: Array, bias: Array, gelu: str | None = None) -> tuple[Array, Array]:
+    """x W' + b, and its GELU where that is wanted, else the same array."""
     n, depth = weight.shape
     bias = contiguous(bias, (n,), "bias")
     if x.shape[-1] != depth:
         raise ValueError(f"x: expected rows of {depth}, got {x.shape}")
-    outs = [np.empty((*x.shape[:-1], n), x.dtype) for _ in range(1 if gelu is None else 2)]
+    before = np.empty((*x.shape[:-1], n), x.dtype)
+    y = before if gelu is None else np.empty_like(before)
     m = prod(x.shape[:-1])
     if m and n:
         rows, columns = operand(np.ascontiguousarray(x).reshape(m, depth)), operand(weight.T)
-        flat = [out.reshape(-1) for out in outs]
-        if gelu is None:
-            run_parts(linear_parts, m, n, depth, x.dtype, *rows, *columns, bias, *flat, m, n, depth, False)
-        else:
-            run_parts(
-                linear_gelu_parts, m, n, depth, x.dtype,
-                *rows, *columns, bias, *flat, gelu == "tanh", m, n, depth, False,
-            )  # fmt: skip
-    return outs
+        outs = before.reshape(-1), y.reshape(-1)
+        run_parts(linear_parts, m, n, depth, x.dtype, *rows, *columns, bias, *outs, KINDS[gelu], m, n, depth)
+    return before, y
 
 
 def linear_grad(g: Array, x: Array, *, into: Sequence[Array | None] = (None,)) -> tuple[Array, Array]:
