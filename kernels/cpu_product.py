@@ -30,7 +30,8 @@ COST = 0.005  # nanoseconds that one core takes for a multiplication and additio
 PARTS_PER_THREAD = 2  # at most: the more, the more often A is read
 PART = 20_000  # nanoseconds of work that are not cut further
 ROWS_TO_PACK_B = 20  # packing a column of B takes as long as multiplying it by so many rows of A
-COLUMNS_TO_PACK_A = 8
+COLUMNS_TO_PACK_A = 8  # packing a row of A takes as long as multiplying it by so many columns of B
+COLUMNS_TO_READ_A = 4  # and reading it for a part
 
 
 # --- one core --------------------------------------------------------------------------------------------------------
@@ -219,9 +220,9 @@ def cuts_of(m: int, n: int, depth: int, nr: int, threads: int, far: bool = False
 
     def cost(cuts: tuple[int, int]) -> tuple[float, int]:
         down, across = cuts
-        rows, columns = MR * blocks(strips, down), nr * blocks(panels, across)
-        packing = ROWS_TO_PACK_B * columns + (COLUMNS_TO_PACK_A * rows if far else 0)
-        return blocks(down * across, threads) * (rows * columns + packing), -down * across
+        rows, columns = MR * blocks(strips, down), min(n, nr * blocks(panels, across))
+        packing = ROWS_TO_PACK_B * columns + (COLUMNS_TO_PACK_A * rows * blocks(columns, PANELS * nr) if far else 0)
+        return blocks(down * across, threads) * (rows * (columns + COLUMNS_TO_READ_A) + packing), -down * across
 
     cuts = (
         (down, across) for down in range(1, 1 + min(most, strips)) for across in range(1, 1 + min(most // down, panels))
