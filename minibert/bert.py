@@ -247,7 +247,7 @@ class BertForMaskedLM(PreTrained):
 
     output = MaskedLMOutput
     next_sentence = False
-    head_in_parts = True  # not where a graph is captured: the weight of a part would be that of the batch then
+    head_in_parts = True  # where there are more labels than `HEAD_ROWS`
 
     def __init__(
         self,
@@ -289,8 +289,8 @@ class BertForMaskedLM(PreTrained):
     ) -> Any:  # fmt: skip
         """As `BertModel`; `labels` (ids, -100 where nothing is predicted) give `out.loss`, their mean cross entropy.
 
-        A label on padding does not count. With more than `HEAD_ROWS` labels the loss is computed when it is read, or
-        with its gradient: read it after `backward()`, and nothing is computed twice.
+        A label on padding does not count. With more than `HEAD_ROWS` labels the loss is computed by `backward()`, or
+        when it is read, which has to be before the weights change: read after `backward()`, it is computed once.
         """
         encoded = self.bert(input_ids, attention_mask, token_type_ids, position_ids, labels=labels, **options)
         out = self.output.of(encoded, self.cls)
@@ -302,7 +302,7 @@ class BertForMaskedLM(PreTrained):
     def in_parts(self, predicted: np.ndarray | None) -> bool:
         """Whether the head runs on some of the predicted positions at a time.
 
-        A loss that is added to another is read before its gradient is known, and so computed twice: for memory alone.
+        Beside a next-sentence loss it is read before backward and so runs twice: only where memory is asked for.
         """
         wanted = self.head_in_parts and (self.bert.gradient_checkpointing or not self.next_sentence)
         return wanted and predicted is not None and len(predicted) > HEAD_ROWS
@@ -315,17 +315,19 @@ class BertForMaskedLM(PreTrained):
         predicted, targets = out._batch.packed.predicted, out._batch.packed.targets
         assert predicted is not None and targets is not None
         transform, decoder, counted = self.cls.predictions.transform, out.decoder(), targets != IGNORE
+        batch = out._batch  # not `out`: it holds the loss
 
         def parts(x: Tensor) -> Iterator[Tensor]:
             count = -(-len(predicted) // HEAD_ROWS)
             for start, stop in pairwise(len(predicted) * i // count for i in range(count + 1)):
-                labels = out._batch.integers(targets[start:stop])
+                labels = batch.integers(targets[start:stop])
                 loss = apply(linear_cross_entropy, transform(x.slice(0, start, stop)), *decoder, labels)
                 yield loss * float(counted[start:stop].sum() / counted.sum())
 
         with at_place(self.cls.predictions.name):
-            rows = out._batch.integers(predicted.astype(np.int32, copy=False))
-            return SumOfParts(parts, apply(gather_rows, out._layers[-1], rows))
+            rows = batch.integers(predicted.astype(np.int32, copy=False))
+            weights = (*transform.parameters(), *decoder)
+            return SumOfParts(parts, apply(gather_rows, out._layers[-1], rows), weights)
 
 
 class BertForPreTraining(BertForMaskedLM):

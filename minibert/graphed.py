@@ -39,7 +39,7 @@ class GraphedSteps:
         if not hasattr(self.backend, "capturing"):
             raise UserError(f"--graph: backend {self.backend.name} has no graphs; expected cupy or emulator")
         self.model, self.optimizer, self.tokens = model, optimizer, tokens_per_batch
-        model.head_in_parts = False
+        model.head_in_parts = False  # the labels of a part would be uploaded, and its weight be fixed, within a graph
         self.recorded: dict[FixedShape, Recorded | None] = {}  # None: seen once
         self.ahead: tuple[Packed, Packed, FixedShape, Any] | None = None  # see `prepare`
         self.replays = 0

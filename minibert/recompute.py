@@ -6,7 +6,7 @@ masks come back, and every gradient has the same bits as without.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,8 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 class _Sum:
     """Stands where a `SumOfParts` remembers the op that made it."""
 
-    name, again = "sum of parts", None
+    name = "sum of parts"
+    again = None  # nobody drops a scalar
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
@@ -59,21 +60,22 @@ class SumOfParts(Tensor):
     """The sum of the scalars that `parts(x)` yields: of each, all that led to it is gone when the next is made.
 
     It is computed when it is read, or else by `backward`, with the gradient of each part at once: in the order
-    forward, backward, read nothing is computed twice. Until then the parameters must stay as they are. Where no
-    gradient is asked for it is computed at once. It is float32, or float64 if x is.
+    forward, backward, read nothing is computed twice. Until then x and the `weights` on which the parts depend must
+    stay as they are. Where none of these asks for a gradient it is computed at once. It is float32, or float64 if x is.
     """
 
     __slots__ = ("_dtype", "_value")
     _value: Array | None
 
-    def __init__(self, parts: Parts, x: Tensor) -> None:
+    def __init__(self, parts: Parts, x: Tensor, weights: Sequence[Tensor]) -> None:
         self._dtype = np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
-        super().__init__(None, x.backend, requires_grad=grad_enabled())
+        super().__init__(None, x.backend, grad_enabled() and any(t.requires_grad for t in (x, *weights)))
         operation: Any = _Sum(parts)
         if self.requires_grad:
             self.made_by = (operation, (x,), (), {})
         else:
-            self.data = self._total(operation, x)
+            with set_grad_enabled(False):
+                self.data = self._total(operation, x)
 
     shape = property(lambda self: ())
     ndim = property(lambda self: 0)
@@ -81,6 +83,8 @@ class SumOfParts(Tensor):
 
     @property
     def data(self) -> Array:
+        if self._value is None and self.made_by is FREED:
+            raise RuntimeError("a backward() that did not end freed this loss before it was computed: compute it again")
         if self._value is None and self.made_by is not None:
             operation, (x,), _, _ = self.made_by
             with at_place(self.place), set_grad_enabled(False):

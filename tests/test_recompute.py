@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -223,10 +224,62 @@ def test_a_loss_in_parts_without_gradient_is_computed_at_once(head_calls: list[i
     assert head_calls.pop() == predicted
 
 
-def test_the_head_runs_whole_where_its_loss_is_read_before_backward(head_calls: list[int]) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_beside_a_next_sentence_loss_the_head_runs_in_parts_for_memory_alone(
+    checkpointing: bool, head_calls: list[int]
+) -> None:
     both = BertForPreTraining(SMALL, NUMPY, "float64").train()
+    if checkpointing:
+        both.gradient_checkpointing_enable()
     both(IDS, labels=LABELS, next_sentence_label=np.array([0, 1])).loss.backward()
-    assert head_calls == [int((LABELS >= 0).sum())]
+    predicted = int((LABELS >= 0).sum())
+    if checkpointing:
+        assert max(head_calls) == 2 and sum(head_calls) == 2 * predicted
+    else:
+        assert head_calls == [predicted]
+
+
+def test_a_loss_in_parts_of_a_frozen_model_is_a_number(head_calls: list[int]) -> None:
+    model, _ = model_and_optimiser(NUMPY, "float64")
+    for p in model.parameters():
+        p.requires_grad = False
+    frozen = model(IDS, labels=LABELS).loss
+    assert not frozen.requires_grad and len(head_calls) > 1
+    model.cls.predictions.transform.dense.bias.requires_grad = True
+    loss = model(IDS, labels=LABELS).loss
+    (loss + frozen).backward()
+    assert np.abs(model.cls.predictions.transform.dense.bias.grad).max() > 0
+    assert sum(p.grad is not None for p in model.parameters()) == 1
+
+
+def test_nothing_but_the_loss_holds_what_backward_needs(head_calls: list[int]) -> None:
+    model, _ = model_and_optimiser(NUMPY, "float64")
+    gc.disable()
+    try:
+        out = model(IDS, labels=LABELS)
+        made = weakref.ref(out._layers[-1])
+        del out
+        assert made() is None
+    finally:
+        gc.enable()
+
+
+def test_a_loss_in_parts_whose_backward_was_interrupted_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bert, "HEAD_ROWS", 2)
+    calls = []
+
+    def interrupt(op: Op, arrays: Any, params: Any, call: Any) -> Any:
+        calls.append(op.name)
+        if calls.count("linear_cross_entropy") == 2:
+            raise KeyboardInterrupt
+        return call()
+
+    model, _ = model_and_optimiser(NUMPY, "float64")
+    loss = model(IDS, labels=LABELS).loss
+    with NUMPY.watched_by(interrupt), pytest.raises(KeyboardInterrupt):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="compute it again"):
+        loss.item()
 
 
 def test_recomputation_is_for_training_and_gives_attentions() -> None:
