@@ -32,6 +32,7 @@ PART = 20_000  # nanoseconds of work that are not cut further
 ROWS_TO_PACK_B = 20  # packing a column of B takes as long as multiplying it by so many rows of A
 COLUMNS_TO_PACK_A = 8  # packing a row of A takes as long as multiplying it by so many columns of B
 COLUMNS_TO_READ_A = 4  # and reading it for a part
+LATE = 0.05  # of a part: what one thread is late, on the whole, since threads do not begin together
 
 
 # --- one core --------------------------------------------------------------------------------------------------------
@@ -213,16 +214,16 @@ def part_of(c: Array, m: int, n: int, cuts: tuple[int, int], part: int) -> tuple
 def cuts_of(m: int, n: int, depth: int, nr: int, threads: int, far: bool = False) -> tuple[int, int]:
     """Into how many parts to cut the rows and the columns of C (m, n), so that the threads end soonest.
 
-    A is packed too where it is `far`. Of equals it is the finest, since threads do not begin together.
+    A is packed too where it is `far`.
     """
     strips, panels = blocks(m, MR), blocks(n, nr)
     most = min(PARTS_PER_THREAD * threads, max(threads, round(m * n * depth * COST / PART)))
 
-    def cost(cuts: tuple[int, int]) -> tuple[float, int]:
+    def cost(cuts: tuple[int, int]) -> float:
         down, across = cuts
         rows, columns = MR * blocks(strips, down), min(n, nr * blocks(panels, across))
         packing = ROWS_TO_PACK_B * columns + (COLUMNS_TO_PACK_A * rows * blocks(columns, PANELS * nr) if far else 0)
-        return blocks(down * across, threads) * (rows * (columns + COLUMNS_TO_READ_A) + packing), -down * across
+        return (blocks(down * across, threads) + LATE) * (rows * (columns + COLUMNS_TO_READ_A) + packing)
 
     cuts = (
         (down, across) for down in range(1, 1 + min(most, strips)) for across in range(1, 1 + min(most // down, panels))
