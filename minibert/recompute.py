@@ -1,7 +1,8 @@
 """Recomputation: backward computes a part of the model again instead of keeping what it made; or for the first time.
 
 Chen, Xu, Zhang, Guestrin, "Training deep nets with sublinear memory cost" (2016). Dropout is counter-based, so the same
-masks come back, and every gradient has the same bits as without.
+masks come back, and every gradient through `recomputed` has the same bits as without. In `SumOfParts` gradients are
+sums of as many parts, and differ from those of the whole by the rounding of these sums.
 """
 
 from __future__ import annotations
