@@ -10,9 +10,9 @@ import numba
 
 from minibert.backends.base import Backend
 from minibert.backends.blas import deterministic, set_product_threads
-from minibert.kernels import cpu_threads
 from minibert.kernels.array_module import numpy_module
-from minibert.kernels.cpu_vectors import VECTOR_BYTES
+from minibert.kernels.cpu import threads as cpu_threads
+from minibert.kernels.cpu.vectors import VECTOR_BYTES
 
 
 class NumbaBackend(Backend):

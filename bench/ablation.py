@@ -24,18 +24,18 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from bench import harness
-from bench.batches import Batch, random_weights, text_batches
-from bench.harness import Contestant
 from bench.step import OurTraining
+from bench.timing import harness
+from bench.timing.batches import Batch, random_weights, text_batches
+from bench.timing.harness import Contestant
 from minibert import backends
 from minibert.cli.options import console, notes, plain_table, refuse_unwritable
-from minibert.config import BertConfig
 from minibert.data.batching import PackedBatch
 from minibert.errors import UserError
 from minibert.kernels import OPS, Op
-from minibert.kernels.cpu_vectors import VECTOR_BYTES
-from minibert.packing import IGNORE
+from minibert.kernels.cpu.vectors import VECTOR_BYTES
+from minibert.model.config import BertConfig
+from minibert.model.packing import IGNORE
 
 AS_IT_IS = "as it is"
 WARM_UP, STEPS = 2, 5  # of a process of its own

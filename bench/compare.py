@@ -24,8 +24,8 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from bench import harness
-from bench.figures import Figure, figures, kind, settings
+from bench.timing import harness
+from bench.timing.figures import Figure, figures, kind, settings
 from minibert.cli.options import console, plain_table
 from minibert.errors import UserError
 

@@ -19,14 +19,16 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from bench import frame, harness, onnx_peer, sides, torch_peer
-from bench.batches import Batch, dense_batch, random_weights, smallest, work
+from bench.peers import onnx_bert as onnx_peer
+from bench.peers import torch_bert as torch_peer
+from bench.timing import frame, harness, sides
+from bench.timing.batches import Batch, dense_batch, random_weights, smallest, work
 from minibert import backends
 from minibert.backends import Backend
-from minibert.bert import BertForMaskedLM
-from minibert.config import BertConfig
 from minibert.errors import UserError
-from minibert.tensor import no_grad
+from minibert.model.bert import BertForMaskedLM
+from minibert.model.config import BertConfig
+from minibert.model.tensor import no_grad
 
 MEASURES = {
     "dense": "dense: every sequence has all its tokens",

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from bench.op_timing import Inputs, aligned, of_one, peaks_of
+from bench.timing.op_timing import Inputs, aligned, of_one, peaks_of
 from minibert import backends
 from minibert.kernels import OPS, Op
 from minibert.kernels.op import BertSize
 from minibert.kernels.readings import cost
 
 if TYPE_CHECKING:
-    from minibert.peaks import Peaks
+    from minibert.lab.measure.peaks import Peaks
 
 try:
     import pytest_benchmark  # noqa: F401
@@ -33,14 +33,14 @@ ROUNDS = 9
 @cache
 def peaks() -> Peaks:
     """The machine's, once in a run."""
-    from minibert.peaks import measure_peaks
+    from minibert.lab.measure.peaks import measure_peaks
 
     return measure_peaks()
 
 
 @cache
 def launch_cost(name: str) -> float:
-    from minibert.peaks import launch_seconds
+    from minibert.lab.measure.peaks import launch_seconds
 
     return launch_seconds(backends.get(name))
 

@@ -4,8 +4,8 @@ Backends take turns within each round, so that a machine that slows down slows a
 over rounds, with the 20th and 80th percentiles beside it. The first call (which may compile) is kept apart. `predicted`
 is the time of the roofline from peaks measured in the same run, `limit` what sets it, `share` predicted over measured.
 Each op is judged by its hard bound before the timing and, on fresh inputs, after it; the exit code is 1 if one fails,
-or if a time is impossible: less than the machine's limit allows (`bench.op_timing`). `--vs torch` adds the same formula
-evaluated by PyTorch.
+or if a time is impossible: less than the machine's limit allows (`bench.timing.op_timing`). `--vs torch` adds the same
+formula evaluated by PyTorch.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ import typer
 from rich.status import Status
 from rich.table import Table
 
-from bench import harness, sides
-from bench.figures import add_to_csv, refuse_other_csv
-from bench.op_timing import Timing, peaks_of, timings
-from bench.torch_formula import TorchFormula
+from bench.peers.torch_formula import TorchFormula
+from bench.timing import harness, sides
+from bench.timing.figures import add_to_csv, refuse_other_csv
+from bench.timing.op_timing import Timing, peaks_of, timings
 from minibert.backends import Backend
-from minibert.check import find_op
 from minibert.cli.options import chosen_backends, console, notes, plain_table, refuse_unwritable
 from minibert.errors import UserError
 from minibert.kernels import OPS, Op
 from minibert.kernels.op import BertSize
+from minibert.lab.conform.check import find_op
 
 if TYPE_CHECKING:
-    from minibert.peaks import Peaks
+    from minibert.lab.measure.peaks import Peaks
 
 OPPONENTS = ("torch",)
 
@@ -93,8 +93,10 @@ def measure(
     chosen: Sequence[Op], places: Sequence[Backend], opponents: Sequence[str], size: BertSize, dtype: str, rounds: int
 ) -> dict[str, Any]:
     """Time, judge and show; the document."""
-    from minibert import peaks as machine_peaks  # it compiles a kernel, so only now that its cache is settled
-    from minibert.kernels.cpu_threads import num_threads
+    from minibert.kernels.cpu.threads import num_threads
+    from minibert.lab.measure import (
+        peaks as machine_peaks,  # it compiles a kernel, so only now that its cache is settled
+    )
 
     others: list[Any] = [TorchFormula(num_threads()) for _ in opponents]
     about = harness.fingerprint(places, num_threads())
@@ -131,7 +133,7 @@ def tell(status: Status, where: str, what: str) -> None:
 
 def launch_costs(places: Sequence[Any]) -> dict[str, float]:
     """Seconds that a call costs by itself on each."""
-    from minibert.peaks import launch_seconds
+    from minibert.lab.measure.peaks import launch_seconds
 
     return {place.name: launch_seconds(place) for place in places}
 

@@ -1,9 +1,9 @@
 """How a step's cost grows with batch, length, width and threads: `python -m bench.scaling [--axes batch,hidden]`.
 
 A table for each axis, every backend at every size; then what is read off it: the exponent of the growth, with its range
-over the rounds, and at what size one backend overtakes another. What is timed, and how, is in `minibert.scaling`; what
-an exponent and a crossover are, in `minibert.growth`. `--batch 1,2,4` sets the sizes of an axis; a single number keeps
-that size for the others: `--axes batch --length 128`.
+over the rounds, and at what size one backend overtakes another. What is timed, and how, is in
+`minibert.lab.measure.scaling`; what an exponent and a crossover are, in `minibert.lab.measure.growth`. `--batch 1,2,4`
+sets the sizes of an axis; a single number keeps that size for the others: `--axes batch --length 128`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from bench.figures import add_to_csv, refuse_other_csv
-from bench.harness import among, cores, fingerprint, run_main
-from bench.sides import say_where
+from bench.timing.figures import add_to_csv, refuse_other_csv
+from bench.timing.harness import among, cores, fingerprint, run_main
+from bench.timing.sides import say_where
 from minibert.cli.options import chosen_backends, console, notes, plain_table, refuse_unwritable
 from minibert.errors import UserError
-from minibert.scaling import AXES, FEWEST_ROUNDS, QUICK_AXES, UNITS, WORK, Base, measure, thread_counts
+from minibert.lab.measure.scaling import AXES, FEWEST_ROUNDS, QUICK_AXES, UNITS, WORK, Base, measure, thread_counts
 
 ROUNDS, QUICK_ROUNDS = 9, 5
 DISTURBED = 1.3  # p80 over p20 that a quiet machine does not come to

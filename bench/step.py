@@ -17,8 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench import frame, harness, sides, torch_peer
-from bench.batches import (
+from bench.peers import torch_bert as torch_peer
+from bench.timing import frame, harness, sides
+from bench.timing.batches import (
     LEARNING_RATE,
     MAX_GRAD_NORM,
     WEIGHT_DECAY,
@@ -30,9 +31,9 @@ from bench.batches import (
 )
 from minibert import backends
 from minibert.backends import Backend
-from minibert.bert import BertForMaskedLM
-from minibert.config import BertConfig
-from minibert.optim import AdamW, parameter_groups
+from minibert.model.bert import BertForMaskedLM
+from minibert.model.config import BertConfig
+from minibert.train.optim import AdamW, parameter_groups
 
 MEASURES = {
     "same_work": "same work: a loss on every position",

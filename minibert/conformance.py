@@ -3,7 +3,7 @@
     pytest -p minibert.conformance --backend mypkg:MyBackend
     pytest -p minibert.conformance --kernel file.py:fn=softmax
 
-It needs no test files. Each item is one demand of `minibert.check` to one op in one dtype; its id, as
+It needs no test files. Each item is one demand of `minibert.lab.conform.check` to one op in one dtype; its id, as
 `conformance::softmax-follows_formula-float32`, can be given back to pytest. docs/conformance.md describes it.
 """
 
@@ -23,12 +23,22 @@ import pytest
 
 import minibert
 from minibert import backends
-from minibert import gradcheck as own_inputs
 from minibert.backends import Backend, BackendUnavailable
-from minibert.check import Broken, Case, Tally
 from minibert.errors import UserError
 from minibert.kernels import Op
-from minibert.suite import CHECKS, DEFAULT_BACKEND, PREFIX, Demand, Suite, footer, header, inputs, read_suite
+from minibert.lab.conform import gradcheck as own_inputs
+from minibert.lab.conform.check import Broken, Case, Tally
+from minibert.lab.conform.suite import (
+    CHECKS,
+    DEFAULT_BACKEND,
+    PREFIX,
+    Demand,
+    Suite,
+    footer,
+    header,
+    inputs,
+    read_suite,
+)
 
 # "sample 3 (shapes (5, 7); params {'axis': -1}), inputs laid out reversed: " and what was found there
 WHERE = re.compile(
@@ -229,7 +239,7 @@ def backend(pytestconfig: pytest.Config) -> Iterator[Backend]:
 
 @pytest.fixture
 def gradcheck(backend: Backend) -> Callable[..., None]:
-    """`gradcheck(op_or_function, *arrays, **params)`: is the gradient exact? See `minibert.gradcheck`."""
+    """`gradcheck(op_or_function, *arrays, **params)`: is the gradient exact? See `minibert.lab.conform.gradcheck`."""
     return partial(own_inputs.gradcheck, backend=backend)
 
 

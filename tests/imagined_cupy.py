@@ -1,6 +1,6 @@
 """A stand-in for CuPy that works on host memory: the calls that `CupyDriver` makes, and nothing else.
 
-Every function has the name and the parameters of CuPy's own; tests/test_cupy_driver.py holds them to it.
+Every function has the name and the parameters of CuPy's own; tests/backends/test_cupy_driver.py holds them to it.
 """
 
 from __future__ import annotations

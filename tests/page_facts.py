@@ -13,7 +13,7 @@ import pytest
 
 from minibert import backends
 from minibert.cli import main
-from minibert.scaling import Base, measure
+from minibert.lab.measure.scaling import Base, measure
 from tests.small_steps import smaller_tiny
 
 AXES = {"batch": (1, 2), "length": (8, 16)}

@@ -23,8 +23,8 @@ from minibert.backends.emulator import driver, toolchain
 from minibert.backends.emulator.driver import SCHEDULES, EmulatorDriver, KernelFault
 from minibert.backends.emulator.findings import Finding
 from minibert.backends.emulator.process import EmulatorCrash
-from minibert.judge import stored_as
 from minibert.kernels import OPS, Op
+from minibert.lab.conform.judge import stored_as
 
 if TYPE_CHECKING:
     from minibert.backends.emulator.backend import EmulatorBackend
@@ -151,7 +151,7 @@ def _compiler(folder: Path, changed: str) -> Callable[..., Path]:
             return toolchain.compile_kernels(KERNELS / file, defines, include, sanitize=sanitize)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(toolchain, "cache_folder", lambda: built)
-            return toolchain.compile_kernels(folder / file, defines, [folder], sanitize=sanitize)
+            return toolchain.compile_kernels(folder / file, defines, [folder, folder / "gpu"], sanitize=sanitize)
 
     return compile_kernels
 

@@ -13,10 +13,10 @@ import pytest
 import minibert as mb
 from minibert import backends
 from minibert.cli.diff_report import verdict
-from minibert.config import NAMED
 from minibert.data import PackedBatch
 from minibert.kernels import OPS
-from minibert.lockstep import Difference
+from minibert.lab.lockstep.diff import Difference
+from minibert.model.config import NAMED
 
 NUMPY, NUMBA = backends.get("numpy"), backends.get("numba")
 SMALL = mb.BertConfig(

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from minibert.check import check
 from minibert.kernels import OPS
+from minibert.lab.conform.check import check
 
 
 def blocks(path: Path, language: str) -> list[str]:

@@ -25,13 +25,13 @@ from minibert import backends
 from minibert.backends.base import BackendUnavailable
 from minibert.backends.emulator import toolchain
 from minibert.backends.emulator.process import EmulatorCrash
-from minibert.check import check
 from minibert.cli import app, main
-from minibert.cli.kernels import load_kernels, refuse_misshapen
 from minibert.errors import UserError
 from minibert.kernels import OPS
+from minibert.lab.conform.check import check
+from minibert.lab.conform.own_kernels import load_kernels, refuse_misshapen
+from tests.backends.test_emulator import FAULTS, Device, provoke
 from tests.test_docs import blocks
-from tests.test_emulator import FAULTS, Device, provoke
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 FOLDER = "try"  # in which the walk's author stood: messages name it

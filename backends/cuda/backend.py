@@ -18,7 +18,7 @@ from minibert.backends.cuda.pool import GraphPool, HostBuffers, Pool, SharedPool
 from minibert.backends.cuda.product import multiply
 from minibert.errors import UserError
 from minibert.kernels.array_module import numpy_module
-from minibert.kernels.gpu_launch import CudaKernel, on_host
+from minibert.kernels.gpu.launch import CudaKernel, on_host
 from minibert.kernels.op import Array, Op, holds_floats, outputs
 from minibert.kernels.view.gpu import copy_strided
 

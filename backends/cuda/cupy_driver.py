@@ -17,7 +17,7 @@ from minibert.backends.base import BackendUnavailable
 from minibert.backends.cuda import cublaslt, matmul, nvrtc
 from minibert.backends.cuda.driver import DeviceMemoryExhausted, Event, Graph, Product, Stream
 from minibert.errors import UserError
-from minibert.kernels.gpu_launch import STORAGE, WAVES, CudaKernel
+from minibert.kernels.gpu.launch import STORAGE, WAVES, CudaKernel
 
 OLDEST = 80  # compute capability: the kernels copy asynchronously and multiply bfloat16 on tensor cores
 SHARED_UNASKED = 48 * 1024  # bytes of dynamic shared memory that every kernel may have

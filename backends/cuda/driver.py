@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from minibert.kernels.gpu_launch import CudaKernel
+from minibert.kernels.gpu.launch import CudaKernel
 
 ALIGNMENT = 256  # bytes: of every address that `allocate` gives
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minibert.backends.cuda.driver import Product
-from minibert.kernels.gpu_launch import CudaFile, Raw
+from minibert.kernels.gpu.launch import CudaFile, Raw
 
 THREADS = 256  # of a block
 ROWS = 32  # that a block of operand_sums sums: its lanes

@@ -173,7 +173,7 @@ def compile_kernels(
         source = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    include = (KERNELS, path.parent, *tools.include)
+    include = (KERNELS, KERNELS / "gpu", path.parent, *tools.include)
     # `float` is what gpu_common.cuh takes where nothing is said: said here, both ways share their code
     named = {"STORAGE": "float", **{name: int(v) if isinstance(v, bool) else v for name, v in defines.items()}}
     options = [f"--gpu-architecture={arch}", *FLAGS, *(["--fmad=false"] if strict else [])]

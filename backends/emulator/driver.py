@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import minibert.kernels
 from minibert.backends.base import BackendUnavailable
 from minibert.backends.cuda.driver import ALIGNMENT, DeviceMemoryExhausted, Matrix, Product
 from minibert.backends.emulator.findings import Finding, TrafficLine
@@ -25,9 +24,8 @@ from minibert.backends.emulator.process import EmulatorCrash, EmulatorProcess
 from minibert.backends.emulator.toolchain import compile_kernels, compiler
 from minibert.kernels.activation import gelu_formula
 from minibert.kernels.array_module import numpy_module
-from minibert.kernels.gpu_launch import CudaKernel
+from minibert.kernels.gpu.launch import INCLUDE, CudaKernel
 
-KERNELS = Path(str(minibert.kernels.__file__)).parent
 PAGE = 4096
 ARENA = 1 << 36  # bytes of addresses
 MEMORY = "MINIBERT_EMULATOR_MEMORY"  # GiB that the device has
@@ -195,7 +193,7 @@ class EmulatorDriver:
     ) -> None:  # fmt: skip
         text = {name: str(value) for name, value in defines.items()}
         settings, name = self.settings, kernel.signature.name
-        library = compile_kernels(kernel.file.path, text, [KERNELS], sanitize=settings.sanitize or settings.traffic)
+        library = compile_kernels(kernel.file.path, text, INCLUDE, sanitize=settings.sanitize or settings.traffic)
         packed = list(arguments)
         self.sources.add(kernel.file.path)
         self._compare_signatures(kernel, library)

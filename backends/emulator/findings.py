@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import minibert.kernels
+from minibert.kernels.gpu.launch import INCLUDE
 
 SHIM = Path(__file__).parent / "include"
-SHARED_HEADERS = Path(str(minibert.kernels.__file__)).resolve().parent
+SHARED_HEADERS = INCLUDE[1].resolve()
 
 COUNTS = ("requests", "bytes", "sectors", "ideal_sectors", "passes", "ideal_passes")  # of TrafficLine
 

@@ -17,15 +17,15 @@ import numpy as np
 from bench.gpu_check.part import Failed, Run, Skipped
 from bench.gpu_check.run import ROOT
 from minibert.backends.base import dtype_of
-from minibert.bert import BertForMaskedLM
-from minibert.check import CheckResult, planned, run_check
-from minibert.config import BertConfig
-from minibert.graphed import GraphedSteps
-from minibert.judge import expect, judge_against, stored_as
 from minibert.kernels import OPS
 from minibert.kernels.op import BertSize, outputs
-from minibert.optim import AdamW, parameter_groups
-from minibert.packing import IGNORE, Packed, pack
+from minibert.lab.conform.check import CheckResult, planned, run_check
+from minibert.lab.conform.judge import expect, judge_against, stored_as
+from minibert.model.bert import BertForMaskedLM
+from minibert.model.config import BertConfig
+from minibert.model.packing import IGNORE, Packed, pack
+from minibert.train.graphed import GraphedSteps
+from minibert.train.optim import AdamW, parameter_groups
 
 MOST_MESSAGES = 20
 DTYPES = ("float32", "bfloat16", "float16")
@@ -43,7 +43,7 @@ LOSS_TOLERANCE = 1e-4
 
 
 def conformance(run: Run) -> None:
-    """Every demand of `minibert.check` to every op in each dtype, then the widths of BERT base; all by hard bounds."""
+    """Every demand of `check` to every op in each dtype, then the widths of BERT base; all by hard bounds."""
     tally: dict[str, dict[str, Any]] = {}
     messages: list[str] = []
     run.keep(by=dict(Counter(run.backend.by(op) for op in OPS.values())), dtypes=tally, failures=messages)
@@ -282,7 +282,7 @@ def parity(run: Run) -> None:
         raise Skipped(f"not installed: {', '.join(missing)}")
     if run.settings.tiny:
         raise Skipped("left to `make test` where nothing is measured")
-    marked = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.parity" in p.read_text(encoding="utf-8")]
+    marked = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.parity" in p.read_text(encoding="utf-8")]
     files = [str(Path("tests") / p.name) for p in marked if not p.name.startswith("test_gpu_check")]
     run.keep(files=files)
     run.say(f"pytest -m parity {' '.join(files)}")

@@ -20,10 +20,10 @@ from bench.gpu_check.clock import Times, clock_of, timed
 from bench.gpu_check.part import Failed, Run
 from bench.gpu_check.peaks import MODES, Peaks, measured, products_in
 from minibert.backends.base import dtype_of
-from minibert.judge import stored_as
 from minibert.kernels import OPS, Op
 from minibert.kernels.op import BertSize, Sample, outputs
 from minibert.kernels.readings import Cost, cost
+from minibert.lab.conform.judge import stored_as
 
 SIZES = {
     "B 32, T 128": BertSize(32, 128, 768, 12, 3072, 30522, 614),

@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from bench.batches import PREDICTED, forward_flops, random_weights
 from bench.gpu_check import torch_peer
 from bench.gpu_check.part import Run
 from bench.gpu_check.peaks import MODES, measured, products_in
+from bench.timing.batches import PREDICTED, forward_flops, random_weights
 from minibert.backends.cuda.pool import Pool
-from minibert.bert import BertForMaskedLM
-from minibert.config import BertConfig
-from minibert.graphed import GraphedSteps
-from minibert.optim import AdamW, parameter_groups
-from minibert.packing import IGNORE, Packed, pack
-from minibert.tensor import no_grad
+from minibert.model.bert import BertForMaskedLM
+from minibert.model.config import BertConfig
+from minibert.model.packing import IGNORE, Packed, pack
+from minibert.model.tensor import no_grad
+from minibert.train.graphed import GraphedSteps
+from minibert.train.optim import AdamW, parameter_groups
 
 SHAPES = ((32, 128), (64, 512))  # (B, T)
 ORDER = ("bfloat16", "tf32", "float32")  # what matters most comes first, should the time run out

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.torch_peer import Weights, fused_adamw, made, missing
-from minibert.config import BertConfig
-from minibert.packing import Packed
+from bench.peers.torch_bert import Weights, fused_adamw, made, missing
+from minibert.model.config import BertConfig
+from minibert.model.packing import Packed
 
 __all__ = ["TorchSteps", "Weights", "missing"]
 

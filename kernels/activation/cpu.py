@@ -7,11 +7,11 @@ from math import pi, sqrt
 import numpy as np
 
 from minibert.kernels.activation import CUBIC, SQRT_2_OVER_PI
-from minibert.kernels.cpu_arrays import flat
-from minibert.kernels.cpu_jit import jit
-from minibert.kernels.cpu_math import erf, exp, vmax
-from minibert.kernels.cpu_math import tanh as tanh_of
-from minibert.kernels.cpu_threads import rows_worth_a_thread, run_rows
+from minibert.kernels.cpu.arrays import flat
+from minibert.kernels.cpu.jit import jit
+from minibert.kernels.cpu.math import erf, exp, vmax
+from minibert.kernels.cpu.math import tanh as tanh_of
+from minibert.kernels.cpu.threads import rows_worth_a_thread, run_rows
 from minibert.kernels.op import Array, library
 
 LIGHT, HEAVY = rows_worth_a_thread(1, cost=0.1), rows_worth_a_thread(1, cost=0.5)  # elements, without and with erf

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minibert.kernels.gpu_launch import Array, CudaFile, CudaKernel, blocks_for, contiguous
+from minibert.kernels.gpu.launch import Array, CudaFile, CudaKernel, blocks_for, contiguous
 
 BLOCK = 256
 BYTES = 32  # of each array that a thread moves in one turn of its loop: PACKS packs of 16

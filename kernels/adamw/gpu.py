@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minibert.kernels.gpu_launch import Array, CudaFile, blocks_for, contiguous
+from minibert.kernels.gpu.launch import Array, CudaFile, blocks_for, contiguous
 
 cuda = CudaFile(__file__)
 adamw_step = cuda.kernel("adamw_step", block=256)

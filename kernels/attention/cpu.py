@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minibert.kernels.attention import mask_width
-from minibert.kernels.cpu_arrays import contiguous
-from minibert.kernels.cpu_jit import inline, jit
-from minibert.kernels.cpu_math import constant, exp, philox_block
-from minibert.kernels.cpu_product import UNIT, ceil_div, gemm_by_panels, pack_panels
-from minibert.kernels.cpu_threads import rows_worth_a_thread, run_rows
-from minibert.kernels.cpu_vectors import VECTOR_BYTES, row_max, row_sum
+from minibert.kernels.cpu.arrays import contiguous
+from minibert.kernels.cpu.jit import inline, jit
+from minibert.kernels.cpu.math import constant, exp, philox_block
+from minibert.kernels.cpu.product import UNIT, ceil_div, gemm_by_panels, pack_panels
+from minibert.kernels.cpu.threads import rows_worth_a_thread, run_rows
+from minibert.kernels.cpu.vectors import VECTOR_BYTES, row_max, row_sum
 from minibert.kernels.op import Array
 from minibert.kernels.philox import NO_STREAM, Stream, threshold
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minibert.kernels.attention import mask_width
-from minibert.kernels.gpu_launch import Array, CudaFile, blocks_for, contiguous, cuda_stream, int32, on_host
+from minibert.kernels.gpu.launch import Array, CudaFile, blocks_for, contiguous, cuda_stream, int32, on_host
 from minibert.kernels.philox import NO_STREAM, Stream, threshold
 
 HEAD_SIZES = (32, 64, 128)  # that the kernels are compiled for; a head is padded to the next

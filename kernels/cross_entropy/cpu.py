@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from minibert.kernels.cpu_arrays import contiguous, row_numbers
-from minibert.kernels.cpu_jit import jit
-from minibert.kernels.cpu_math import constant, exp, vmax
-from minibert.kernels.cpu_threads import rows_worth_a_thread, run_rows
+from minibert.kernels.cpu.arrays import contiguous, row_numbers
+from minibert.kernels.cpu.jit import jit
+from minibert.kernels.cpu.math import constant, exp, vmax
+from minibert.kernels.cpu.threads import rows_worth_a_thread, run_rows
 from minibert.kernels.cross_entropy import IGNORED
 from minibert.kernels.linear.cpu import product_with_transpose
 from minibert.kernels.op import Array

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from minibert.kernels.cross_entropy import IGNORED
-from minibert.kernels.gpu_launch import Array, CudaFile, blocks_for, contiguous, int32
+from minibert.kernels.gpu.launch import Array, CudaFile, blocks_for, contiguous, int32
 
 cuda = CudaFile(__file__)
 count_kept = cuda.kernel("count_kept", block=1024)

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from minibert.kernels.cpu_arrays import flat
-from minibert.kernels.cpu_jit import jit
-from minibert.kernels.cpu_math import philox_row
-from minibert.kernels.cpu_threads import blocks, rows_worth_a_thread, run_rows
+from minibert.kernels.cpu.arrays import flat
+from minibert.kernels.cpu.jit import jit
+from minibert.kernels.cpu.math import philox_row
+from minibert.kernels.cpu.threads import blocks, rows_worth_a_thread, run_rows
 from minibert.kernels.op import Array
 from minibert.kernels.philox import Stream, threshold
 

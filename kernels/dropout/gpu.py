@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minibert.kernels.gpu_launch import Array, CudaFile, blocks_for, contiguous, cuda_stream
+from minibert.kernels.gpu.launch import Array, CudaFile, blocks_for, contiguous, cuda_stream
 from minibert.kernels.philox import Stream, threshold
 
 BLOCK = 256

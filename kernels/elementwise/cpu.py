@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from minibert.kernels.cpu_arrays import flat
-from minibert.kernels.cpu_jit import jit
-from minibert.kernels.cpu_threads import rows_worth_a_thread, run_rows
+from minibert.kernels.cpu.arrays import flat
+from minibert.kernels.cpu.jit import jit
+from minibert.kernels.cpu.threads import rows_worth_a_thread, run_rows
 from minibert.kernels.op import Array
 
 GRAIN = rows_worth_a_thread(1, cost=0.12)  # elements

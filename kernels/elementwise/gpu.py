@@ -6,7 +6,7 @@ from math import prod
 
 import numpy as np
 
-from minibert.kernels.gpu_launch import Array, CudaFile, CudaKernel, blocks_for, contiguous
+from minibert.kernels.gpu.launch import Array, CudaFile, CudaKernel, blocks_for, contiguous
 
 BLOCK = 256
 WARP = 32

@@ -11,9 +11,9 @@ from math import prod
 
 import numpy as np
 
-from minibert.kernels.cpu_arrays import contiguous, row_numbers
-from minibert.kernels.cpu_jit import jit
-from minibert.kernels.cpu_threads import rows_worth_a_thread, run_rows
+from minibert.kernels.cpu.arrays import contiguous, row_numbers
+from minibert.kernels.cpu.jit import jit
+from minibert.kernels.cpu.threads import rows_worth_a_thread, run_rows
 from minibert.kernels.op import Array, library
 
 COST = 0.12  # nanoseconds an element, for `rows_worth_a_thread`

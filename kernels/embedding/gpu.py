@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minibert.kernels.gpu_launch import Array, CudaFile, blocks_for, contiguous, int32
+from minibert.kernels.gpu.launch import Array, CudaFile, blocks_for, contiguous, int32
 
 cuda = CudaFile(__file__)
 embedding_warp = cuda.kernel("embedding_warp", block=128)

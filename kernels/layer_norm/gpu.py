@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from minibert.kernels.gpu_launch import Array, CudaFile, blocks_for, contiguous, cuda_stream
+from minibert.kernels.gpu.launch import Array, CudaFile, blocks_for, contiguous, cuda_stream
 from minibert.kernels.philox import NO_STREAM, Stream, threshold
 
 cuda = CudaFile(__file__)

@@ -8,9 +8,9 @@ from math import prod
 import numpy as np
 
 from minibert.kernels.activation.cpu import gelu_erf_loop, gelu_tanh_loop
-from minibert.kernels.cpu_arrays import contiguous
-from minibert.kernels.cpu_jit import jit
-from minibert.kernels.cpu_product import gemm, operand, part_of, product, run_parts, scratch_for
+from minibert.kernels.cpu.arrays import contiguous
+from minibert.kernels.cpu.jit import jit
+from minibert.kernels.cpu.product import gemm, operand, part_of, product, run_parts, scratch_for
 from minibert.kernels.op import Array
 from minibert.kernels.reduction.cpu import reduce_sum
 

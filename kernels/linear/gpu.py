@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minibert.kernels.activation.gpu import gelu
-from minibert.kernels.gpu_launch import Array, contiguous
+from minibert.kernels.gpu.launch import Array, contiguous
 from minibert.kernels.op import library
 from minibert.kernels.reduction.gpu import reduce_sum
 

@@ -9,8 +9,8 @@ from math import prod
 
 import numpy as np
 
-from minibert.kernels.cpu_jit import jit
-from minibert.kernels.cpu_threads import blocks, rows_worth_a_thread, run_rows
+from minibert.kernels.cpu.jit import jit
+from minibert.kernels.cpu.threads import blocks, rows_worth_a_thread, run_rows
 from minibert.kernels.op import Array
 
 ROWS = 256  # of one block, added in the precision of the array

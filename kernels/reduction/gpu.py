@@ -9,7 +9,7 @@ from math import prod
 
 import numpy as np
 
-from minibert.kernels.gpu_launch import Array, CudaFile, blocks_for
+from minibert.kernels.gpu.launch import Array, CudaFile, blocks_for
 
 BLOCK = 256
 WARP = 32

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from minibert.kernels.cpu_jit import jit
-from minibert.kernels.cpu_math import constant, exp, vmax
-from minibert.kernels.cpu_threads import rows_worth_a_thread, run_rows
+from minibert.kernels.cpu.jit import jit
+from minibert.kernels.cpu.math import constant, exp, vmax
+from minibert.kernels.cpu.threads import rows_worth_a_thread, run_rows
 from minibert.kernels.op import Array
 
 

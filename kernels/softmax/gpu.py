@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minibert.kernels.gpu_launch import Array, CudaFile, CudaKernel, blocks_for, contiguous
+from minibert.kernels.gpu.launch import Array, CudaFile, CudaKernel, blocks_for, contiguous
 
 cuda = CudaFile(__file__)
 softmax_short = cuda.kernel("softmax_short", block=256)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from math import gcd
 
-from minibert.kernels.gpu_launch import Array, CudaFile, Raw, blocks_for
+from minibert.kernels.gpu.launch import Array, CudaFile, Raw, blocks_for
 
 THREADS, DIMENSIONS = 256, 6
 

@@ -12,16 +12,16 @@ import typer
 from rich.text import Text
 
 from minibert import backends
-from minibert.bisect import Bisection, bisect
 from minibert.cli import app, sides
 from minibert.cli.compiling import show_compiling
 from minibert.cli.diff_report import facts, finite, table, verdict
 from minibert.cli.inputs import step_inputs
-from minibert.cli.kernels import load_kernels, refuse_uncalled, refuse_untriable
 from minibert.cli.options import console, machine, notes, refuse_unwritable
 from minibert.errors import UserError
-from minibert.reproduce import Case, smallest
-from minibert.trace import Recording
+from minibert.lab.conform.own_kernels import load_kernels, refuse_uncalled, refuse_untriable
+from minibert.lab.lockstep.bisect import Bisection, bisect
+from minibert.lab.lockstep.reproduce import Case, smallest
+from minibert.lab.lockstep.trace import Recording
 
 
 @app.command("bisect")

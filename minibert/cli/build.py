@@ -37,7 +37,7 @@ from minibert.cli.budget import (
 )
 from minibert.cli.options import console, notes, refuse_unwritable
 from minibert.errors import UserError
-from minibert.kernels.gpu_launch import STORAGE, CudaFile, CudaKernel, families
+from minibert.kernels.gpu.launch import STORAGE, CudaFile, CudaKernel, families
 
 DTYPE = {c_type: dtype for dtype, c_type in STORAGE.items()}
 

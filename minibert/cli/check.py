@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from minibert.backends import MOST_THREADS
-from minibert.check import CheckResult, check, find_op
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
 from minibert.cli.emulator import (
@@ -22,10 +21,11 @@ from minibert.cli.emulator import (
     emulator_options,
     traffic_table,
 )
-from minibert.cli.kernels import HELP, load_kernels, refuse_untriable
 from minibert.cli.options import PRODUCTS_HELP, chosen_backends, console, notes, plain_table, set_products
 from minibert.errors import UserError
 from minibert.kernels import OPS
+from minibert.lab.conform.check import CheckResult, check, find_op
+from minibert.lab.conform.own_kernels import HELP, load_kernels, refuse_untriable
 
 
 @app.command("check")

@@ -19,7 +19,6 @@ from minibert.backends.base import Kernel
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
 from minibert.cli.inputs import step_inputs
-from minibert.cli.kernels import HELP, load_kernels, refuse_uncalled
 from minibert.cli.options import (
     DETERMINISTIC_HELP,
     PRODUCTS_HELP,
@@ -31,12 +30,13 @@ from minibert.cli.options import (
     set_products,
 )
 from minibert.cli.report import markdown, tables, verdict
-from minibert.compare import Comparison, Extras, compare, on_cpu
-from minibert.config import BertConfig
-from minibert.energy import open_meter
 from minibert.errors import UserError
 from minibert.kernels import Op
-from minibert.prices import Prices, read_prices
+from minibert.lab.compare.compare import Comparison, Extras, compare, on_cpu
+from minibert.lab.conform.own_kernels import HELP, load_kernels, refuse_uncalled
+from minibert.lab.measure.energy import open_meter
+from minibert.lab.measure.prices import Prices, read_prices
+from minibert.model.config import BertConfig
 
 if TYPE_CHECKING:
     from minibert.page import Recorded
@@ -152,7 +152,7 @@ def _write_facts(
     prices: Prices | None, json_file: Path | None, report: Path | None, others: list[Recorded],
 ) -> None:  # fmt: skip
     """What `--json` and `--report` ask for, and how long it took."""
-    from minibert.compare_facts import facts
+    from minibert.lab.compare.facts import facts
 
     scaling = None
     if report is not None and found.ok:  # how fast a wrong op is nobody needs to know
@@ -180,7 +180,7 @@ def _crossovers(compared: list[Backend], kernels: Mapping[Op, Kernel]) -> dict[s
     places = [backend for backend in compared if not backend.emulated]
     if not places:
         return None
-    from minibert.scaling import QUICK_AXES, Base, measure
+    from minibert.lab.measure.scaling import QUICK_AXES, Base, measure
 
     base = Base(threads=max(place.num_threads() for place in places))
     with ExitStack() as stack:

@@ -18,7 +18,7 @@ def show_compiling(show: Callable[[str], Any] | None = None) -> Iterator[None]:
     where Numba is not installed.
     """
     try:
-        from minibert.kernels.cpu_jit import Compilation, compile_seconds, on_compile
+        from minibert.kernels.cpu.jit import Compilation, compile_seconds, on_compile
     except ImportError:
         yield
         return

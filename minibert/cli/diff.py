@@ -19,13 +19,13 @@ from minibert.cli.compiling import show_compiling
 from minibert.cli.diff_report import facts, summary, table, verdict
 from minibert.cli.drift_report import drift_facts, drift_tables, drift_verdict
 from minibert.cli.inputs import Inputs, step_inputs
-from minibert.cli.kernels import load_kernels, refuse_uncalled, refuse_untriable
 from minibert.cli.options import console, machine, notes, refuse_unwritable
 from minibert.data import PackedBatch
-from minibert.drift import drift
 from minibert.errors import UserError
-from minibert.lockstep import diff
-from minibert.trace import MakeModel, Recording, Side, record, save
+from minibert.lab.conform.own_kernels import load_kernels, refuse_uncalled, refuse_untriable
+from minibert.lab.lockstep.diff import diff
+from minibert.lab.lockstep.drift import drift
+from minibert.lab.lockstep.trace import MakeModel, Recording, Side, record, save
 
 SIDES_HELP = "A backend, as numba, or a trace FILE that --record wrote here or on another machine."
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from rich.markup import escape
 from rich.table import Table
 
-from minibert.assess import Assessment, Distance
 from minibert.cli.options import plain_table
 from minibert.data import PackedBatch
-from minibert.lockstep import Difference, Row
-from minibert.trace import Side
+from minibert.lab.lockstep.assess import Assessment, Distance
+from minibert.lab.lockstep.diff import Difference, Row
+from minibert.lab.lockstep.trace import Side
 
 SHOWN = 20  # rows, unless all are asked for
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from minibert.cli.diff_report import facts, finite, verdict
 from minibert.cli.options import plain_table
-from minibert.drift import Drift, OpDrift
+from minibert.lab.lockstep.drift import Drift, OpDrift
 
 STEPS_SHOWN = 11  # first and last, and between them at equal distances
 WIDE, WIDER = 120, 150  # characters

@@ -13,6 +13,7 @@ from rich.table import Table
 from minibert.backends import Backend
 from minibert.cli.options import plain_table
 from minibert.errors import UserError
+from minibert.kernels.gpu.launch import INCLUDE
 
 NAME = "emulator"
 STOP = re.compile(r"(.+):([1-9]\d*)(?: if .+)?")  # where gdb stops, and under which condition
@@ -63,14 +64,13 @@ def emulator_options(
 
 def _refuse_elsewhere(gdb: str, sources: Iterable[Path]) -> None:
     """Raise UserError for a place in no file of the kernels that ran: gdb would have waited for it for ever."""
-    from minibert.backends.emulator.driver import KERNELS
     from minibert.backends.emulator.findings import short
     from minibert.backends.emulator.toolchain import included
 
     found = STOP.fullmatch(gdb)
     assert found is not None
     named, line = Path(found[1]).parts, int(found[2])
-    files = {file for source in sources for file in (source, *included(source, [KERNELS]))}
+    files = {file for source in sources for file in (source, *included(source, INCLUDE))}
     meant = [file for file in files if file.absolute().parts[-len(named) :] == named]
     if not meant:
         ran = ", ".join(sorted(short(str(source.absolute())) for source in sources)) or "none"

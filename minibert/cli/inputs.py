@@ -7,10 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minibert import checkpoint
 from minibert.backends import Backend
-from minibert.bert import BertForMaskedLM
-from minibert.config import NAMED, BertConfig
 from minibert.data import (
     SHIPPED_TEXT,
     SHIPPED_VOCABULARY,
@@ -27,6 +24,9 @@ from minibert.data import (
     tokenizer_files,
 )
 from minibert.errors import UserError
+from minibert.model import checkpoint
+from minibert.model.bert import BertForMaskedLM
+from minibert.model.config import NAMED, BertConfig
 
 
 class Inputs(NamedTuple):

@@ -13,10 +13,10 @@ from dataclasses import asdict
 import numpy as np
 
 from minibert import backends
-from minibert.check import find_op
-from minibert.cli.kernels import load_kernels
-from minibert.peaks import Peaks, measure_peaks
-from minibert.watching import look
+from minibert.lab.conform.check import find_op
+from minibert.lab.conform.own_kernels import load_kernels
+from minibert.lab.measure.peaks import Peaks, measure_peaks
+from minibert.lab.measure.watching import look
 
 
 def main() -> None:

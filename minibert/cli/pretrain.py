@@ -16,12 +16,9 @@ from tokenizers import Tokenizer
 
 from minibert import backends
 from minibert.backends import MOST_THREADS, Backend, BackendUnavailable
-from minibert.bert import BertForMaskedLM, BertForPreTraining
-from minibert.checkpoint import WEIGHTS, read_config
-from minibert.cli import app, kernels
+from minibert.cli import app
 from minibert.cli.compiling import show_compiling
 from minibert.cli.options import DETERMINISTIC_HELP, PRODUCTS_HELP, console, set_products
-from minibert.config import NAMED, BertConfig
 from minibert.data import (
     SHIPPED_TEXT,
     Document,
@@ -34,8 +31,12 @@ from minibert.data import (
 )
 from minibert.errors import UserError
 from minibert.kernels import Op
-from minibert.train import STATE, Record, State, Trainer, prepare, read_state
-from minibert.training_config import TrainingConfig
+from minibert.lab.conform.own_kernels import HELP, TriedKernel, load_kernels, refuse_misshapen, refuse_uncalled
+from minibert.model.bert import BertForMaskedLM, BertForPreTraining
+from minibert.model.checkpoint import WEIGHTS, read_config
+from minibert.model.config import NAMED, BertConfig
+from minibert.train.config import TrainingConfig
+from minibert.train.trainer import STATE, Record, State, Trainer, prepare, read_state
 
 FASTEST_FIRST = ("cupy", "numba", "numpy")
 DEFAULT = TrainingConfig()
@@ -96,12 +97,12 @@ def pretrain(
     threads: int = typer.Option(
         None, min=1, max=MOST_THREADS, show_default="all cores", help="Threads of kernels and BLAS."
     ),
-    kernel: list[str] = typer.Option([], "--kernel", metavar="FILE.py:FUNCTION=OP", help=kernels.HELP),
+    kernel: list[str] = typer.Option([], "--kernel", metavar="FILE.py:FUNCTION=OP", help=HELP),
 ) -> int:
     """Train a masked language model on text files. Ctrl-C saves, and --resume goes on."""
     given = dict(locals())
     settings = {name: given[name] for name in asdict(DEFAULT) if given.get(name) is not None}
-    swapped = kernels.load_kernels(kernel)
+    swapped = load_kernels(kernel)
     state = read_state(output) if resume else None
     if state is None:
         refuse_to_overwrite(output)
@@ -118,7 +119,7 @@ def pretrain(
     options["deterministic"] = bool(options["deterministic"])
     context.with_resource(backends.determinism(options["deterministic"]))
     place = fastest_or(options["backend"], threads)
-    kernels.refuse_misshapen(swapped, place)
+    refuse_misshapen(swapped, place)
     set_products([place], products)
     options["backend"] = place.name
     if not options["texts"]:
@@ -305,7 +306,7 @@ def stopped_by_signals(trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def follow(trainer: Trainer, swapped: dict[Op, kernels.TriedKernel]) -> None:
+def follow(trainer: Trainer, swapped: dict[Op, TriedKernel]) -> None:
     """Run, and show how it goes: a progress bar on a terminal, else a line for each line of the log."""
     events = trainer.run()
     with show_compiling():  # the first evaluation and the first step compile all there is to compile
@@ -313,7 +314,7 @@ def follow(trainer: Trainer, swapped: dict[Op, kernels.TriedKernel]) -> None:
             if kind == "eval":
                 say(evaluation(record))
             if kind == "step":
-                kernels.refuse_uncalled(swapped)
+                refuse_uncalled(swapped)
                 break
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),

@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from minibert.cli.options import plain_table
-from minibert.compare import STAGES, Comparison, OpRecord, Run, rate
+from minibert.lab.compare.compare import STAGES, Comparison, OpRecord, Run, rate
 
 
 class Rows(NamedTuple):

@@ -11,11 +11,11 @@ import typer
 from minibert import backends
 from minibert.backends import MOST_THREADS
 from minibert.backends.base import NARROW
-from minibert.cli.kernels import HELP
 from minibert.cli.options import PRODUCTS_HELP, set_products
-from minibert.config import NAMED
 from minibert.errors import UserError
-from minibert.trace import Recording, Side, load
+from minibert.lab.conform.own_kernels import HELP
+from minibert.lab.lockstep.trace import Recording, Side, load
+from minibert.model.config import NAMED
 
 Kernels = Annotated[list[str], typer.Option(help=HELP + " It runs on side B.")]
 BThreads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads of side B.")]

@@ -32,7 +32,7 @@ def list_ops(
     backends: str = typer.Option(None, help="Only these backends, as in numpy,numba."),
 ) -> None:
     """List the ops: what runs each on each backend, what each costs at the shapes of MiniLM, and its formula."""
-    from minibert.check import find_op
+    from minibert.lab.conform.check import find_op
 
     compared = chosen_backends(backends, None)
     table = plain_table("op", *(b.name for b in compared), "gradient", "MFLOP", "MB", "formula")

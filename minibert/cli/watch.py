@@ -16,11 +16,11 @@ from rich.markup import escape
 
 import minibert.kernels
 from minibert import backends
-from minibert.check import find_op
 from minibert.cli import app
 from minibert.cli.options import console, notes
 from minibert.errors import UserError
 from minibert.kernels import OPS
+from minibert.lab.conform.check import find_op
 
 KERNELS = Path(str(minibert.kernels.__file__)).resolve().parent
 POLL_SECONDS = 0.2
@@ -102,7 +102,7 @@ def resolve(kernels: Sequence[str], backend: str | None, dtype: str | None = Non
 
 def ops_of(path: Path) -> list[str]:
     """The ops whose kernels a file of the package is about. Raises UserError for a file from elsewhere."""
-    if KERNELS not in path.parents or path.parent == KERNELS:
+    if KERNELS not in path.parents or path.parent in (KERNELS, KERNELS / "cpu", KERNELS / "gpu"):
         raise UserError(f"{path.name} is in no folder of {KERNELS}: say which op it is of, as FILE.py:FUNCTION=OP")
     launches = path if path.suffix == ".py" else path.with_name("gpu.py")
     tree = ast.parse(launches.read_text(encoding="utf-8"))

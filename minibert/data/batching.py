@@ -15,7 +15,7 @@ from minibert.data.masking import SHUFFLE_STREAM, MaskingRule, check_seed, mask_
 from minibert.data.sequences import Sequences
 from minibert.errors import UserError
 from minibert.kernels.philox import Stream
-from minibert.packing import IGNORE
+from minibert.model.packing import IGNORE
 
 
 @dataclass(frozen=True)

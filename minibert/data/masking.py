@@ -13,7 +13,7 @@ import numpy as np
 from minibert.data.tokenizer import SpecialIds
 from minibert.errors import UserError
 from minibert.kernels.philox import Stream, random_words, threshold
-from minibert.packing import IGNORE
+from minibert.model.packing import IGNORE
 
 # The streams of random words, one number for each use, so that no two uses share words.
 # Initialisation of weights takes 3, dropout takes 16 and above.

@@ -58,7 +58,7 @@ class Cell(NamedTuple):
 
 
 def write_page(folder: Path, facts: Mapping[str, Any], others: Sequence[Recorded] = ()) -> Path:
-    """Write folder/index.html: the comparison `facts` (as minibert.compare makes them), and results recorded elsewhere.
+    """Write folder/index.html: the comparison `facts` (as `lab.compare` makes them), and results recorded elsewhere.
 
     Raises UserError where the folder cannot be written, or matplotlib or jinja2 is missing.
     """

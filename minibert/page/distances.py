@@ -11,7 +11,7 @@ from minibert.page.figures import DASHES, MARKERS, SHOWN, WIDTH, colour
 from minibert.page.svg import TOKENS, Drawing, Tips, inline, new_figure
 from minibert.page.wording import brief, percent, power_of_ten, power_of_two, significant
 
-LEAST_ULP, MOST_ULP = -3, 24  # as minibert.assess counts them
+LEAST_ULP, MOST_ULP = -3, 24  # as minibert.lab.lockstep.assess counts them
 FARTHEST = 3.0  # bounds that the figure of them shows: an error beyond is cut off there, and said
 LEAST_SHARE = 1e-6  # of an op's elements: the foot of the histograms
 

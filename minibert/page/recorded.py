@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minibert.errors import UserError
+from minibert.lab.lockstep.trace import load
 from minibert.page.facts import mapping, rows
-from minibert.trace import load
 
 KINDS = {
     "compare": "minibert compare",

@@ -3,7 +3,7 @@
 pytest -p minibert.conformance --backend emulator --kernel block_softmax.py:softmax=softmax
 """
 
-from minibert.kernels.gpu_launch import Array, CudaFile, blocks_for, contiguous
+from minibert.kernels.gpu.launch import Array, CudaFile, blocks_for, contiguous
 
 cuda = CudaFile(__file__, "block_softmax.cu")
 block_softmax = cuda.kernel("block_softmax", block=128)

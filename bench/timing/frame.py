@@ -1,0 +1,179 @@
+"""The frame of `bench.step` and `bench.infer`: options, who takes part, what is written. Each adds what is its own.
+
+A side is anything with `name`, `library` and `prepare(batch)`; what it does with a prepared batch is the command's.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from inspect import Parameter, Signature
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from bench.peers import torch_bert as torch_peer
+from bench.timing import harness, sides
+from bench.timing.batches import SEQUENCES, Batch, dense_batch, text_batches
+from bench.timing.figures import refuse_other_csv
+from minibert.backends import MOST_THREADS, determinism
+from minibert.cli.options import DETERMINISTIC_HELP, notes, refuse_unwritable
+from minibert.errors import UserError
+from minibert.model.config import BertConfig
+
+TEXT_BATCHES = 4  # one after the other in each turn, so that a figure does not hang on one mix of lengths
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be measured."""
+
+    config: BertConfig
+    batch: int
+    length: int
+    threads: int
+    seed: int = 0
+    sequences: str = "filled"
+    deterministic: bool = False
+
+    def batches(self, measure: str, seed: int) -> list[Batch]:
+        if measure == "packed":
+            return text_batches(self.config, self.batch, self.length, TEXT_BATCHES, seed, self.sequences)
+        return [dense_batch(self.config, self.batch, self.length, seed)]
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """All but the model, as JSON holds it."""
+        return {name: value for name, value in vars(self).items() if name != "config"}
+
+    @classmethod
+    def again(cls, spec: Mapping[str, Any]) -> Any:
+        """The task that a child process was told of."""
+        return cls(**{**spec["task"], "config": BertConfig.from_dict(spec["config"])})
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that both commands take, as typer reads them."""
+
+    config: Annotated[str, typer.Option(help="tiny, mini, minilm, small, medium or base.")] = "minilm"
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 8
+    length: Annotated[int, typer.Option(min=8, help="Tokens of a sequence; of real text, at the most.")] = 128
+    names: Annotated[str, typer.Option("--backends", help="a,b: ours.")] = "numba"
+    versus: Annotated[str, typer.Option("--vs", help="Whom to compare with, a,b; default: nobody.")] = ""
+    measures: Annotated[str, typer.Option(help="Which measures, a,b; default: all.")] = ""
+    sequences: Annotated[str, typer.Option(help="Real text as pretraining has it (filled), or sentences.")] = "filled"
+    rounds: Annotated[int, typer.Option(min=harness.FEWEST_ROUNDS)] = 7
+    threads: Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="Of every side; default: all cores.")] = (
+        None
+    )
+    deterministic: Annotated[bool, typer.Option("--deterministic", help=DETERMINISTIC_HELP)] = False
+    seed: Annotated[int, typer.Option(min=0)] = 0
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, each side in a process of its own.")] = True
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the facts to this file.")] = None
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Add the figures to this long CSV.")] = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is a command's own."""
+
+    name: str
+    measures: Mapping[str, str]
+    opponents: Sequence[str]
+    task: type[Task]  # its fields beyond those of Task are options of the same names
+    measure: Callable[[str, Any, list[str], list[str], int, Progress], dict[str, Any]]
+    worker: str  # MODULE:FUNCTION that makes what the child of `harness.peak_bytes` runs
+
+
+def command(bench: Bench, options: type[Options] = Options) -> Callable[..., int]:
+    """The function that typer makes a command of: its parameters are the fields of `options`."""
+
+    def run_with(**values: Any) -> int:
+        return run(bench, options(**values))
+
+    hints = get_type_hints(options, include_extras=True)
+    parameters = [
+        Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name]) for f in fields(options)
+    ]
+    run_with.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run_with.__doc__ = (
+        f"{bench.measure.__doc__}\n\n--measures: {', '.join(bench.measures)}. --vs: {', '.join(bench.opponents)}. "
+        "Exit status 1 if a figure is impossible or the work differs."
+    )
+    return run_with
+
+
+def run(bench: Bench, options: Options) -> int:
+    """Measure, show and write. Raises UserError for options that make no sense, BackendUnavailable for a backend."""
+    opponents = harness.among("--vs", options.versus, bench.opponents)
+    wanted = harness.among("--measures", options.measures, list(bench.measures)) or list(bench.measures)
+    if options.sequences not in SEQUENCES:
+        raise UserError(f"--sequences: expected {' or '.join(SEQUENCES)}, got {options.sequences!r}")
+    refuse_unwritable(options.json_file, options.csv_file)
+    refuse_other_csv(options.csv_file)
+    if {"torch", "torch.compile"} & set(opponents) and torch_peer.missing():
+        raise UserError(
+            f"--vs {options.versus}: {torch_peer.missing()}; pip install torch transformers, or leave it out"
+        )
+    task = task_of(bench, options)
+    places = harness.cpu_backends(options.names, task.threads)
+    with determinism(task.deterministic):
+        about = harness.fingerprint(places, task.threads)
+    sides.say_where(about)
+
+    def one(name: str, progress: Progress) -> dict[str, Any]:
+        with determinism(task.deterministic):  # not around the peaks: BLAS reaches them on all its threads
+            facts = bench.measure(name, task, [p.name for p in places], opponents, options.rounds, progress)
+        gc.collect()
+        spec = {"measure": name, "threads": task.threads, "config": task.config.to_dict(), "task": task.given}
+        harness.add_memory(facts, bench.worker, spec, progress if options.memory else None)
+        return facts
+
+    found, peaks = harness.between_peaks(wanted, one, notes)
+    settings = {
+        **task.given, "config": options.config, "rounds": options.rounds, "model": task.config.to_dict(),
+    }  # fmt: skip
+    document = {"bench": bench.name, **about, "settings": settings, "peaks": peaks, "measures": found}
+    return sides.report(document, opponents, options.json_file, options.csv_file)
+
+
+def task_of(bench: Bench, options: Options) -> Task:
+    config = harness.named_config(options.config, options.length)
+    given = {f.name: getattr(options, f.name) for f in fields(bench.task) if f.name != "config"}
+    return bench.task(config, **{**given, "threads": options.threads or harness.cores()})
+
+
+# ----------------------------------------------------------------------------------------------------------- a measure
+
+
+def make_sides(
+    names: Iterable[str], ours: Sequence[str], make: Callable[[str], Any], progress: Progress
+) -> tuple[list[Any], dict[str, str]]:
+    """Every side that can be made, and why the others' were left out. Raises what one of ours raises."""
+    made, skipped = [], {}
+    for name in names:
+        progress(f"{name}: making the model")
+        try:
+            made.append(make(name))
+        except Exception as error:  # exporters and compilers fail in ways of their own
+            if name in ours:
+                raise
+            skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return made, skipped
+
+
+def timed(
+    contestants: Sequence[harness.Contestant], made: Sequence[Any], ours: Sequence[str], once: Callable[[Any], Any],
+    on_nothing: Callable[[str], Callable[[], Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """What the harness found, and what `once(side)` costs beside its work on each of ours."""
+    overhead = {
+        one.name: harness.overhead(one.backend, partial(once, one), on_nothing(one.name))
+        for one in made if one.name in ours
+    }  # fmt: skip
+    return {**harness.compared(contestants, ours), "overhead": overhead}

@@ -1,0 +1,230 @@
+"""The first step of a run in which a side leaves its bound: step, then op, then element.
+
+To judge every call of every step takes seconds a step. So the run is gone through once at its own speed: A trains, and
+B repeats each of its steps from A's state, so that what B gives is of that step alone. How far it stands from A's is
+kept, and now and then A's state (a checkpoint). The step that stands out most, against the first, is gone through again
+from the checkpoint before it, bit by bit as it was, and judged call by call (`lab.lockstep.diff`). If a call left its
+bound there, bisection between it and the last step known to be clean finds the first: each step it looks at is judged
+in the same way.
+
+Bisection takes for granted that a fault which is there stays; one that comes and goes is looked at where it stood out.
+A step that stood out, is clean when it is judged, and then stands elsewhere when B repeats it, is that of a kernel
+which gives other results each time.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minibert.data.batching import PackedBatch
+from minibert.errors import UserError
+from minibert.lab.lockstep.diff import Difference, diff_step
+from minibert.lab.lockstep.trace import MakeModel, Side, Training, raised
+from minibert.model.checkpoint import read_arrays, write_arrays
+
+JUDGED = 5  # steps that stand out most are judged before a run is called clean
+NOISE = 1e-7  # relative: what is nearer than this stands nowhere apart
+STANDS_OUT = 10  # times as far as the first step
+LEAST_SHARE = 1e-4  # a parameter whose gradient is less than that of the whole gradient is compared with the whole
+
+
+@dataclass(frozen=True)
+class StepDistance:
+    """How far B's step stands from A's, from one state."""
+
+    step: int  # from 1
+    gradients: float  # of the parameter that stands furthest: norm of the difference over the norm
+    updates: float  # the same of what the step added to the weights
+    loss: float  # relative
+    broken: str = ""  # what ended B's step
+
+    def against(self, first: StepDistance) -> float:
+        """How many times as far as a step that is known to be clean; each measure has a noise of its own."""
+        if self.broken:
+            return math.inf
+        pairs = ((self.gradients, first.gradients), (self.updates, first.updates), (self.loss, first.loss))
+        return max(here / max(there, NOISE) for here, there in pairs)
+
+
+@dataclass
+class Bisection:
+    """What `bisect` found."""
+
+    steps: int
+    distances: list[StepDistance] = field(default_factory=list)
+    judged: dict[int, Difference] = field(default_factory=dict)  # by step
+    unsteady: int | None = None  # a step of which B gave something else when it was run again
+
+    @property
+    def ok(self) -> bool:
+        return self.first is None and self.unsteady is None
+
+    @property
+    def first(self) -> int | None:
+        """The first step that was found wrong."""
+        return min((step for step, found in self.judged.items() if not found.ok), default=None)
+
+    @property
+    def found(self) -> Difference:
+        """Of the first step that was found wrong, or, where none was, of the last that was judged."""
+        return self.judged[self.first or max(self.judged)]
+
+
+def bisect(
+    a: Side,
+    b: Side,
+    make_model: MakeModel,
+    batch_of: Callable[[int], PackedBatch],
+    steps: int,
+    learning_rate: float = 1e-4,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Bisection:
+    """Find the first of `steps` training steps in which A or B leaves its bound.
+
+    `batch_of(0)` is the batch of the first step. Raises UserError where A breaks down, or gives other bits when a step
+    is run again: then there is nothing to hold on to.
+    """
+    run = _Run(a, b, make_model, batch_of, learning_rate, progress, Bisection(steps))
+    with tempfile.TemporaryDirectory(prefix="minibert-bisect-") as folder:
+        run.folder = Path(folder)
+        run.keep(0)
+        if not run.judge(1).ok:
+            return run.found
+        run.go_through()
+        first, *rest = run.found.distances
+        for distance in sorted(rest, key=lambda d: -d.against(first))[:JUDGED]:
+            if run.found.first is not None and run.found.first < distance.step:
+                continue
+            if not run.judge(distance.step).ok:
+                run.narrow(distance.step)
+            elif distance.against(first) > STANDS_OUT and not run.is_steady(distance):
+                run.found.unsteady = distance.step
+                break
+    return run.found
+
+
+class _Run:
+    """Both sides over the same steps, and the checkpoints of A."""
+
+    def __init__(
+        self, a: Side, b: Side, make_model: MakeModel, batch_of: Callable[[int], PackedBatch], learning_rate: float,
+        progress: Callable[[str], None], found: Bisection,
+    ) -> None:  # fmt: skip
+        self.a = Training(a, make_model, batch_of, learning_rate)
+        self.b = Training(b, make_model, batch_of, learning_rate)
+        self.progress, self.found = progress, found
+        self.folder = Path()
+        self.every = max(1, math.isqrt(found.steps))  # steps from one checkpoint to the next
+        self.kept: list[int] = []  # steps taken at each
+        self.losses: dict[int, float] = {}  # of A
+
+    def keep(self, taken: int) -> None:
+        write_arrays(self.folder / f"{taken}.safetensors", self.a.state())
+        self.kept.append(taken)
+
+    def go_through(self) -> None:
+        """All steps: A's run, and how far B's stand from it."""
+        self.replay(0)
+        for number in range(1, self.found.steps + 1):
+            self.progress(f"step {number} of {self.found.steps}")
+            before = self.a.state()
+            self.losses[number] = self._step_of_a(number)
+            self.found.distances.append(self._repeated(number, before))
+            if number % self.every == 0:
+                self.keep(number)
+
+    def _step_of_a(self, number: int) -> float:
+        try:
+            return self.a.step()
+        except FloatingPointError as error:
+            raise UserError(
+                f"step {number} on side A: {error}; take fewer --steps, or make A the side you trust"
+            ) from None
+
+    def _repeated(self, number: int, before: Mapping[str, np.ndarray]) -> StepDistance:
+        """B's step from A's state."""
+        self.b.restore(before)
+        try:
+            loss = self.b.step()
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a wrong kernel leads to
+            return StepDistance(number, 0.0, 0.0, 0.0, raised(error))
+        after = self.a.state(), self.b.state()
+        weights = [name for name in before if name.startswith("model.")]
+        gradients = [_gradients(x) for x in (self.a, self.b)]
+        updates = [{n: s[n].astype(np.float64) - before[n] for n in weights} for s in after]
+        expected = self.losses[number]
+        apart = abs(loss - expected) / abs(expected) if expected else abs(loss)
+        return StepDistance(number, _furthest(*gradients), _furthest(*updates), apart)
+
+    def replay(self, taken: int) -> None:
+        """Put A where it stood after so many steps, through the checkpoint before."""
+        start = max(step for step in self.kept if step <= taken)
+        arrays, _ = read_arrays(self.folder / f"{start}.safetensors")
+        self.a.restore(arrays)
+        for number in range(start + 1, taken + 1):
+            self.progress(f"step {number} again")
+            self.hold(number, self._step_of_a(number))
+
+    def hold(self, number: int, loss: float | None) -> None:
+        """A's step must be the same each time: there is nothing else to hold on to."""
+        if loss != self.losses.get(number, loss):
+            raise UserError(
+                f"side A ({self.a.side.name}) gave a loss of {self.losses[number]!r} in step {number}, and {loss!r} "
+                "when it was run again: a kernel of its own gives other bits each time; `minibert check` says which"
+            )
+
+    def judge(self, step: int) -> Difference:
+        """Every call of one step, on both sides, from A's state before it."""
+        if step not in self.found.judged:
+            self.replay(step - 1)
+            self.b.restore(self.a.state())
+            self.progress(f"judging step {step}")
+            found = diff_step(self.a, self.b, lambda text: self.progress(f"judging step {step}: {text}"))
+            if found.ok:
+                self.hold(step, found.losses[0])
+            self.found.judged[step] = found
+        return self.found.judged[step]
+
+    def is_steady(self, distance: StepDistance) -> bool:
+        """Whether B gives the same again in a step that stood out."""
+        self.replay(distance.step - 1)
+        before = self.a.state()
+        self._step_of_a(distance.step)
+        return self._repeated(distance.step, before) == distance
+
+    def narrow(self, bad: int) -> None:
+        """Bisect between the last clean step before `bad`, and `bad`."""
+        clean = max(step for step, found in self.found.judged.items() if found.ok and step < bad)
+        while bad - clean > 1:
+            middle = (clean + bad) // 2
+            if self.judge(middle).ok:
+                clean = middle
+            else:
+                bad = middle
+
+
+def _gradients(training: Training) -> dict[str, np.ndarray]:
+    """Of the last step, by parameter."""
+    with training.side.working() as backend:
+        return {
+            name: np.array(backend.numpy(p.grad), np.float64)
+            for name, p in training.model.named_parameters() if p.grad is not None
+        }  # fmt: skip
+
+
+def _furthest(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
+    """The parameter that stands furthest, relative to its norm, or to a share of the norm of all."""
+    norms = {name: float(np.linalg.norm(x)) for name, x in a.items()}
+    least = LEAST_SHARE * math.hypot(*norms.values())
+    apart = {name: float(np.linalg.norm(b[name] - x)) for name, x in a.items()}
+    shares = [d / max(norms[name], least) for name, d in apart.items() if d != 0]
+    return max((math.inf if math.isnan(share) else share for share in shares), default=0.0)

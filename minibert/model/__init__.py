@@ -1,0 +1,5 @@
+"""The model: tensors with gradients, modules, BERT and its configuration, packed batches, and what is read and written.
+
+From below: tensor (the tape), nn (modules), packing (batches without padding), config, checkpoint (files), outputs,
+recompute, pretrained (from_pretrained, save_pretrained), bert. No text, no optimiser: those are `data` and `train`.
+"""

@@ -1,0 +1,346 @@
+"""BERT (Devlin et al., "BERT: Pre-training of deep bidirectional transformers", 2019), under Hugging Face's names.
+
+One letter per axis: B sequences, N packed tokens, T positions, C channels, H heads, V vocabulary, M predicted
+positions. Inside, a batch is (N, C): no attention mask and no arithmetic on padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from minibert.kernels.activation import relu, tanh
+from minibert.kernels.attention import attention
+from minibert.kernels.cross_entropy import cross_entropy, linear_cross_entropy
+from minibert.kernels.dropout import dropout
+from minibert.kernels.elementwise import where
+from minibert.kernels.embedding import gather_rows, scatter_rows
+from minibert.kernels.linear import linear, linear_gelu
+from minibert.kernels.philox import Stream
+from minibert.kernels.softmax import softmax
+from minibert.kernels.view import concatenate
+from minibert.model.config import BertConfig
+from minibert.model.nn import Embedding, LayerNorm, Linear, Module, Parameter, Place, embed, lay_together
+from minibert.model.outputs import Batch, BertOutput, MaskedLMOutput, PreTrainingOutput
+from minibert.model.packing import IGNORE, Packed, pack, sentence_labels
+from minibert.model.pretrained import PreTrained
+from minibert.model.recompute import SumOfParts, recomputed
+from minibert.model.tensor import Tensor, apply, at_place
+
+GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+HEAD_ROWS = 384  # predicted positions whose logits exist at one time
+EMBEDDING_STREAM, ATTENTION_OUTPUT_STREAM, ATTENTION_STREAM, OUTPUT_STREAM = 16, 17, 18, 19
+
+
+def activated(dense: Linear, x: Tensor, hidden_act: str) -> Tensor:  # (N, in) -> (N, out)
+    """act(x W' + b), in one op where there is one."""
+    if hidden_act in GELU:
+        return apply(linear_gelu, x, dense.weight, dense.bias, approximate=GELU[hidden_act])
+    return apply(relu, dense(x))
+
+
+class BertEmbeddings(Module):
+    def __init__(self, config: BertConfig, place: Place) -> None:
+        channels = config.hidden_size
+        self.config = config
+        self.word_embeddings = Embedding(config.vocab_size, channels, place, padding_idx=config.pad_token_id)
+        self.position_embeddings = Embedding(config.max_position_embeddings, channels, place)
+        self.token_type_embeddings = Embedding(config.type_vocab_size, channels, place)
+        self.LayerNorm = LayerNorm(channels, config.layer_norm_eps, place)
+
+    def __call__(self, batch: Batch) -> Tensor:  # -> (N, C)
+        packed = batch.packed
+        tables = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
+        ids = [batch.integers(i) for i in (packed.input_ids, packed.position_ids, packed.token_type_ids)]
+        x = self.LayerNorm(embed(tables, (ids[0], ids[1], ids[2]), self.config.pad_token_id))
+        params = batch.dropout(self.config.hidden_dropout_prob, EMBEDDING_STREAM, 0)
+        if not params["rate"]:
+            return x
+        y = apply(dropout, x, **params)
+        x.forget()  # a mask is all that the gradient reads, and the layer norm's gradient reads its input
+        return y
+
+
+class BertSelfAttention(Module):
+    def __init__(self, config: BertConfig, place: Place, layer: int) -> None:
+        self.config, self.layer = config, layer
+        self.query, self.key, self.value = (Linear(config.hidden_size, config.hidden_size, place) for _ in range(3))
+        for three in zip(*(part.parameters() for part in (self.query, self.key, self.value)), strict=True):
+            lay_together(*three)  # the three are one product
+
+    def __call__(self, x: Tensor, batch: Batch, attentions: list[Tensor] | None) -> Tensor:  # (N, C) -> (N, C)
+        weight = apply(concatenate, self.query.weight, self.key.weight, self.value.weight, axis=0)
+        bias = apply(concatenate, self.query.bias, self.key.bias, self.value.bias, axis=0)
+        qkv = apply(linear, x, weight, bias)  # (N, 3C): one product for all three
+        if attentions is not None:
+            attentions.append(self.probabilities(qkv, batch))
+        params = batch.dropout(self.config.attention_probs_dropout_prob, ATTENTION_STREAM, self.layer)
+        return apply(attention, qkv, batch.cu_seqlens, num_heads=self.config.num_attention_heads, **params)
+
+    def probabilities(self, qkv: Tensor, batch: Batch) -> Tensor:
+        """softmax(q k' / sqrt D), (B, H, T, T), before dropout; computed when asked for: no kernel keeps it."""
+        packed, heads = batch.packed, self.config.num_attention_heads
+        lengths = np.diff(packed.cu_seqlens)
+        rows, (count, length) = packed.rows, packed.padded_shape or (len(lengths), int(lengths.max()))
+        if rows is None:
+            shift = np.arange(count) * length - packed.cu_seqlens[:-1]
+            rows = np.repeat(shift, lengths) + np.arange(len(packed.input_ids))
+        real = np.zeros(count * length, bool)
+        real[rows] = True
+        head_size = self.config.hidden_size // heads
+        x = apply(scatter_rows, qkv, batch.integers(rows.astype(np.int32)), num_rows=count * length)
+        x = x.reshape(count, length, 3, heads, head_size).transpose(2, 0, 3, 1, 4)
+        q, k = (x.slice(0, i, i + 1).reshape(count, heads, length, head_size) for i in (0, 1))
+        scores = (q @ k.transpose(0, 1, 3, 2)) * head_size**-0.5
+        least = -6e4 if batch.place.dtype == "float16" else -1e30  # float16 ends at 65504
+        hidden = Tensor(batch.place.backend.asarray(least, dtype=batch.place.dtype), batch.place.backend)
+        return apply(softmax, apply(where, batch.integers(real.reshape(count, 1, 1, length)), scores, hidden))
+
+
+class BertSelfOutput(Module):
+    """The end of a block: dense, dropout, residual, layer norm."""
+
+    def __init__(self, inputs: int, config: BertConfig, place: Place, stream: int, layer: int) -> None:
+        self.config, self.stream, self.layer = config, stream, layer
+        self.dense = Linear(inputs, config.hidden_size, place)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, place)
+
+    def __call__(self, x: Tensor, residual: Tensor, batch: Batch) -> Tensor:  # (N, in), (N, C) -> (N, C)
+        dropout = batch.dropout(self.config.hidden_dropout_prob, self.stream, self.layer)
+        dense = self.dense(x)
+        y = self.LayerNorm.add(dense, residual, **dropout)
+        dense.forget()  # the layer norm keeps its sum with the residual, which is all that the gradient reads
+        return y
+
+
+class BertAttention(Module):
+    def __init__(self, config: BertConfig, place: Place, layer: int) -> None:
+        self.self = BertSelfAttention(config, place, layer)
+        self.output = BertSelfOutput(config.hidden_size, config, place, ATTENTION_OUTPUT_STREAM, layer)
+
+    def __call__(self, x: Tensor, batch: Batch, attentions: list[Tensor] | None) -> Tensor:
+        return self.output(self.self(x, batch, attentions), x, batch)
+
+
+class BertIntermediate(Module):
+    def __init__(self, config: BertConfig, place: Place) -> None:
+        self.hidden_act = config.hidden_act
+        self.dense = Linear(config.hidden_size, config.intermediate_size, place)
+
+    def __call__(self, x: Tensor) -> Tensor:  # (N, C) -> (N, I)
+        return activated(self.dense, x, self.hidden_act)
+
+
+class BertLayer(Module):
+    def __init__(self, config: BertConfig, place: Place, layer: int) -> None:
+        self.attention = BertAttention(config, place, layer)
+        self.intermediate = BertIntermediate(config, place)
+        self.output = BertSelfOutput(config.intermediate_size, config, place, OUTPUT_STREAM, layer)
+
+    def __call__(self, x: Tensor, batch: Batch, attentions: list[Tensor] | None) -> Tensor:
+        x = self.attention(x, batch, attentions)
+        inner = self.intermediate(x)
+        y = self.output(inner, x, batch)
+        for read in (x, inner):
+            read.forget_until_backward()
+        return y
+
+
+class BertEncoder(Module):
+    def __init__(self, config: BertConfig, place: Place) -> None:
+        self.layer = [BertLayer(config, place, i) for i in range(config.num_hidden_layers)]
+
+
+class BertPooler(Module):
+    def __init__(self, config: BertConfig, place: Place) -> None:
+        self.dense = Linear(config.hidden_size, config.hidden_size, place)
+
+    def __call__(self, first: Tensor) -> Tensor:  # (B, C) -> (B, C)
+        return apply(tanh, self.dense(first))
+
+
+class BertPredictionHeadTransform(Module):
+    def __init__(self, config: BertConfig, place: Place) -> None:
+        self.hidden_act = config.hidden_act
+        self.dense = Linear(config.hidden_size, config.hidden_size, place)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, place)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.LayerNorm(activated(self.dense, x, self.hidden_act))
+
+
+class BertLMPredictionHead(Module):
+    def __init__(self, config: BertConfig, place: Place) -> None:
+        self.bias = Parameter((config.vocab_size,), "zeros", place)
+        self.transform = BertPredictionHeadTransform(config, place)
+        if not config.tie_word_embeddings:
+            self.decoder = Embedding(config.vocab_size, config.hidden_size, place)  # `decoder.weight`
+
+
+class BertHeads(Module):
+    """`cls`: the masked-language-model head, and for pretraining the next-sentence head."""
+
+    def __init__(self, config: BertConfig, place: Place, next_sentence: bool) -> None:
+        self.predictions = BertLMPredictionHead(config, place)
+        if next_sentence:
+            self.seq_relationship = Linear(config.hidden_size, 2, place)
+
+
+class BertModel(PreTrained):
+    """The encoder, with its pooler."""
+
+    gradient_checkpointing = False  # in training, keep each layer's input alone and compute the rest again in backward
+
+    def __init__(
+        self, config: BertConfig, backend: Any = "numba", dtype: str = "float32", seed: int = 0,
+        *, add_pooling_layer: bool = True, initialise: bool = True,
+    ) -> None:  # fmt: skip
+        place = self.begin(config, backend, dtype, seed)
+        self.step = 0  # forward passes in training so far: it names their dropout masks
+        self.embeddings = BertEmbeddings(config, place)
+        self.encoder = BertEncoder(config, place)
+        self.pooler = BertPooler(config, place) if add_pooling_layer else None
+        if initialise:
+            self.initialise()
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Train in less memory: backward computes each layer again. The gradients have the same bits."""
+        self.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep in forward all that backward reads."""
+        self.gradient_checkpointing = False
+
+    def __call__(
+        self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,
+        *, cu_seqlens: Any = None, labels: Any = None, output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> BertOutput:  # fmt: skip
+        """Encode (B, T) padded ids with their mask, (N,) packed ids with `cu_seqlens`, or a `Packed` batch alone.
+
+        Raises UserError for shapes that do not match and for ids that are out of range.
+        """
+        packed = input_ids
+        if not isinstance(packed, Packed):
+            packed = pack(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels, cu_seqlens)
+        batch = Batch(packed, self.place, Stream(self.seed, 0, self.step, 0) if self.training else None)
+        self.step += self.training
+        attentions: list[Tensor] | None = [] if output_attentions else None
+        layers = [self.embeddings(batch)]
+        for layer in self.encoder.layer:
+            if self.gradient_checkpointing and self.training and attentions is None:
+                x = recomputed(partial(layer, batch=batch, attentions=None), layers[-1])
+            else:
+                x = layer(layers[-1], batch, attentions)
+            if not output_hidden_states:
+                layers[-1].forget_until_backward()
+            layers = [*layers, x] if output_hidden_states else [x]
+        return BertOutput(self, batch, layers, attentions)
+
+
+class BertForMaskedLM(PreTrained):
+    """BERT with the masked-language-model head, its decoder tied to the word embeddings."""
+
+    output = MaskedLMOutput
+    next_sentence = False
+    head_in_parts = True  # where there are more labels than `HEAD_ROWS`
+
+    def __init__(
+        self,
+        config: BertConfig,
+        backend: Any = "numba",
+        dtype: str = "float32",
+        seed: int = 0,
+        *,
+        initialise: bool = True,
+    ) -> None:
+        place = self.begin(config, backend, dtype, seed)
+        self.bert = BertModel(
+            config, place.backend, dtype, seed, add_pooling_layer=self.next_sentence, initialise=False
+        )
+        self.cls = BertHeads(config, place, next_sentence=self.next_sentence)
+        if initialise:
+            self.initialise()
+
+    @property
+    def step(self) -> int:
+        """Forward passes in training so far: it names their dropout masks."""
+        return self.bert.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self.bert.step = step
+
+    def gradient_checkpointing_enable(self) -> None:
+        """As `BertModel.gradient_checkpointing_enable`."""
+        self.bert.gradient_checkpointing_enable()
+
+    def gradient_checkpointing_disable(self) -> None:
+        """As `BertModel.gradient_checkpointing_disable`."""
+        self.bert.gradient_checkpointing_disable()
+
+    def __call__(
+        self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,
+        *, labels: Any = None, **options: Any,
+    ) -> Any:  # fmt: skip
+        """As `BertModel`; `labels` (ids, -100 where nothing is predicted) give `out.loss`, their mean cross entropy.
+
+        A label on padding does not count. With more than `HEAD_ROWS` labels the loss is computed by `backward()`, or
+        when it is read, which has to be before the weights change: read after `backward()`, it is computed once.
+        """
+        encoded = self.bert(input_ids, attention_mask, token_type_ids, position_ids, labels=labels, **options)
+        out = self.output.of(encoded, self.cls)
+        packed = encoded._batch.packed
+        if packed.labels is not None:
+            out.loss = self.loss_in_parts(out) if self.in_parts(packed.predicted) else out.masked_lm_loss()
+        return out
+
+    def in_parts(self, predicted: np.ndarray | None) -> bool:
+        """Whether the head runs on some of the predicted positions at a time.
+
+        Beside a next-sentence loss it is read before backward and so runs twice: only where memory is asked for.
+        """
+        wanted = self.head_in_parts and (self.bert.gradient_checkpointing or not self.next_sentence)
+        return wanted and predicted is not None and len(predicted) > HEAD_ROWS
+
+    def loss_in_parts(self, out: MaskedLMOutput) -> Tensor:
+        """As `masked_lm_loss`, on at most `HEAD_ROWS` positions at a time: there are logits of no more.
+
+        Loss and gradients are sums of as many parts, each rounded to the model's dtype.
+        """
+        predicted, targets = out._batch.packed.predicted, out._batch.packed.targets
+        assert predicted is not None and targets is not None
+        transform, decoder, counted = self.cls.predictions.transform, out.decoder(), targets != IGNORE
+        batch = out._batch  # not `out`: it holds the loss
+
+        def parts(x: Tensor) -> Iterator[Tensor]:
+            count = -(-len(predicted) // HEAD_ROWS)
+            for start, stop in pairwise(len(predicted) * i // count for i in range(count + 1)):
+                labels = batch.integers(targets[start:stop])
+                loss = apply(linear_cross_entropy, transform(x.slice(0, start, stop)), *decoder, labels)
+                yield loss * float(counted[start:stop].sum() / counted.sum())
+
+        with at_place(self.cls.predictions.name):
+            rows = batch.integers(predicted.astype(np.int32, copy=False))
+            weights = (*transform.parameters(), *decoder)
+            return SumOfParts(parts, apply(gather_rows, out._layers[-1], rows), weights)
+
+
+class BertForPreTraining(BertForMaskedLM):
+    """BERT with both heads of its pretraining: masked language model and next sentence."""
+
+    output = PreTrainingOutput
+    next_sentence = True
+
+    def __call__(self, *args: Any, next_sentence_label: Any = None, **kwargs: Any) -> Any:
+        """As `BertForMaskedLM`; `next_sentence_label` (B,) of 0 (follows) and 1 (does not) adds its cross entropy."""
+        out = super().__call__(*args, **kwargs)
+        if next_sentence_label is not None:
+            labels = sentence_labels(next_sentence_label, len(out._batch.packed.first_rows))
+            loss = apply(cross_entropy, out.seq_relationship_logits, out._batch.integers(labels))
+            out.loss = loss if out.loss is None else out.loss + loss
+        return out

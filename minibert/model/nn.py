@@ -1,0 +1,180 @@
+"""Modules: parameters with names, and the layers BERT is made of."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minibert.backends.base import Backend
+from minibert.kernels.embedding import embedding
+from minibert.kernels.layer_norm import add_layer_norm, layer_norm
+from minibert.kernels.linear import linear
+from minibert.kernels.op import Array
+from minibert.kernels.philox import Stream, random_words
+from minibert.model.tensor import Tensor, apply, at_place
+
+INITIALISATION_STREAM = 3
+
+
+class Place(NamedTuple):
+    """Where parameters live, and in which dtype."""
+
+    backend: Backend
+    dtype: str
+
+
+class Parameter(Tensor):
+    """A leaf tensor with a name and a way to begin: "normal", "zeros" or "ones". It has no data until initialised."""
+
+    __slots__ = ("begin", "declared_shape", "master", "zero_row")
+
+    def __init__(self, shape: tuple[int, ...], begin: str, place: Place, zero_row: int | None = None) -> None:
+        super().__init__(place.backend.asarray(np.empty((0,)), dtype=place.dtype), place.backend, requires_grad=True)
+        self.declared_shape, self.begin, self.zero_row = shape, begin, zero_row
+        self.master: Array | None = None  # the same in float32, where an optimiser keeps it: `data` follows it
+
+    def initialise(self, seed: int, name: str, std: float) -> None:
+        """Draw the first values: normal ones from Philox by seed and name, in float64, rounded once."""
+        count = int(np.prod(self.declared_shape))
+        if self.begin == "normal":
+            values = std * standard_normal(Stream(seed, INITIALISATION_STREAM, 0, zlib.crc32(name.encode())), count)
+        else:
+            values = np.full(count, float(self.begin == "ones"))
+        values = values.reshape(self.declared_shape)
+        if self.zero_row is not None:
+            values[self.zero_row] = 0
+        self.assign(values)
+
+    def assign(self, values: Array) -> None:
+        """Take new values; where there are some already, in place, since an optimiser may hold a view of them."""
+        if self.master is not None:
+            self.master[...] = self.backend.asarray(values, dtype=np.float32)
+        values = self.backend.asarray(values, dtype=self.dtype)
+        if self.data.shape == self.declared_shape:
+            self.data[...] = values
+        else:
+            self.data = values.copy()
+
+
+def lay_together(*parameters: Parameter) -> None:
+    """Give parameters that have no data yet memory one after the other, so that joining them copies nothing."""
+    first = parameters[0]
+    ends = np.cumsum([0, *(np.prod(p.declared_shape) for p in parameters)]).tolist()
+    whole = first.backend.asarray(np.zeros(ends[-1]), dtype=first.dtype)
+    for p, start, stop in zip(parameters, ends, ends[1:], strict=False):
+        p.data = whole[start:stop].reshape(p.declared_shape)
+
+
+def standard_normal(stream: Stream, count: int) -> np.ndarray:
+    """(count,) float64 by Box and Muller (1958) from pairs of Philox words."""
+    words = random_words(stream, 2 * count).reshape(-1, 2).astype(np.float64)
+    u, v = (words.T + 0.5) * 2.0**-32
+    return np.sqrt(-2 * np.log(u)) * np.cos(2 * np.pi * v)
+
+
+def _at_its_place(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A module's call, whose ops know where in the model they are."""
+
+    @wraps(call)
+    def placed(self: Module, *args: Any, **kwargs: Any) -> Any:
+        with at_place(self.name):
+            return call(self, *args, **kwargs)
+
+    return placed
+
+
+class Module:
+    """Attributes that are parameters or modules are found by name, in the order in which they were set."""
+
+    training = False
+    name = ""  # from the model down, as its parameters are named: `bert.encoder.layer.2.attention`
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__call__" in vars(cls):
+            cls.__call__ = _at_its_place(cls.__call__)  # type: ignore[method-assign]
+
+    def __setattr__(self, attribute: str, value: Any) -> None:
+        super().__setattr__(attribute, value)
+        if isinstance(value, Module | list):
+            self._name_children()
+
+    def _name_children(self) -> None:
+        for name, child in self.named_children():
+            if isinstance(child, Module):
+                child.name = f"{self.name}.{name}".removeprefix(".")
+                child._name_children()
+
+    def named_children(self) -> Iterator[tuple[str, Any]]:
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                yield from ((f"{name}.{i}", item) for i, item in enumerate(value) if isinstance(item, Module))
+            elif isinstance(value, Module | Parameter):
+                yield name, value
+
+    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
+        """(name, parameter) pairs under Hugging Face's names."""
+        for name, child in self.named_children():
+            if isinstance(child, Parameter):
+                yield prefix + name, child
+            else:
+                yield from child.named_parameters(f"{prefix}{name}.")
+
+    def parameters(self) -> list[Parameter]:
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def train(self, mode: bool = True) -> Any:
+        """Dropout on (or off), here and in every module within. Returns the module."""
+        self.training = mode
+        for _, child in self.named_children():
+            if isinstance(child, Module):
+                child.train(mode)
+        return self
+
+    def eval(self) -> Any:
+        """Dropout off. Returns the module."""
+        return self.train(False)
+
+
+class Linear(Module):
+    """y = x W' + b; weight (out_features, in_features)."""
+
+    def __init__(self, in_features: int, out_features: int, place: Place) -> None:
+        self.weight = Parameter((out_features, in_features), "normal", place)
+        self.bias = Parameter((out_features,), "zeros", place)
+
+    def __call__(self, x: Tensor) -> Tensor:  # (N, in) -> (N, out)
+        return apply(linear, x, self.weight, self.bias)
+
+
+class LayerNorm(Module):
+    """Layer norm over channels, of x or of dropout(x) + residual."""
+
+    def __init__(self, channels: int, eps: float, place: Place) -> None:
+        self.weight = Parameter((channels,), "ones", place)
+        self.bias = Parameter((channels,), "zeros", place)
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:  # (N, C) -> (N, C)
+        return apply(layer_norm, x, self.weight, self.bias, eps=self.eps)
+
+    def add(self, x: Tensor, residual: Tensor, rate: float, stream: Stream) -> Tensor:
+        return apply(add_layer_norm, x, residual, self.weight, self.bias, eps=self.eps, rate=rate, stream=stream)
+
+
+class Embedding(Module):
+    """A table (num_embeddings, channels)."""
+
+    def __init__(self, num_embeddings: int, channels: int, place: Place, padding_idx: int | None = None) -> None:
+        self.weight = Parameter((num_embeddings, channels), "normal", place, zero_row=padding_idx)
+
+
+def embed(
+    tables: tuple[Embedding, Embedding, Embedding], ids: tuple[Tensor, Tensor, Tensor], padding_idx: int
+) -> Tensor:
+    """Word, position and token-type rows, added: three ids (N,) -> (N, C)."""
+    return apply(embedding, *(t.weight for t in tables), *ids, padding_idx=padding_idx)

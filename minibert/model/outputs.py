@@ -1,0 +1,139 @@
+"""What goes through a model and what comes out of it: a batch on its backend, and outputs computed when asked for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from minibert.errors import UserError
+from minibert.kernels.cross_entropy import linear_cross_entropy
+from minibert.kernels.embedding import gather_rows, scatter_rows
+from minibert.kernels.linear import linear
+from minibert.kernels.philox import Stream
+from minibert.model.nn import Place
+from minibert.model.packing import IGNORE, Packed
+from minibert.model.tensor import Tensor, apply, at_place, grad_enabled, set_grad_enabled
+
+
+class Batch:
+    """A packed batch on its backend, with the dropout of this forward pass."""
+
+    def __init__(self, packed: Packed, place: Place, streams: Stream | None) -> None:
+        self.packed, self.place, self.streams = packed, place, streams
+        self.cu_seqlens = self.integers(packed.cu_seqlens)
+
+    def integers(self, ids: np.ndarray) -> Tensor:
+        return Tensor(self.place.backend.asarray(ids), self.place.backend)
+
+    def dropout(self, rate: float, stream: int, layer: int) -> dict[str, Any]:
+        """`rate` and `stream` of one dropout; rate 0 outside training."""
+        if self.streams is None:
+            return {"rate": 0.0, "stream": Stream()}
+        return {"rate": rate, "stream": self.streams._replace(stream=stream, layer=layer)}
+
+    def padded(self, x: Tensor) -> Tensor:  # (N, C) -> (B, T, C), zero where the batch was padded
+        if self.packed.rows is None or self.packed.padded_shape is None:
+            return x
+        batch, length = self.packed.padded_shape
+        rows = self.integers(self.packed.rows)
+        return apply(scatter_rows, x, rows, num_rows=batch * length).reshape(batch, length, -1)
+
+
+class BertOutput:
+    """What the encoder made of a batch. Everything but the loss is computed when first asked for.
+
+    Padded input gives padded output, zero where the padding was; packed input gives packed output.
+    """
+
+    def __init__(self, model: Any, batch: Batch, layers: list[Tensor], attentions: list[Tensor] | None) -> None:
+        self._model, self._batch, self._layers, self._attentions = model, batch, layers, attentions
+        self._grad = grad_enabled()
+        self.loss: Tensor | None = None
+
+    @cached_property
+    def last_hidden_state(self) -> Tensor:
+        """(B, T, C), or (N, C) for packed input."""
+        with set_grad_enabled(self._grad):
+            return self._batch.padded(self._layers[-1])
+
+    @cached_property
+    def hidden_states(self) -> tuple[Tensor, ...] | None:
+        """The embeddings and every layer's output; None unless `output_hidden_states` was asked for."""
+        if len(self._layers) == 1:
+            return None
+        with set_grad_enabled(self._grad):
+            return tuple(self._batch.padded(x) for x in self._layers)
+
+    @property
+    def attentions(self) -> tuple[Tensor, ...] | None:
+        """(B, H, T, T) of every layer; None unless `output_attentions` was asked for."""
+        return None if self._attentions is None else tuple(self._attentions)
+
+    @cached_property
+    def pooler_output(self) -> Tensor:
+        """(B, C): tanh(W x + b) of each sequence's first real token (of padding on the left, none)."""
+        pooler = self._model.pooler
+        if pooler is None:
+            raise AttributeError("this model was made without a pooler: add_pooling_layer=True")
+        with set_grad_enabled(self._grad):
+            first = self._batch.integers(self._batch.packed.first_rows)
+            return pooler(apply(gather_rows, self._layers[-1], first))
+
+
+class MaskedLMOutput(BertOutput):
+    """With the masked-language-model logits, which are computed when first asked for."""
+
+    heads: Any
+
+    @classmethod
+    def of(cls, encoded: BertOutput, heads: Any) -> Any:
+        out = cls(encoded._model, encoded._batch, encoded._layers, encoded._attentions)
+        out.heads = heads
+        return out
+
+    def decoder(self) -> tuple[Tensor, Tensor]:
+        predictions = self.heads.predictions
+        tied = self._model.embeddings.word_embeddings
+        return getattr(predictions, "decoder", tied).weight, predictions.bias
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(B, T, V), or (N, V) for packed input."""
+        with set_grad_enabled(self._grad):
+            x = self.heads.predictions.transform(self._layers[-1])
+            return self._batch.padded(apply(linear, x, *self.decoder()))
+
+    def logits_at(self, index: np.ndarray) -> Tensor:
+        """(M, V): logits of the packed rows `index` (M,) alone, as where predictions are counted."""
+        with set_grad_enabled(self._grad):
+            return apply(linear, self.transformed(index), *self.decoder())
+
+    def transformed(self, index: np.ndarray) -> Tensor:  # (M,) rows -> (M, C)
+        rows = self._batch.integers(index.astype(np.int32, copy=False))
+        return self.heads.predictions.transform(apply(gather_rows, self._layers[-1], rows))
+
+    def masked_lm_loss(self) -> Tensor:
+        """Cross entropy on the positions that have a label: the head runs on no others."""
+        packed = self._batch.packed
+        if packed.predicted is None or packed.targets is None or not len(packed.predicted):
+            raise UserError(f"labels: expected at least one position to predict, but every label is {IGNORE}")
+        with at_place(self.heads.predictions.name):
+            targets = self._batch.integers(packed.targets)
+            return apply(linear_cross_entropy, self.transformed(packed.predicted), *self.decoder(), targets)
+
+
+class PreTrainingOutput(MaskedLMOutput):
+    """With the logits of the next-sentence head beside those of the masked language model."""
+
+    @property
+    def prediction_logits(self) -> Tensor:
+        return self.logits
+
+    @cached_property
+    def seq_relationship_logits(self) -> Tensor:
+        """(B, 2): index 0 for "the second segment follows the first", 1 for "it does not"."""
+        pooled = self.pooler_output
+        with set_grad_enabled(self._grad):
+            return self.heads.seq_relationship(pooled)

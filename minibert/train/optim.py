@@ -1,0 +1,209 @@
+"""AdamW on flat memory, clipping by global norm, and the learning-rate schedule of BERT."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from minibert.backends.base import NARROW
+from minibert.errors import UserError
+from minibert.kernels.adamw import adamw, adamw_shadow, clip_scale, square_norm
+from minibert.kernels.elementwise import add
+from minibert.kernels.op import Array
+from minibert.model.nn import Module, Parameter
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters that share a weight decay, laid one after the other in flat arrays.
+
+    Where they are stored in 16 bits, `master` is the same in float32: it is what is updated, and `param` follows it.
+    """
+
+    params: list[Parameter]
+    weight_decay: float
+    offsets: list[int] = field(default_factory=list)
+    buffers: list[Any] = field(default_factory=list)  # each parameter's part of `grad`
+    param: Array = None
+    master: Array = None
+    grad: Array = None
+    exp_avg: Array = None
+    exp_avg_sq: Array = None
+
+    def flatten(self) -> None:
+        """Move the parameters into one flat array, and have their gradients written into another."""
+        first = self.params[0]
+        self.offsets = np.cumsum([0, *(p.data.size for p in self.params)]).tolist()
+        narrow = first.dtype.name in NARROW
+        flat = np.empty(self.offsets[-1], first.dtype)
+        zeros = np.zeros(flat.shape, np.float32 if narrow else first.dtype)
+        self.param, self.grad, self.exp_avg, self.exp_avg_sq = (
+            first.backend.asarray(values) for values in (flat, flat.copy(), zeros, zeros.copy())
+        )
+        for p, start, stop in zip(self.params, self.offsets, self.offsets[1:], strict=False):
+            self.param[start:stop] = p.data.reshape(-1)
+            p.data = self.param[start:stop].reshape(p.declared_shape)
+            p.grad_buffer = self.grad[start:stop].reshape(p.declared_shape)
+            self.buffers.append(p.grad_buffer)
+        if narrow:
+            self.master = first.backend.asarray(self.param, dtype=np.float32)
+            for p, start, stop in zip(self.params, self.offsets, self.offsets[1:], strict=False):
+                p.master = self.master[start:stop].reshape(p.declared_shape)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """What a run must save to go on from."""
+        return ("exp_avg", "exp_avg_sq") if self.master is None else ("exp_avg", "exp_avg_sq", "master")
+
+    def spans(self) -> list[slice]:
+        """Where there are gradients, as long slices: usually one. A parameter without a gradient is left alone."""
+        found: list[slice] = []
+        for p, buffer, start, stop in zip(self.params, self.buffers, self.offsets, self.offsets[1:], strict=False):
+            if p.grad_buffer is not buffer:
+                raise UserError("AdamW: another optimiser was made for these parameters since; step that one")
+            if p.grad is None:
+                continue
+            if p.grad is not buffer:  # set by hand, or before this optimiser was made
+                self.grad[start:stop] = p.grad.reshape(-1)
+                p.grad = buffer
+            if found and found[-1].stop == start:
+                found[-1] = slice(found[-1].start, stop)
+            else:
+                found.append(slice(start, stop))
+        return found
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), one op call for each group.
+
+    `params` is a list of parameters, or of mappings {"params": [...], "weight_decay": ...} as in torch. `max_grad_norm`
+    clips by the global norm of all gradients (Pascanu et al. 2013). Raises UserError for an empty or repeated list.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0.01, max_grad_norm: float | None = None,
+    ) -> None:  # fmt: skip
+        given = list(params)
+        groups: list[Any] = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+        for name, value, valid in (
+            ("lr", lr, lr >= 0), ("betas", betas, all(0 <= b < 1 for b in betas)), ("eps", eps, eps >= 0),
+            ("weight_decay", weight_decay, weight_decay >= 0),
+            ("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0),
+        ):  # fmt: skip
+            if not valid:
+                raise UserError(
+                    f"AdamW: {name} {value} is out of range: betas lie in [0, 1), max_grad_norm > 0, all else >= 0"
+                )
+        unknown = {key for group in groups for key in group} - {"params", "weight_decay"}
+        if unknown:
+            raise UserError(f"AdamW: a group holds params and weight_decay, got {', '.join(sorted(unknown))} as well")
+        made = [(list(g.get("params", ())), float(g.get("weight_decay", weight_decay))) for g in groups]
+        if any(decay < 0 for _, decay in made):
+            raise UserError("AdamW: expected a weight_decay of 0 or more in every group")
+        self.groups = [ParameterGroup(parameters, decay) for parameters, decay in made if parameters]
+        everything = [p for g in self.groups for p in g.params]
+        if not everything or len(set(map(id, everything))) != len(everything):
+            raise UserError(f"AdamW: expected each parameter once, got {len(everything)} with repetitions, or none")
+        self.lr, self.betas, self.eps, self.max_grad_norm = lr, betas, eps, max_grad_norm
+        self.step_count = 0
+        self.grad_norm: float | None = None  # of the last step, before clipping; only known where it is clipped
+        for group in self.groups:
+            group.flatten()
+        self.groups[0].params[0].backend.release_memory()  # the arrays that the parameters had before
+
+    def zero_grad(self) -> None:
+        """Forget every gradient."""
+        for group in self.groups:
+            for p in group.params:
+                p.grad = None
+
+    def square_norm(self) -> Array:
+        """The sum of squares of all gradients, on the backend; None where there is no gradient."""
+        backend = self.groups[0].params[0].backend
+        total: Array = None
+        for group in self.groups:
+            for span in group.spans():
+                part = backend.run(square_norm, group.grad[span])
+                total = part if total is None else backend.run(add, total, part)
+        return total
+
+    def clip_scale(self, square_norm: Array) -> Array:
+        """The factor of every gradient, a 0-d array: below 1 where their norm is above `max_grad_norm`."""
+        first = self.groups[0].params[0]
+        if self.max_grad_norm is None:
+            wide = "float32" if first.dtype.name in NARROW else first.dtype
+            return first.backend.asarray(1.0, dtype=wide)
+        return first.backend.run(clip_scale, square_norm, max_norm=self.max_grad_norm)
+
+    def check_norm(self, square_norm: Array) -> None:
+        """Note the norm of the gradients. Raises FloatingPointError where it is not finite."""
+        self.grad_norm = float(self.groups[0].params[0].backend.numpy(square_norm)) ** 0.5
+        if not math.isfinite(self.grad_norm):
+            raise FloatingPointError(f"AdamW: the gradient norm is {self.grad_norm}; nothing was updated")
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient.
+
+        Raises FloatingPointError, with nothing updated, where the gradients are clipped and their norm is not finite.
+        """
+        total = None if self.max_grad_norm is None else self.square_norm()
+        if total is not None:
+            self.check_norm(total)
+        if any(group.spans() for group in self.groups):
+            self.step_count += 1
+            self.update(self.clip_scale(total), self.lr, self.step_count)
+
+    def update(self, grad_scale: Array, lr: float, step: int) -> None:
+        """Queue the update alone: nothing is looked at, so that it can be part of a captured graph."""
+        for group in self.groups:
+            backend = group.params[0].backend
+            for span in group.spans():
+                state: tuple[Array, ...] = (group.param, group.grad, group.exp_avg, group.exp_avg_sq)
+                op = adamw
+                if group.master is not None:
+                    op, state = adamw_shadow, (group.param, group.master, *state[1:])
+                backend.run(
+                    op, *(array[span] for array in state), grad_scale,
+                    lr=lr, step=step, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
+                    weight_decay=group.weight_decay,
+                )  # fmt: skip
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Both moments of every group, flat, its float32 weights where it has some, and the number of steps."""
+        state = {"step_count": np.asarray(self.step_count)}
+        for i, group in enumerate(self.groups):
+            for name in group.kept:
+                state[f"groups.{i}.{name}"] = np.array(group.params[0].backend.numpy(getattr(group, name)))
+        return state
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take the moments of an optimiser over the same parameters. Raises UserError where they do not fit."""
+        expected = {name: values.shape for name, values in self.state_dict().items()}
+        given = {name: np.shape(values) for name, values in state.items()}
+        if expected != given:
+            raise UserError(f"optimiser state: expected {expected}, got {given}; was it saved from another model?")
+        self.step_count = int(state["step_count"])
+        for i, group in enumerate(self.groups):
+            for name in group.kept:
+                getattr(group, name)[...] = group.params[0].backend.asarray(state[f"groups.{i}.{name}"])
+
+
+def parameter_groups(model: Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: decay on matrices, none on biases and layer norms (Devlin et al. 2019, appendix A.2)."""
+    decayed: list[Parameter] = []
+    rest: list[Parameter] = []
+    for _, parameter in model.named_parameters():
+        (decayed if len(parameter.declared_shape) > 1 else rest).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def linear_schedule(step: int, warmup_steps: int, total_steps: int) -> float:
+    """The factor of the learning rate at 0-based `step`: linear up over the warm-up, then linear down to 0."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
