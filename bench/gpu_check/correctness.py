@@ -283,7 +283,7 @@ def parity(run: Run) -> None:
     if run.settings.tiny:
         raise Skipped("left to `make test` where nothing is measured")
     marked = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.parity" in p.read_text(encoding="utf-8")]
-    files = [str(Path("tests") / p.name) for p in marked if not p.name.startswith("test_gpu_check")]
+    files = [str(p.relative_to(ROOT)) for p in marked if not p.name.startswith("test_gpu_check")]
     run.keep(files=files)
     run.say(f"pytest -m parity {' '.join(files)}")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "parity", "-p", "no:cacheprovider", *files]

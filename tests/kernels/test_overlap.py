@@ -27,7 +27,7 @@ CHILD = """
 import sys
 import llvmlite.binding as llvm
 llvm.set_option("minibert", sys.argv[1])
-from tests import test_overlap
+from tests.kernels import test_overlap
 getattr(test_overlap, sys.argv[2])(sys.argv[3])
 """
 
