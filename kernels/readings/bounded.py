@@ -130,7 +130,7 @@ class Bounded(Reading):
         error = inherited + self.gamma(k) * (terms + inherited) + k * self.precision.tiny
         return type(self)(self.value @ other.value, error, np.maximum(self.terms @ b, a @ other.terms))
 
-    def sum(self, axis: Any = None, keepdims: bool = False) -> Self:
+    def sum(self, axis: Any = None, keepdims: Any = False) -> Self:
         value = self.value.sum(axis=axis, keepdims=keepdims)
         size, inherited, terms = (
             x.sum(axis=axis, keepdims=keepdims) for x in (abs(self.value), self.error, self.terms)
@@ -150,7 +150,7 @@ class Bounded(Reading):
         error = inherited + self.gamma(np.maximum(repeats - 1, 0)) * (size + inherited)
         return type(self)(total(self.value), error + self.precision.tiny * (repeats > 0), total(self.terms))
 
-    def max(self, axis: Any = None, keepdims: bool = False) -> Self:
+    def max(self, axis: Any = None, keepdims: Any = False) -> Self:
         return self.each(lambda part: part.max(axis=axis, keepdims=keepdims))
 
     def maximum(self, other: Self) -> Self:

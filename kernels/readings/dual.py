@@ -43,13 +43,13 @@ class Dual(Reading):
     def matmul(self, other: Self) -> Self:
         return type(self)(self.value @ other.value, self.tangent @ other.value + self.value @ other.tangent)
 
-    def sum(self, axis: Any = None, keepdims: bool = False) -> Self:
+    def sum(self, axis: Any = None, keepdims: Any = False) -> Self:
         return self.each(lambda part: np.asarray(part.sum(axis=axis, keepdims=keepdims)))
 
     def segment_sum(self, ids: np.ndarray, count: int) -> Self:
         return self.each(lambda part: numpy_module.segment_sum(part, ids, count))
 
-    def max(self, axis: Any = None, keepdims: bool = False) -> Self:
+    def max(self, axis: Any = None, keepdims: Any = False) -> Self:
         where = np.expand_dims(self.value.argmax(axis), axis)
         top = self.each(lambda part: np.take_along_axis(part, where, axis))
         return top if keepdims else top.each(lambda part: part.squeeze(axis))
