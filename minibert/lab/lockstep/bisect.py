@@ -42,6 +42,7 @@ class StepDistance:
     step: int  # from 1
     gradients: float  # of the parameter that stands furthest: norm of the difference over the norm
     updates: float  # the same of what the step added to the weights
+    typical: float  # of what it added: the median over a parameter's elements, each relative to itself
     loss: float  # relative
     broken: str = ""  # what ended B's step
 
@@ -49,8 +50,8 @@ class StepDistance:
         """How many times as far as a step that is known to be clean; each measure has a noise of its own."""
         if self.broken:
             return math.inf
-        pairs = ((self.gradients, first.gradients), (self.updates, first.updates), (self.loss, first.loss))
-        return max(here / max(there, NOISE) for here, there in pairs)
+        names = ("gradients", "updates", "typical", "loss")
+        return max(getattr(self, name) / max(getattr(first, name), NOISE) for name in names)
 
 
 @dataclass
@@ -156,14 +157,15 @@ class _Run:
         except MemoryError:
             raise
         except Exception as error:  # whatever a wrong kernel leads to
-            return StepDistance(number, 0.0, 0.0, 0.0, raised(error))
+            return StepDistance(number, 0.0, 0.0, 0.0, 0.0, raised(error))
         after = self.a.state(), self.b.state()
         weights = [name for name in before if name.startswith("model.")]
         gradients = [_gradients(x) for x in (self.a, self.b)]
-        updates = [{n: s[n].astype(np.float64) - before[n] for n in weights} for s in after]
+        updates = [{n.removeprefix("model."): s[n].astype(np.float64) - before[n] for n in weights} for s in after]
         expected = self.losses[number]
         apart = abs(loss - expected) / abs(expected) if expected else abs(loss)
-        return StepDistance(number, _furthest(*gradients), _furthest(*updates), apart)
+        typical = _typical(gradients[0], *updates)
+        return StepDistance(number, _furthest(*gradients), _furthest(*updates), typical, apart)
 
     def replay(self, taken: int) -> None:
         """Put A where it stood after so many steps, through the checkpoint before."""
@@ -228,3 +230,19 @@ def _furthest(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
     apart = {name: float(np.linalg.norm(b[name] - x)) for name, x in a.items()}
     shares = [d / max(norms[name], least) for name, d in apart.items() if d != 0]
     return max((math.inf if math.isnan(share) else share for share in shares), default=0.0)
+
+
+def _typical(gradients: Mapping[str, Any], a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
+    """How far half of the elements of some parameter stand, each relative to itself.
+
+    Where a gradient is all but zero, AdamW divides rounding by rounding: such elements hide from the norm what all others
+    have in common, a learning rate that is wrong by a percent, say.
+    """
+    norms = {name: float(np.linalg.norm(x)) for name, x in gradients.items()}
+    least = LEAST_SHARE * math.hypot(*norms.values())
+    medians = [0.0]
+    for name, gradient in gradients.items():
+        moved = (gradient != 0) & (a[name] != 0)
+        if norms[name] >= least and moved.any():
+            medians.append(float(np.median(np.abs(b[name] - a[name])[moved] / np.abs(a[name])[moved])))
+    return max(math.inf if math.isnan(median) else median for median in medians)

@@ -56,13 +56,13 @@ def test_the_first_wrong_step_of_a_run_is_found(first: int) -> None:
 
 def test_one_wrong_step_among_many_stands_out() -> None:
     """By more than the other steps' noise: where a gradient is all but zero, rounding decides how far AdamW goes."""
-    run = bisect(Side(NUMPY), Side(NUMBA, kernels={ADAMW: from_step(9, 9, 1.1)}), maker(TINY), small_batch, 16)
+    run = bisect(Side(NUMPY), Side(NUMBA, kernels={ADAMW: from_step(9, 9)}), maker(TINY), small_batch, 16)
     assert run.first == 9
 
 
 def test_of_two_wrong_steps_the_first_is_named() -> None:
     def twice(*arrays: Any, **params: Any) -> Any:
-        factor = {4: 1.1, 9: 1.3}.get(params["step"], 1.0)
+        factor = {4: 1.01, 9: 1.2}.get(params["step"], 1.0)
         return NUMBA._find(ADAMW)(*arrays, **{**params, "lr": params["lr"] * factor})
 
     run = bisect(Side(NUMPY), Side(NUMBA, kernels={ADAMW: twice}), maker(TINY), small_batch, 12)
@@ -75,7 +75,7 @@ def test_a_kernel_that_is_wrong_once_is_unsteady() -> None:
     def flaky(*arrays: Any, **params: Any) -> Any:
         nonlocal calls
         calls += params["step"] == 5
-        factor = 1.1 if calls == 1 else 1.0
+        factor = 1.01 if calls == 1 else 1.0
         return NUMBA._find(ADAMW)(*arrays, **{**params, "lr": params["lr"] * factor})
 
     run = bisect(Side(NUMPY), Side(NUMBA, kernels={ADAMW: flaky}), maker(TINY), small_batch, 8)
@@ -116,10 +116,11 @@ def test_a_side_that_cannot_be_run_again_is_refused() -> None:
 
 
 def test_no_step_stands_out_by_less_than_noise() -> None:
-    first = StepDistance(1, 1e-9, 1e-3, 0.0)
-    assert StepDistance(2, 5e-8, 1e-3, 1e-9).against(first) <= 1
-    assert StepDistance(3, 1e-4, 1e-3, 0.0).against(first) > 100
-    assert StepDistance(4, 0.0, 0.0, 0.0, "raised ValueError").against(first) == math.inf
+    first = StepDistance(1, gradients=1e-9, updates=1e-3, typical=1e-6, loss=0.0)
+    assert StepDistance(2, gradients=5e-8, updates=1e-3, typical=9e-7, loss=1e-9).against(first) <= 1
+    assert StepDistance(3, gradients=1e-4, updates=1e-3, typical=1e-6, loss=0.0).against(first) > 100
+    assert StepDistance(4, gradients=1e-9, updates=1e-3, typical=1e-2, loss=0.0).against(first) > 1000
+    assert StepDistance(5, 0.0, 0.0, 0.0, 0.0, "raised ValueError").against(first) == math.inf
 
 
 def test_a_run_goes_on_exactly_from_its_state() -> None:
