@@ -235,8 +235,8 @@ def _furthest(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
 def _typical(gradients: Mapping[str, Any], a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
     """How far half of the elements of some parameter stand, each relative to itself.
 
-    Where a gradient is all but zero, AdamW divides rounding by rounding: such elements hide from the norm what all others
-    have in common, a learning rate that is wrong by a percent, say.
+    Where a gradient is all but zero, AdamW divides rounding by rounding: such elements hide from the norm what all
+    others have in common, a learning rate that is wrong by a percent, say.
     """
     norms = {name: float(np.linalg.norm(x)) for name, x in gradients.items()}
     least = LEAST_SHARE * math.hypot(*norms.values())
