@@ -1,5 +1,11 @@
-"""The op set: what each op means, and the loops written for it by hand."""
+"""The op set: what each op means, and the loops written for it by hand.
 
+A folder is an op family (its `__init__.py` defines the ops) or a toolbox that families share: cpu, gpu, readings. Each
+folder that is here is imported: a new family needs no line anywhere else in the code.
+"""
+
+import importlib
+import pkgutil
 import sys
 from types import ModuleType
 
@@ -18,26 +24,13 @@ class _BareName(ModuleType):
 
 
 if __name__ == "minibert.kernels":
-    from minibert.kernels import (
-        activation,
-        adamw,
-        attention,
-        cross_entropy,
-        dropout,
-        elementwise,
-        embedding,
-        layer_norm,
-        linear,
-        reduction,
-        softmax,
-        view,
-    )
     from minibert.kernels.op import OPS, Array, Op, Sample
+
+    for _, _name, _is_folder in pkgutil.iter_modules(__path__):
+        if _is_folder:  # an op family, which registers its ops, or a toolbox
+            importlib.import_module(f"{__name__}.{_name}")
 else:
     sys.modules[__name__] = _BareName(__name__)
     sys.modules[__name__].__spec__ = __spec__
 
-__all__ = [
-    "OPS", "Array", "Op", "Sample", "activation", "adamw", "attention", "cross_entropy", "dropout", "elementwise",
-    "embedding", "layer_norm", "linear", "reduction", "softmax", "view",
-]  # fmt: skip
+__all__ = ["OPS", "Array", "Op", "Sample"]

@@ -7,7 +7,6 @@ depend on the compiler and the C library.
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import shutil
@@ -27,8 +26,6 @@ from minibert.backends.emulator import toolchain
 from minibert.backends.emulator.process import EmulatorCrash
 from minibert.cli import app, main
 from minibert.errors import UserError
-from minibert.kernels import OPS
-from minibert.lab.conform.check import check
 from minibert.lab.conform.own_kernels import load_kernels, refuse_misshapen
 from tests.backends.test_emulator import FAULTS, Device, provoke
 from tests.test_docs import blocks
@@ -173,28 +170,6 @@ def test_the_examples_of_findings_are_real() -> None:
     assert not [line for line in shown if line not in messages]
     kinds = set(re.findall(r"^\| ([a-z ]+?) +\|", page.read_text(), re.M))
     assert {finding.kind for finding in made} <= kinds, "a kind of finding is not explained"
-
-
-@needs_emulator
-def test_the_kernel_of_the_cuda_page_passes_every_check(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = tmp_path / "silu"
-    package.mkdir()
-    (package / "__init__.py").write_text(blocks(root / "CONTRIBUTING.md", "python")[0])
-    (package / "gpu.cu").write_text(next(b for b in blocks(DOCS / "cuda.md", "cuda") if "silu" in b))
-    (package / "gpu.py").write_text(next(b for b in blocks(DOCS / "cuda.md", "python") if "silu" in b))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    try:
-        importlib.import_module("silu")
-        results = list(check(["silu"], ["emulator"], ["float32", "float16", "bfloat16"]))
-        assert {r.by for r in results} == {"kernel"}
-        assert not [r.message for r in results if not r.ok]
-    finally:
-        for name in ("silu", "silu_grad"):
-            OPS.pop(name, None)
-        for name in [n for n in sys.modules if n.partition(".")[0] == "silu"]:
-            del sys.modules[name]
 
 
 @needs_emulator

@@ -23,6 +23,7 @@ from minibert.lab.conform.check import Case
 
 FILE = Path(__file__).with_name("expected_errors.json")
 REFRESH = os.environ.get("MINIBERT_REFRESH") == "1"
+COMMAND = "python -m pytest tests/kernels/test_regression.py"
 FACTOR = 4.0  # other processors, other orders of addition
 RUN_HERE = ("numpy", "numba")
 
@@ -50,6 +51,8 @@ def test_the_typical_error_has_not_grown(op: Op, name: str) -> None:
         kept = {key: recorded[key] for key in sorted(recorded) if key in OPS}
         FILE.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         return
+    if name not in recorded.get(op.name, {}):
+        pytest.fail(f"{op.name} is not on file. Record it: MINIBERT_REFRESH=1 {COMMAND} -k {op.name}")
     expected = recorded[op.name][name]
     assert error <= max(FACTOR * expected, 1.0), f"{op.name} on {name}: {error:.3g} units, on file {expected:.3g}"
 
