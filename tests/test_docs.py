@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -15,6 +18,7 @@ import pytest
 from minibert import backends
 from minibert.kernels import OPS
 from minibert.lab.conform.check import check
+from minibert.moved import MOVED
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -70,6 +74,40 @@ def test_the_backend_of_contributing_is_one(root: Path) -> None:
     space: dict[str, object] = {}
     exec(source, space)
     assert all(r.ok for r in check(["softmax"], [space["backend"]], ["float32"]))  # type: ignore[list-item]
+
+
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/conformance.md", "docs/cuda.md", "docs/emulator.md")
+
+
+def named_in(page: Path) -> set[str]:
+    """Dotted names of ours on a page: imported or used in its Python, or between backquotes in its text."""
+    names = set(re.findall(r"`(minibert(?:\.\w+)+)`", page.read_text(encoding="utf-8")))
+    for source in blocks(page, "python"):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "minibert":
+                names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names if alias.name.partition(".")[0] == "minibert"}
+            elif isinstance(node, ast.Attribute) and (dotted := ast.unparse(node)).startswith("mb."):
+                names |= {found[0] for found in [re.match(r"[\w.]+", f"minibert.{dotted[3:]}")] if found}
+    return {name for name in names if "silu" not in name and "rms_norm" not in name}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_name_that_a_page_names_is_there(root: Path, page: str) -> None:
+    names = named_in(root / page)
+    assert names
+    for name in names:
+        assert pkgutil.resolve_name(name) is not None
+
+
+@pytest.mark.parametrize("former", MOVED)
+def test_former_names_of_modules_are_the_same_modules(former: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"{former} is {MOVED[former]} now"):
+        sys.modules.pop(former, None)
+        module = importlib.import_module(former)
+    assert module is importlib.import_module(MOVED[former])
+    assert module.__spec__ is not None and module.__spec__.name == MOVED[former]
 
 
 def test_the_readme_shows_what_the_demo_prints(root: Path) -> None:
