@@ -31,7 +31,7 @@ gpu-check:
 		exec "$$python" -m bench.gpu_check $(ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-ci build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-ci* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp per set of requirements, renewed when pyproject.toml changes. The install is editable: sources need no stamp.

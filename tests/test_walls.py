@@ -213,6 +213,14 @@ def wall_packages(tree: Path) -> list[str]:
     return breaches
 
 
+def wall_signs(tree: Path) -> list[str]:
+    """Each folder of modules says at its door what is in it."""
+    folders = {path.parent for path, _, _ in sources(tree, *PACKAGES.values())}
+    doors = [folder / "__init__.py" for folder in sorted(folders)]
+    signed = [door for door in doors if door.is_file() and ast.get_docstring(ast.parse(door.read_text()))]
+    return [f"{door.relative_to(tree)}: say what is in the folder" for door in doors if door not in signed]
+
+
 def wall_finished(tree: Path) -> list[str]:
     """No file says that it is unfinished, and none is too long to read."""
     breaches = []
@@ -230,7 +238,7 @@ def wall_finished(tree: Path) -> list[str]:
     return breaches
 
 
-WALLS = (wall_folders, wall_tower, wall_cycles, wall_absolute, wall_packages, wall_finished)
+WALLS = (wall_folders, wall_tower, wall_cycles, wall_absolute, wall_packages, wall_signs, wall_finished)
 Wall = Callable[[Path], list[str]]
 
 PYPROJECT = """
@@ -242,11 +250,13 @@ packages = ["minibert", "minibert.backends", "minibert.kernels", "minibert.kerne
 # A tree that stands: every wall is silent on it.
 GOOD = {
     "pyproject.toml": PYPROJECT,
-    "kernels/__init__.py": "import math\nimport numpy as np\nfrom scipy import special",
+    "kernels/__init__.py": "'The op set.'\nimport math\nimport numpy as np\nfrom scipy import special",
+    "kernels/cpu/__init__.py": "'What families share.'",
     "kernels/softmax.cu": "",
     "kernels/cpu/math.py": "from numba import njit",
-    "backends/__init__.py": "from minibert.kernels.cpu import math\ndef gpu():\n    import cupy",
-    "minibert/__init__.py": "from minibert.model.tensor import Tensor",
+    "backends/__init__.py": "'Where ops run.'\nfrom minibert.kernels.cpu import math\ndef gpu():\n    import cupy",
+    "minibert/__init__.py": "'The public face.'\nfrom minibert.model.tensor import Tensor",
+    "minibert/model/__init__.py": "'The model.'",
     "minibert/errors.py": "",
     "minibert/model/tensor.py": "from minibert import backends, errors\nimport minibert.kernels",
     "minibert/model/nn.py": "from minibert.model.tensor import Tensor",
@@ -296,6 +306,8 @@ BAD: list[tuple[Wall, str, str, str]] = [
         'remove "minibert.old"',
     ),
     (wall_packages, "minibert/table.csv", "", "minibert: table.csv would not ship"),
+    (wall_signs, "minibert/model/__init__.py", "import numpy", "minibert/model/__init__.py: say what is in the folder"),
+    (wall_signs, "minibert/new/a.py", "", "minibert/new/__init__.py: say what is in the folder"),
     (wall_finished, "bench/ops.py", "# TO" + "DO: time it", "bench/ops.py:1 says TO" + "DO"),
     (wall_finished, "NOTES.md", "FIX" + "ME", "NOTES.md:1 says FIX" + "ME"),
     (wall_finished, "tests/test_a.py", "\n" * 451, "tests/test_a.py has 451 lines"),
