@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from minibert import Tensor, apply
 from minibert.backends import Backend
 from minibert.kernels import OPS
 from minibert.kernels.softmax import softmax
-from minibert.model.tensor import Tensor, apply
 
 
 def test_softmax_on_rows_that_are_ours(backend: Backend, assert_within_bound: Callable[..., None]) -> None:
