@@ -1,7 +1,7 @@
 """How the Numba kernels are compiled, and where the code is kept.
 
 A kernel is a serial loop over the rows [start, stop), compiled by `jit` so that it releases the interpreter lock;
-`cpu_threads.run_rows` runs it on several ranges at once. (Numba's own `prange` compiles several times longer, leaves
+`threads.run_rows` runs it on several ranges at once. (Numba's own `prange` compiles several times longer, leaves
 float arithmetic in its bodies scalar and takes 130 to 180 microseconds to start.)
 """
 
@@ -17,9 +17,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import llvmlite
 import numba
+from llvmlite.binding import Linkage
 from numba import types
 from numba.core import event
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -30,13 +34,16 @@ HELPER_FLAGS = {"contract"}
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 HELPER_OPTIONS: dict[str, Any] = {**OPTIONS, "fastmath": HELPER_FLAGS, "forceinline": True}
 
+# What Numba's environment variables decide of the code, and Numba forgets when it looks for code of the same kind.
+CODE_SETTINGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT")
 KERNELS = Path(__file__).resolve().parents[1]
 CACHE_DAYS = 30  # compiled code of sources that no process has had for so long is removed
 
 
 def source_hash(root: Path) -> str:
     """A name for all Python sources under `root` and for the compiler: Numba sees no edit in an imported helper."""
-    digest = hashlib.sha256(numba.__version__.encode())
+    compiler = [numba.__version__, llvmlite.__version__, *(getattr(numba.config, name, None) for name in CODE_SETTINGS)]
+    digest = hashlib.sha256(repr(compiler).encode())
     for path in sorted(root.rglob("*.py")):
         source = path.read_bytes()
         digest.update(f"\0{path.relative_to(root).as_posix()}\0{len(source)}\0".encode() + source)
@@ -87,6 +94,32 @@ def _our_cache(function: Callable[..., Any]) -> Iterator[bool]:
         numba.config.CACHE_DIR = before
 
 
+class _OwnCode(JITCodeLibrary):
+    """The code of a kernel together with all that it calls, of which nothing but the kernel has a name outside.
+
+    Numba puts the functions that a kernel calls into its code as weak symbols: of all copies that a process holds, each
+    caller runs the one that was loaded first. But each copy was compiled among other neighbours, and rounds in its own
+    way: so the bits of a kernel would depend on what was loaded before it, and on whether it was compiled or loaded.
+    """
+
+    def _finalize_final_module(self) -> None:
+        self._finalized = True  # all but for the engine, as the next line wants it
+        self._get_module_for_linking()  # keeps a copy, with names, for the kernels that call this one
+        for function in self._final_module.functions:
+            if function.linkage is Linkage.linkonce_odr:
+                function.linkage = Linkage.private  # an internal one could still be found by its name
+        super()._finalize_final_module()
+
+
+class _Pipeline(Compiler):
+    """Numba's compiler, with the result in `_OwnCode`."""
+
+    def define_pipelines(self) -> Any:
+        self.state.library = _OwnCode(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+        self.state.library.enable_object_caching()
+        return super().define_pipelines()
+
+
 def jit(function: Function, *, announced: bool = True) -> Function:
     """Compile a kernel, for each argument type when first called with it, and keep the code on disk.
 
@@ -101,11 +134,15 @@ def jit(function: Function, *, announced: bool = True) -> Function:
     fused operation in both versions, `(x * s if keep else 0) + r` in one of them. What LLVM reorders in one version
     alone goes into an `inline` helper.
 
+    It may call other kernels: their code is compiled into its own, and no other copy of them runs in their place.
+
     What is not `announced` is compiled without a word to `on_compile`.
     """
     with _our_cache(function) as cached:
         function.__dict__["minibert_kernel"] = announced  # so that the listener tells it from other people's functions
-        return _without_literals(numba.njit(fastmath=KERNEL_FLAGS, cache=cached, **OPTIONS)(function))
+        return _without_literals(
+            numba.njit(fastmath=KERNEL_FLAGS, cache=cached, pipeline_class=_Pipeline, **OPTIONS)(function)
+        )
 
 
 def _without_literals(kernel: Any) -> Any:
@@ -120,7 +157,9 @@ def _without_literals(kernel: Any) -> Any:
 def address_for_c(function: Callable[..., int], arguments: int) -> int:
     """The address of a function of so many 64-bit integers that returns one, compiled for callers by address."""
     with _our_cache(function) as cached:
-        compiled = numba.cfunc(types.int64(*(types.int64,) * arguments), cache=cached)(function)
+        compiled = numba.cfunc(types.int64(*(types.int64,) * arguments), cache=cached, pipeline_class=_Pipeline)(
+            function
+        )
     return int(compiled.address)
 
 
@@ -130,7 +169,7 @@ def inline(function: Function) -> Function:
 
 
 def helper(function: Function) -> Function:
-    """Compile a helper that has loops of its own: called, not copied into each kernel."""
+    """Compile a helper that has loops of its own: called by each kernel, not inlined into it; never reordered."""
     return numba.njit(**{**HELPER_OPTIONS, "forceinline": False})(function)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from minibert.kernels.cpu import team as cpu_team
 from minibert.kernels.cpu import threads as cpu_threads
-from minibert.kernels.cpu.jit import compile_seconds, jit, on_compile, source_hash
+from minibert.kernels.cpu.jit import CODE_SETTINGS, compile_seconds, jit, on_compile, source_hash
 from minibert.kernels.cpu.team import add, load, pause
 from minibert.kernels.cpu.threads import (
     PIECES_PER_THREAD,
@@ -304,6 +304,13 @@ def test_the_hash_of_the_sources_sees_every_edit(tmp_path):
     added = source_hash(tree)
     (tree / "softer" / "cpu.py").rename(tree / "softer" / "gpu.py")
     assert len({original, edited, added, source_hash(tree)}) == 4
+
+
+@pytest.mark.parametrize("setting", CODE_SETTINGS)
+def test_the_hash_sees_what_numba_is_told_of_the_code(setting, monkeypatch):
+    before = source_hash(KERNELS)
+    monkeypatch.setattr(numba.config, setting, 2)
+    assert source_hash(KERNELS) != before
 
 
 def test_code_is_kept_in_the_named_folder_and_loaded_from_it(tmp_path):
