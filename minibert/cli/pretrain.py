@@ -33,7 +33,7 @@ from minibert.errors import UserError
 from minibert.kernels import Op
 from minibert.lab.conform.own_kernels import HELP, TriedKernel, load_kernels, refuse_misshapen, refuse_uncalled
 from minibert.model.bert import BertForMaskedLM, BertForPreTraining
-from minibert.model.checkpoint import WEIGHTS, read_config
+from minibert.model.checkpoint import has_weights, read_config
 from minibert.model.config import NAMED, BertConfig
 from minibert.train.config import TrainingConfig
 from minibert.train.trainer import STATE, Record, State, Trainer, prepare, read_state
@@ -247,12 +247,15 @@ def new_model(
     if folder is None:
         bert = replace(bert, vocab_size=tokenizer.get_vocab_size(), pad_token_id=special_ids(tokenizer).pad)
     check_vocabulary(tokenizer, bert.vocab_size)
-    if folder is None or not (folder / WEIGHTS).is_file():
+    if folder is None or not has_weights(folder):
         return kind(bert, place, dtype, training.seed), tokenizer
     if options["layers"] is not None or options["hidden"] is not None:
         raise UserError(f"--layers and --hidden cannot change the weights in {folder}: leave them out")
     say(f"beginning with the weights in {folder}")
-    return kind.from_pretrained(folder, place, dtype, training.seed), tokenizer
+    model, info = kind.from_pretrained(folder, place, dtype, training.seed, output_loading_info=True)
+    if any(name.startswith("cls.seq_relationship") for name in info["unexpected_keys"]):
+        say("its next-sentence head is left behind: --next-sentence goes on with it")
+    return model, tokenizer
 
 
 def check_length(training: TrainingConfig, bert: BertConfig) -> None:

@@ -23,7 +23,7 @@ from minibert.kernels.linear import linear, linear_gelu
 from minibert.kernels.philox import Stream
 from minibert.kernels.softmax import softmax
 from minibert.kernels.view import concatenate
-from minibert.model.config import BertConfig
+from minibert.model.config import GELU, BertConfig
 from minibert.model.nn import Embedding, LayerNorm, Linear, Module, Parameter, Place, embed, lay_together
 from minibert.model.outputs import Batch, BertOutput, MaskedLMOutput, PreTrainingOutput
 from minibert.model.packing import IGNORE, Packed, pack, sentence_labels
@@ -31,7 +31,6 @@ from minibert.model.pretrained import PreTrained
 from minibert.model.recompute import SumOfParts, recomputed
 from minibert.model.tensor import Tensor, apply, at_place
 
-GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 HEAD_ROWS = 384  # predicted positions whose logits exist at one time
 EMBEDDING_STREAM, ATTENTION_OUTPUT_STREAM, ATTENTION_STREAM, OUTPUT_STREAM = 16, 17, 18, 19
 
@@ -40,7 +39,7 @@ def activated(dense: Linear, x: Tensor, hidden_act: str) -> Tensor:  # (N, in) -
     """act(x W' + b), in one op where there is one."""
     if hidden_act in GELU:
         return apply(linear_gelu, x, dense.weight, dense.bias, approximate=GELU[hidden_act])
-    return apply(relu, dense(x))
+    return apply(tanh if hidden_act == "tanh" else relu, dense(x))
 
 
 class BertEmbeddings(Module):
@@ -247,6 +246,7 @@ class BertForMaskedLM(PreTrained):
 
     output = MaskedLMOutput
     next_sentence = False
+    has_decoder = True
     head_in_parts = True  # where there are more labels than `HEAD_ROWS`
 
     def __init__(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -21,11 +20,12 @@ from safetensors.numpy import save_file
 
 from minibert.errors import UserError
 from minibert.model.config import BertConfig
+from minibert.model.matching import BIAS, DECODER, DECODER_BIAS, TIED, Arrays
 
 AnyPath = str | os.PathLike[str]
-Arrays = dict[str, np.ndarray]
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+GOOGLES_CONFIG = "bert_config.json"
 
 # How safetensors names a dtype, and how its bytes lie in a file. A bfloat16 is the upper half of a float32.
 DTYPES = {
@@ -33,14 +33,14 @@ DTYPES = {
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "u1",
 }  # fmt: skip
 
-# TensorFlow's names, in files converted before 2019.
-LEGACY = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"))
-# Constants that older files hold; the model computes them.
-BUFFERS = re.compile(r"(^|\.)embeddings\.(position_ids|token_type_ids)$")
-# The decoder's names, each with the parameter that it is when the embeddings are tied. In transformers the two biases
-# part when they are untied, and the decoder's is the one that counts.
-DECODER, DECODER_BIAS, BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "cls.predictions.bias"
-TIED = {DECODER: "bert.embeddings.word_embeddings.weight", DECODER_BIAS: BIAS}
+# Weights in other files, by how the name ends, and what to do about them.
+PICKLE = "a pickle can run code and is never loaded; convert it where you trust it, by from_pretrained and "
+FOREIGN = "it is of TensorFlow or Flax, and not read; convert it by from_pretrained and "
+OTHER_WEIGHTS = {
+    ".safetensors": f"name it {WEIGHTS} if it is the whole model; if it is one of several, get {INDEX} too",
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), f"{PICKLE}save_pretrained of transformers"),
+    **dict.fromkeys((".h5", ".msgpack", ".index"), f"{FOREIGN}save_pretrained of transformers 4"),
+}
 
 
 class Checkpoint(NamedTuple):
@@ -50,50 +50,54 @@ class Checkpoint(NamedTuple):
     arrays: Arrays
 
 
-class LoadReport(NamedTuple):
-    """Parameters of the model that the file lacks, and names in the file that the model has no use for."""
-
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-
-    def __str__(self) -> str:
-        parts = [f"{label}: {', '.join(names)}" for label, names in zip(self._fields, self, strict=True) if names]
-        return "; ".join(parts) or "every name matched"
-
-
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
 def read_folder(folder: AnyPath) -> Checkpoint:
-    """The config and weights in `folder`: config.json, and model.safetensors or its shards with their index.
-
-    16-bit floats come back as float32. Raises UserError, one line that names the file, for all that is wrong with it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no checkpoint at {folder}: expected a folder with {CONFIG} and {WEIGHTS}")
-    config = read_config(folder)
-    if (folder / WEIGHTS).is_file():
-        return Checkpoint(config, read_arrays(folder / WEIGHTS)[0])
-    if (folder / INDEX).is_file():
-        return Checkpoint(config, _read_shards(folder / INDEX))
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
-    if pickles:
-        raise UserError(
-            f"{folder} holds {pickles[0]} but no {WEIGHTS}: a pickle can run code and is never loaded; convert it "
-            "where you trust it, by from_pretrained and save_pretrained of transformers"
-        )
-    raise UserError(f"no {WEIGHTS} in {folder}: expected a folder that save_pretrained wrote")
+    """The config and weights in `folder`. Raises UserError, one line that names the file, for what is wrong with it."""
+    return Checkpoint(read_config(folder), read_weights(folder))
 
 
 def read_config(folder: AnyPath) -> BertConfig:
     """The config.json in `folder`. Raises UserError where it is missing, no JSON object, or not a BERT of this kind."""
-    path = Path(folder) / CONFIG
+    path = _folder(folder) / CONFIG
+    if not path.exists() and (path.parent / GOOGLES_CONFIG).exists():
+        raise UserError(f"no {CONFIG} in {path.parent}, but {GOOGLES_CONFIG}, which says the same: rename it")
     try:
         return BertConfig.from_dict(_read_json(path))
     except UserError as error:
         message = str(error)
         raise UserError(message if str(path) in message else f"{path}: {message}") from None
+
+
+def read_weights(folder: AnyPath) -> Arrays:
+    """What model.safetensors in `folder` holds, or its shards with their index; 16-bit floats as float32.
+
+    Raises UserError, one line that names the file, for all that is wrong with it.
+    """
+    folder = _folder(folder)
+    if not has_weights(folder):
+        raise UserError(f"no {WEIGHTS} in {folder}: expected a folder that save_pretrained wrote")
+    return read_arrays(folder / WEIGHTS)[0] if (folder / WEIGHTS).is_file() else _read_shards(folder / INDEX)
+
+
+def has_weights(folder: AnyPath) -> bool:
+    """Whether there is something for `read_weights`. Raises UserError where there are weights, but in other files."""
+    folder = Path(folder)
+    if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+        return True
+    for ending, mend in OTHER_WEIGHTS.items():
+        for path in sorted(folder.glob(f"*{ending}")):
+            raise UserError(f"{folder} holds {path.name} but no {WEIGHTS}: {mend}")
+    return False
+
+
+def _folder(folder: AnyPath) -> Path:
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"no checkpoint at {folder}: expected a folder with {CONFIG} and {WEIGHTS} (nothing is downloaded here)"
+        )
+    return Path(folder)
 
 
 def read_arrays(path: AnyPath) -> tuple[Arrays, dict[str, str]]:
@@ -147,7 +151,7 @@ def _read_shards(index: Path) -> Arrays:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"no {path.name} in {path.parent}: expected a folder that save_pretrained wrote") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -155,58 +159,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"expected a JSON object in {path}, got {type(values).__name__}")
     return values
-
-
-# --------------------------------------------------------------------------------------------------------- matching
-
-
-def match(arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> tuple[Arrays, LoadReport]:
-    """The arrays under the model's parameter names, and what did not match.
-
-    `expected` gives the model's names and shapes. Accepted are legacy names, the prefix `bert.` or its absence, and a
-    tied decoder's second name. Raises UserError where a shape differs or nothing matches.
-    """
-    found = {_modern(name): array for name, array in arrays.items() if not BUFFERS.search(name)}
-    for second, first in TIED.items():
-        concerns = second in found and second not in expected and first in expected
-        if concerns and (DECODER in expected or _same_where_both(found, first, second)):
-            found[first] = found.pop(second)
-    matched: Arrays = {}
-    unexpected = []
-    for name, array in found.items():
-        target = _target(name, expected)
-        if target is None or target in matched:
-            unexpected.append(name)
-        else:
-            matched[target] = array
-    if not matched:
-        sample = ", ".join(list(arrays)[:3]) or "nothing"
-        raise UserError(f"no weight of this model among the {len(arrays)} arrays given ({sample}, ...): is it a BERT?")
-    wrong = [
-        f"{name} is {matched[name].shape}, expected {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in matched and matched[name].shape != tuple(shape)
-    ]
-    if wrong:
-        raise UserError(f"weights that do not fit the config: {'; '.join(wrong)}")
-    missing = tuple(name for name in expected if name not in matched)
-    return matched, LoadReport(missing, tuple(unexpected))
-
-
-def _modern(name: str) -> str:
-    for old, new in LEGACY:
-        name = old.sub(new, name)
-    return name
-
-
-def _target(name: str, expected: Iterable[str]) -> str | None:
-    """The model's name for an array: as it is, with the prefix that a bare BertModel lacks, or without it."""
-    return next((n for n in (name, f"bert.{name}", name.removeprefix("bert.")) if n in expected), None)
-
-
-def _same_where_both(found: Mapping[str, np.ndarray], first: str, second: str) -> bool:
-    """False where a file holds a decoder of its own: then its name is reported, not silently dropped."""
-    return first not in found or np.array_equal(found[first], found[second], equal_nan=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -229,7 +181,9 @@ def write_folder(
     if DECODER in kept and BIAS in kept:
         kept.setdefault(DECODER_BIAS, kept[BIAS])
     dtypes = sorted({str(array.dtype) for array in kept.values()})
-    about = {"architectures": [architecture], "dtype": dtypes[0] if len(dtypes) == 1 else "float32", **config.to_dict()}
+    about = {**config.to_dict(), "architectures": [architecture], "dtype": dtypes[0] if len(dtypes) == 1 else "float32"}
+    if "torch_dtype" in about:  # the same, as older files name it
+        about["torch_dtype"] = about["dtype"]
     text = json.dumps(about, indent=2, sort_keys=True) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)

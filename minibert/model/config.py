@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
 
-from minibert.errors import UserError
+from minibert.errors import UserError, warn
 
-# gelu_new and gelu_pytorch_tanh are two names of one function: the approximation by tanh.
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+# transformers' names of the two GELUs, by erf and by tanh, each with the `approximate` of the op that computes it. (Its
+# gelu_10 is another function: it is cut off at 10.)
+GELU = {
+    "gelu": "none", "gelu_python": "none", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_accurate": "tanh",
+    "gelu_pytorch_tanh": "tanh", "gelu_python_tanh": "tanh",
+}  # fmt: skip
+ACTIVATIONS = (*GELU, "relu", "tanh")
 
-# Keys of a config.json that describe the file, another head or the way of running it, but not this model's math.
-IGNORED = frozenset(
-    """
-    _name_or_path _num_labels architectures attn_implementation bos_token_id chunk_size_feed_forward classifier_dropout
-    cls_token_id directionality dtype eos_token_id finetuning_task gradient_checkpointing id2label label2id language
-    mask_token_id model_max_length num_labels output_attentions output_hidden_states output_past pooler_fc_size
-    pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type problem_type return_dict
-    sep_token_id torch_dtype torchscript transformers_version unk_token_id use_cache
-    """.split()  # noqa: SIM905 - one name a line would be a page
-)
-
-# Keys that would change the math: this model knows the one value each, and says so where another comes.
+# Keys that would change the math: this model knows the one value each, and refuses others. What is empty (false, null)
+# asks for nothing, except of the positions: None is no position at all to some versions of transformers.
 ONLY = {
     "model_type": "bert",
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "add_cross_attention": False,
-    "is_encoder_decoder": False,
     "pruned_heads": {},
+    "per_layer_config": {},
+    "quantization_config": {},
 }
 
 
@@ -55,12 +52,19 @@ class BertConfig:
     type_vocab_size: int = 2  # first and second sentence of a pair
     initializer_range: float = 0.02  # standard deviation of new weights
     layer_norm_eps: float = 1e-12  # beside a variance: only a row of equal values needs it
-    pad_token_id: int = 0  # fills the (B, T) input; the row of this id is not trained through the embedding
+    pad_token_id: int | None = 0  # fills the (B, T) input; this id's row is not trained through the embedding. Or none
     tie_word_embeddings: bool = True  # the decoder is the word embedding, transposed
+    output_hidden_states: bool = False  # what a call returns where it does not say
+    output_attentions: bool = False
+    # What a config.json holds beside, as it stands there: nothing here reads it, save_pretrained writes it back. It is
+    # no part of what makes two configs equal. A keyword that is misspelt in Python stays a TypeError.
+    others: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            object.__setattr__(self, f.name, _of_type(f.name, getattr(self, f.name), type(f.default)))
+            value = getattr(self, f.name)
+            if f.name != "others" and not (f.name == "pad_token_id" and value is None):
+                object.__setattr__(self, f.name, _of_type(f.name, value, type(f.default)))
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                      "max_position_embeddings", "type_vocab_size"):  # fmt: skip
             _require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
@@ -72,40 +76,56 @@ class BertConfig:
         _require(self.hidden_act in ACTIVATIONS, "hidden_act", f"one of {', '.join(ACTIVATIONS)}", self.hidden_act)
         heads = f"a multiple of num_attention_heads ({self.num_attention_heads})"
         _require(self.hidden_size % self.num_attention_heads == 0, "hidden_size", heads, self.hidden_size)
-        _require(0 <= self.pad_token_id < self.vocab_size, "pad_token_id", "an id below vocab_size", self.pad_token_id)
+        padding = self.pad_token_id
+        fits = padding is None or 0 <= padding < self.vocab_size
+        _require(fits, "pad_token_id", f"None, or an id of 0 or more and below vocab_size ({self.vocab_size})", padding)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BertConfig:
-        """The config that a config.json holds. Keys of Hugging Face's that do not bear on the math are passed over.
+        """The config that a config.json holds. Keys that do not bear on the math are kept in `others`.
 
-        Raises UserError for a key that is not known and for a value that this model cannot follow.
+        A warning names a key that looks like a misspelt one of this model's, and the code that another model brings
+        along. Raises UserError for a value of the wrong type, and for one that this model cannot follow.
         """
-        own = {f.name for f in fields(cls)}
-        for key, value in values.items():
-            if key in ONLY and not (value == ONLY[key] and type(value) is type(ONLY[key])):
-                raise UserError(f"config: {key} {value!r} is not supported: this is BERT with {key} {ONLY[key]!r} only")
-            if key not in own and key not in IGNORED and key not in ONLY:
-                near = get_close_matches(key, [*own, *IGNORED, *ONLY], n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(f.name for f in fields(cls))}"
-                raise UserError(f"config: unknown key {key!r}: {hint}")
-        return cls(**{key: value for key, value in values.items() if key in own})
+        own = {f.name for f in fields(cls)} - {"others"}
+        for key, only in ONLY.items():
+            value = values.get(key, only)
+            if value != only and (value or isinstance(only, str)):
+                raise UserError(
+                    f"config: {key} {reprlib.repr(value)} is not supported: this is BERT with {key} {only!r} only"
+                )
+        for key in [key for key in values if key not in own]:
+            near = get_close_matches(key, own - values.keys(), n=1, cutoff=0.85)
+            if near:
+                warn(f"config: nothing reads {key!r}: did you mean {near[0]!r}?")
+        if values.get("auto_map"):
+            warn(
+                "config: auto_map names code of the checkpoint's own; it is not run, and this is BERT, which may differ"
+            )
+        others = {key: value for key, value in values.items() if key not in own and key != "model_type"}
+        return cls(**{key: value for key, value in values.items() if key in own}, others=others)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds for this model, as transformers' BertConfig reads it."""
-        return {"model_type": "bert", **asdict(self)}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "others"}
+        # transformers leaves these out where they say nothing
+        quiet = {key for key in ("output_hidden_states", "output_attentions") if not own[key]}
+        return {**self.others, "model_type": "bert", **{k: v for k, v in own.items() if k not in quiet}}
 
 
 def _of_type(name: str, value: Any, expected: type) -> Any:
     """`value` as the type of the field's default; JSON writes a whole number where a float is meant."""
     kinds = {int: Integral, float: Real}.get(expected, expected)  # NumPy's numbers are numbers too
     if not isinstance(value, kinds) or (isinstance(value, bool) and expected is not bool):
-        raise UserError(f"config: expected {name} to be {expected.__name__}, got {type(value).__name__} {value!r}")
+        raise UserError(
+            f"config: expected {name} to be {expected.__name__}, got {type(value).__name__} {reprlib.repr(value)}"
+        )
     return expected(value)
 
 
 def _require(holds: bool, name: str, expected: str, value: Any) -> None:
     if not holds:
-        raise UserError(f"config: expected {name} to be {expected}, got {value!r}")
+        raise UserError(f"config: expected {name} to be {expected}, got {reprlib.repr(value)}")
 
 
 def _miniature(layers: int, hidden: int) -> BertConfig:

@@ -174,7 +174,7 @@ class Embedding(Module):
 
 
 def embed(
-    tables: tuple[Embedding, Embedding, Embedding], ids: tuple[Tensor, Tensor, Tensor], padding_idx: int
+    tables: tuple[Embedding, Embedding, Embedding], ids: tuple[Tensor, Tensor, Tensor], padding_idx: int | None
 ) -> Tensor:
     """Word, position and token-type rows, added: three ids (N,) -> (N, C)."""
     return apply(embedding, *(t.weight for t in tables), *ids, padding_idx=padding_idx)

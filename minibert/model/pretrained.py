@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import warnings
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from minibert import backends
 from minibert.backends.base import Backend, dtype_of
-from minibert.errors import UserError
+from minibert.errors import UserError, warn
 from minibert.model import checkpoint
 from minibert.model.config import BertConfig
+from minibert.model.matching import DECODER, LoadReport, has_own_decoder, match
 from minibert.model.nn import Module, Parameter, Place
+
+# Arguments of from_pretrained in transformers that go by another name here.
+INSTEAD = {
+    "torch_dtype": "it is dtype here, as dtype='float32'",
+    "device": "it is backend here, as backend='cupy'",
+    "device_map": "it is backend here, as backend='cupy'",
+    "state_dict": "call load_state_dict on the model",
+    "add_pooling_layer": "only BertModel has a pooling layer to leave out",
+}
 
 
 class PreTrained(Module):
@@ -22,6 +34,7 @@ class PreTrained(Module):
     config: BertConfig
     place: Place
     seed: int
+    has_decoder = False  # from channels to the vocabulary: the word embedding, if they are tied
 
     def begin(self, config: BertConfig, backend: str | Backend, dtype: str, seed: int) -> Place:
         if not isinstance(config, BertConfig):
@@ -52,11 +65,14 @@ class PreTrained(Module):
         """A copy of every parameter, as NumPy, by Hugging Face's name."""
         return {name: np.array(self.backend.numpy(p.data)) for name, p in self.named_parameters()}
 
-    def load_state_dict(self, arrays: dict[str, np.ndarray], strict: bool = True) -> checkpoint.LoadReport:
+    def load_state_dict(
+        self, arrays: Mapping[str, np.ndarray], strict: bool = True, ignore_mismatched_sizes: bool = False
+    ) -> LoadReport:
         """Take values by name; UserError for a wrong shape and, if `strict`, for a missing or unexpected name."""
         parameters: dict[str, Parameter] = dict(self.named_parameters())
-        matched, report = checkpoint.match(arrays, {name: p.declared_shape for name, p in parameters.items()})
-        if strict and (report.missing or report.unexpected):
+        shapes = {name: p.declared_shape for name, p in parameters.items()}
+        matched, report = match(arrays, shapes, ignore_mismatched_sizes)
+        if strict and any(report):
             raise UserError(f"the weights do not fit the model: {report}")
         for name, values in matched.items():
             parameters[name].assign(values)
@@ -64,23 +80,54 @@ class PreTrained(Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, backend: str | Backend = "numba", dtype: str = "float32", seed: int = 0
-    ) -> Self:
+        cls, folder: str | Path, backend: str | Backend = "numba", dtype: str = "float32", seed: int = 0, *,
+        config: BertConfig | None = None, strict: bool = False, ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False, **more: Any,
+    ) -> Any:  # fmt: skip
         """Load config.json and model.safetensors from a folder, with dropout off.
 
-        Parameters that the file lacks are drawn from `seed`, and a warning names them. Raises UserError for a folder
-        that is not a checkpoint, and for weights of the wrong shape.
+        `config` stands in for config.json; fields of it given by name, as `output_hidden_states=True`, change it.
+        `BertModel` also takes `add_pooling_layer`. Parameters that the file lacks are drawn from `seed`, and with
+        `ignore_mismatched_sizes` those whose shape differs too. A warning names them, and the names in the file that
+        the model has no use for; with `strict` that is an error. `output_loading_info` gives (model, info), as in
+        transformers. A decoder in the file that is not the word embedding is kept, untied, whatever the config says.
+        Raises UserError for a folder that is not a checkpoint, and for weights of the wrong shape.
         """
-        read = checkpoint.read_folder(folder)
-        model: Any = cls(read.config, backend, dtype, seed, initialise=False)  # type: ignore[call-arg]
-        report = model.load_state_dict(read.arrays, strict=False)
-        if report.missing:
-            warnings.warn(f"{folder}: {report}; the missing ones are newly initialised", stacklevel=2)
-            model.initialise(set(report.missing))
-        return model.eval()
+        pooling = {"add_pooling_layer"} & more.keys() & inspect.signature(cls).parameters.keys()
+        options = {name: more.pop(name) for name in pooling}
+        config = _changed(checkpoint.read_config(folder) if config is None else config, more)
+        arrays = checkpoint.read_weights(folder)
+        if cls.has_decoder and config.tie_word_embeddings and has_own_decoder(arrays):
+            warn(
+                f"{folder}: {DECODER} is not the word embedding, so they are not tied: set tie_word_embeddings to false"
+            )
+            config = replace(config, tie_word_embeddings=False)
+        model = cls(config, backend, dtype, seed, initialise=False, **options)  # type: ignore[call-arg]
+        try:
+            report = model.load_state_dict(arrays, strict, ignore_mismatched_sizes)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
+        drawn = {*report.missing, *(name for name, *_ in report.mismatched)}
+        if any(report):
+            warn(
+                f"{folder}: {report}" + ("; what is missing or of another shape is newly initialised" if drawn else "")
+            )
+            model.initialise(drawn)
+        model.eval()
+        return (model, report.loading_info()) if output_loading_info else model
 
     def save_pretrained(self, folder: str | Path, tokenizer_files: Any = None) -> None:
         """Write config.json and model.safetensors as transformers reads them; `tokenizer_files` are copied there."""
         checkpoint.write_folder(
             folder, self.config, self.state_dict(), tokenizer_files, architecture=type(self).__name__
         )
+
+
+def _changed(config: BertConfig, changes: Mapping[str, Any]) -> BertConfig:
+    """`config` with the fields that were given to from_pretrained; what else was given there is refused."""
+    if not isinstance(config, BertConfig):
+        raise UserError(f"config: expected a BertConfig, got {type(config).__name__}; see BertConfig.from_dict")
+    for name in sorted(changes.keys() - vars(config).keys()):
+        mend = INSTEAD.get(name, "leave it out; given by name are also fields of the config, as num_hidden_layers=2")
+        raise UserError(f"from_pretrained: unknown argument {name!r}: {mend}")
+    return replace(config, **changes)

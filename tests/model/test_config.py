@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -25,14 +26,21 @@ from minibert.model.config import ACTIVATIONS, NAMED, BertConfig
         ({"vocab_size": 10.0}, ["vocab_size", "int", "float"]),
         ({"vocab_size": True}, ["vocab_size", "int", "bool"]),
         ({"hidden_size": "768"}, ["hidden_size", "int", "str"]),
-        ({"pad_token_id": None}, ["pad_token_id", "NoneType"]),
         ({"pad_token_id": 30522}, ["pad_token_id", "below vocab_size"]),
         ({"layer_norm_eps": float("nan")}, ["layer_norm_eps", "finite"]),
         ({"initializer_range": -1.0}, ["initializer_range"]),
         ({"tie_word_embeddings": 1}, ["tie_word_embeddings", "bool"]),
-        ({"hiden_size": 3}, ["'hiden_size'", "'hidden_size'"]),
-        ({"n_layer": 3}, ["'n_layer'"]),
-        ({"quantization_config": {}}, ["'quantization_config'"]),
+        ({"pad_token_id": -1}, ["pad_token_id", "0 or more", "-1"]),
+        ({"pad_token_id": "0"}, ["pad_token_id", "int", "str"]),
+        ({"num_hidden_layers": None}, ["num_hidden_layers", "int", "NoneType"]),
+        ({"hidden_act": ["gelu", "linear"]}, ["hidden_act", "str", "list"]),
+        ({"hidden_act": "gelu_10"}, ["hidden_act", "gelu_10", *ACTIVATIONS]),
+        ({"output_hidden_states": "true"}, ["output_hidden_states", "bool", "str"]),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "bits": [8] * 999}}, ["quantization_config", "{}"]),
+        ({"per_layer_config": {"0": {"num_attention_heads": 1}}}, ["per_layer_config"]),
+        ({"position_embedding_type": None}, ["position_embedding_type", "None", "'absolute'"]),
+        ({"position_embedding_type": "alibi"}, ["position_embedding_type", "'alibi'"]),
+        ({"is_decoder": "no"}, ["is_decoder", "'no'"]),
         ({"model_type": "roberta"}, ["model_type", "'roberta'", "'bert'"]),
         ({"is_decoder": True}, ["is_decoder"]),
         ({"add_cross_attention": True}, ["add_cross_attention"]),
@@ -45,17 +53,61 @@ def test_a_config_that_cannot_be_followed_is_refused(values: dict[str, Any], wor
         BertConfig.from_dict(values)
     message = str(error.value)
     assert "\n" not in message and all(word in message for word in words)
+    assert len(message) < 250
 
 
-def test_a_config_comes_back_and_passes_over_what_is_not_math() -> None:
-    config = replace(NAMED["tiny"], hidden_act="relu", layer_norm_eps=1e-5, pad_token_id=3, tie_word_embeddings=False)
-    published = {  # what Google's bert-base-multilingual and a fine-tuned classifier bring along
-        "architectures": ["BertForSequenceClassification"], "id2label": {"0": "a"}, "label2id": {"a": 0},
-        "directionality": "bidi", "pooler_fc_size": 768, "pooler_type": "first_token_transform", "use_cache": True,
-        "torch_dtype": "float32", "transformers_version": "4.8.2", "position_embedding_type": "absolute",
-        "is_decoder": False, "gradient_checkpointing": False, "classifier_dropout": None, "_name_or_path": "x",
-    }  # fmt: skip
-    assert BertConfig.from_dict({**published, **json.loads(json.dumps(config.to_dict()))}) == config
+# What public checkpoints bring along: Google's, classifiers', those of old versions, private notes.
+PUBLISHED: dict[str, Any] = {
+    "architectures": ["BertForSequenceClassification"], "id2label": {"0": "no", "1": "yes"},
+    "label2id": {"no": 0, "yes": 1}, "problem_type": "single_label_classification", "classifier_dropout": None,
+    "directionality": "bidi", "pooler_fc_size": 768, "pooler_type": "first_token_transform", "use_cache": True,
+    "torch_dtype": "float16", "transformers_version": "4.8.2", "position_embedding_type": "absolute",
+    "is_decoder": False, "add_cross_attention": None, "pruned_heads": {}, "is_encoder_decoder": False,
+    "gradient_checkpointing": False, "_name_or_path": "x", "language": "de", "tokenizer_class": "BertTokenizer",
+    "emb_size": 768, "output_past": True, "vocab_size_or_config_json_file": 30522, "num_labels": 2,
+    "chunk_size_feed_forward": 0, "quantization_config": None, "notes": {"by": ["us", 3]}, "eos_token_ids": None,
+}  # fmt: skip
+
+
+def test_a_config_comes_back_with_all_that_is_beside_the_math() -> None:
+    config = replace(
+        NAMED["tiny"], hidden_act="relu", layer_norm_eps=1e-5, pad_token_id=None, tie_word_embeddings=False,
+        output_hidden_states=True,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = BertConfig.from_dict({**PUBLISHED, **json.loads(json.dumps(config.to_dict()))})
+    assert found == config and hash(found) == hash(config)
+    written = json.loads(json.dumps(replace(found, num_hidden_layers=3).to_dict()))
+    assert written == {**PUBLISHED, **config.to_dict(), "num_hidden_layers": 3}
+    assert "output_hidden_states" not in NAMED["tiny"].to_dict()  # as transformers: only where it says something
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"hiden_size": 3}, ["'hiden_size'", "'hidden_size'"]),
+        ({"num_hidden_layer": 3}, ["'num_hidden_layer'", "'num_hidden_layers'"]),
+        ({"auto_map": {"AutoModel": "jinaai/jina-bert-implementation--modeling_bert.JinaBertModel"}}, ["auto_map"]),
+    ],
+)
+def test_keys_that_may_change_the_computation_are_told_of(values: dict[str, Any], words: list[str]) -> None:
+    with pytest.warns(UserWarning, match=words[0]) as told:
+        config = BertConfig.from_dict(values)
+    assert config.others == values and len(told) == 1
+    assert all(word in str(told[0].message) for word in words) and told[0].filename == __file__
+
+
+@pytest.mark.parametrize("values", [{"hidden_size": 768, "hiden_size": 3}, {"auto_map": {}}, {"n_layer": 3}])
+def test_keys_that_change_nothing_are_not_told_of(values: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert BertConfig.from_dict(values) == BertConfig()
+
+
+def test_a_misspelt_keyword_in_python_is_an_error() -> None:
+    with pytest.raises(TypeError, match="hiden_size"):
+        BertConfig(hiden_size=3)  # type: ignore[call-arg]
 
 
 def test_numbers_take_the_type_of_their_field() -> None:

@@ -1,0 +1,176 @@
+"""Names in a file and names in a model: which array is which parameter, and a report of what did not match."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minibert.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+
+# What torch's wrappers and a trainer's module put before every name.
+WRAPPERS = re.compile(r"^((module|_orig_mod|model)\.)+")
+# What torch's wrappers, and a module that holds the model, put before every name.
+WRAPPERS = re.compile(r"^((module|_orig_mod|model)\.)+")
+# TensorFlow's names, in files converted before 2019.
+LEGACY = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"))
+# Constants that older files hold; the model computes them.
+BUFFERS = re.compile(r"(^|\.)embeddings\.(position_ids|token_type_ids)$")
+# The decoder's names, each with the parameter that it is when the embeddings are tied. In transformers the two biases
+# part when they are untied, and the decoder's is the one that counts.
+WORDS, DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+BIAS, DECODER_BIAS = "cls.predictions.bias", "cls.predictions.decoder.bias"
+TIED = {DECODER: WORDS, DECODER_BIAS: BIAS}
+LAYER = re.compile(r"(.*\blayer\.)(\d+)\.(.*)")
+
+
+class LoadReport(NamedTuple):
+    """Parameters that the file lacks, names in it that the model has no use for, and (name, its shape, the model's)."""
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+
+    def __str__(self) -> str:
+        said = {
+            "missing": named(self.missing),
+            "unexpected": named(self.unexpected),
+            "of another shape": _shapes(self.mismatched),
+        }
+        return "; ".join(f"{label}: {names}" for label, names in said.items() if names) or "every name matched"
+
+    def loading_info(self) -> dict[str, Any]:
+        """What `output_loading_info=True` gives in transformers."""
+        return {
+            "missing_keys": set(self.missing),
+            "unexpected_keys": set(self.unexpected),
+            "mismatched_keys": set(self.mismatched),
+            "error_msgs": [],
+        }
+
+
+def named(names: Sequence[str], most: int = 12) -> str:
+    """Names in one line; where they are many, one that several layers have stands once, or layers stand as a whole."""
+    shown: Sequence[str] = names
+    for whole in (False, True):
+        if len(shown) > most:
+            shown = _merged(names, whole)
+    return _few(shown, most)
+
+
+def _shapes(mismatched: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:
+    return _few([f"{name} is {found}, expected {expected}" for name, found, expected in mismatched], 3)
+
+
+def _merged(names: Sequence[str], whole: bool) -> list[str]:
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        found = LAYER.fullmatch(name)
+        key = f"{found[1]}#.{'*' if whole else found[3]}" if found else name
+        layers.setdefault(key, []).extend([int(found[2])] if found else [])
+    return [key.replace("#", _span(sorted(set(numbers)))) if numbers else key for key, numbers in layers.items()]
+
+
+def _span(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
+    return "{" + (f"{numbers[0]}...{numbers[-1]}" if whole else _few([str(n) for n in numbers], 12)) + "}"
+
+
+def _few(texts: Sequence[str], most: int) -> str:
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+
+
+def match(
+    arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], ignore_mismatched_sizes: bool = False
+) -> tuple[Arrays, LoadReport]:
+    """The arrays under the model's parameter names, and what did not match, under the names it has in the file.
+
+    `expected` gives the model's names and shapes. Accepted are legacy names, the prefix `bert.` or its absence, a
+    wrapper's prefix, and a tied decoder's second name. Raises UserError where nothing matches, where an array is not of
+    floats, and where a shape differs, unless that is to be ignored.
+    """
+    names = _names(arrays)
+    source = {target: name for target in expected if (name := _find(names, target))}
+    same = _tie(arrays, names, source, expected)
+    if not source:
+        sample = _few(list(arrays), 3) or "nothing"
+        raise UserError(f"no weight of this model among the {len(arrays)} arrays given ({sample}): is it a BERT?")
+    matched, wrong = {}, []
+    for target, name in source.items():
+        array, shape = arrays[name], tuple(expected[target])
+        if array.dtype.kind in "iub":
+            raise UserError(f"{name} is of {array.dtype}, expected floats: if it is quantised, save it dequantised")
+        if array.shape == shape:
+            matched[target] = array
+        else:
+            wrong.append((target, array.shape, shape))
+    used = {*source.values(), *same, *(name for name in arrays if _is_constant(name, arrays[name]))}
+    missing = tuple(name for name in expected if name not in source)
+    report = LoadReport(missing, tuple(name for name in arrays if name not in used), tuple(wrong))
+    if wrong and not ignore_mismatched_sizes:
+        raise UserError(f"weights that do not fit the config: {_shapes(wrong)}")
+    return matched, report
+
+
+def _tie(
+    arrays: Mapping[str, np.ndarray], names: Mapping[str, str], source: dict[str, str], expected: Mapping[str, Any]
+) -> set[str]:
+    """Let a second name that the model lacks serve as its first; those that only repeat the first are returned.
+
+    Of two biases that differ, the decoder's counts, unless its weight is another than the model's and finds no use.
+    """
+    same = set()
+    for second, first in TIED.items():
+        if second not in names or second in expected or first not in expected:
+            continue
+        if first in source and _equal(arrays, source[first], names[second]):
+            same.add(names[second])
+        elif first not in source or (
+            second == DECODER_BIAS and names.get(DECODER, "") in {"", *same, *source.values()}
+        ):
+            source[first] = names[second]
+    return same
+
+
+def has_own_decoder(arrays: Mapping[str, np.ndarray]) -> bool:
+    """Whether a file holds a decoder that differs from its word embedding, so that the two cannot be tied."""
+    names = _names(arrays)
+    words = _find(names, WORDS)
+    return DECODER in names and words is not None and not _equal(arrays, words, names[DECODER])
+
+
+def _names(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Today's name of each array -> its name in the file; of two that become one, the one that needed no change."""
+    names: dict[str, str] = {}
+    for name in sorted(arrays, key=lambda name: _modern(name) != name):
+        if not _is_constant(name, arrays[name]):
+            names.setdefault(_modern(name), name)
+    return names
+
+
+def _modern(name: str) -> str:
+    name = WRAPPERS.sub("", name)
+    for old, new in LEGACY:
+        name = old.sub(new, name)
+    return name
+
+
+def _find(names: Mapping[str, str], target: str) -> str | None:
+    """The file's name for a parameter: as it is, without the prefix that a bare BertModel lacks, or with it."""
+    return next((names[n] for n in (target, target.removeprefix("bert."), f"bert.{target}") if n in names), None)
+
+
+def _is_constant(name: str, array: np.ndarray) -> bool:
+    """Whether it is what the model computes anyway: positions from 0 on, and token types of 0."""
+    found = BUFFERS.search(name)
+    return found is not None and np.array_equal(array.ravel(), np.arange(array.size) * (found[2] == "position_ids"))
+
+
+def _equal(arrays: Mapping[str, np.ndarray], first: str, second: str) -> bool:
+    return np.array_equal(arrays[first], arrays[second], equal_nan=True)
