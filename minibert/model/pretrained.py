@@ -107,12 +107,12 @@ class PreTrained(Module):
             report = model.load_state_dict(arrays, strict, ignore_mismatched_sizes)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
-        drawn = {*report.missing, *(name for name, *_ in report.mismatched)}
         if any(report):
-            warn(
-                f"{folder}: {report}" + ("; what is missing or of another shape is newly initialised" if drawn else "")
-            )
+            drawn = {*report.missing, *(name for name, *_ in report.mismatched)}
             model.initialise(drawn)
+            so = ["what is missing or of another shape is newly initialised"] * bool(drawn)
+            so += ["what is unexpected is not used"] * bool(report.unexpected)
+            warn(f"{folder}: {report} ({', '.join(so)})")
         model.eval()
         return (model, report.loading_info()) if output_loading_info else model
 
