@@ -117,10 +117,18 @@ def test_vocabulary_too_small_for_the_text(refused: Refused, text: Path, tmp_pat
     assert "vocabulary" in refused("tokenizer", "train", text, "--output", tmp_path / "o", "--vocab-size", 6)
 
 
-def test_unknown_config_key(refused: Refused, text: Path, tmp_path: Path) -> None:
-    folder = config_folder(tmp_path / "config", hidden_sizes=64)
+def test_config_value_of_the_wrong_type(refused: Refused, text: Path, tmp_path: Path) -> None:
+    folder = config_folder(tmp_path / "config", hidden_size="64")
     message = refused("pretrain", text, "--output", tmp_path / "o", "--config", folder)
-    assert "'hidden_sizes'" in message and "'hidden_size'" in message and "config.json" in message
+    assert "expected hidden_size to be int, got str '64'" in message and "config.json" in message
+
+
+def test_weights_in_a_pickle_are_not_left_aside(refused: Refused, text: Path, tmp_path: Path) -> None:
+    """A folder with a config alone is a new model; one with weights that cannot be read is not."""
+    folder = config_folder(tmp_path / "config")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    arguments = ["--config", folder, "--tokenizer", SHIPPED_VOCABULARY, "--max-seq-length", 32]
+    assert "pytorch_model.bin" in refused("pretrain", text, "--output", tmp_path / "o", *arguments)
 
 
 def test_unknown_dtype_before_a_vocabulary_is_trained(
