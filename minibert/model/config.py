@@ -32,6 +32,9 @@ ONLY = {
     "quantization_config": {},
 }
 
+# Fields that a config.json of transformers' holds only where they say something, and may hold as null.
+QUIET = ("output_hidden_states", "output_attentions")
+
 
 @dataclass(frozen=True)
 class BertConfig:
@@ -103,14 +106,14 @@ class BertConfig:
                 "config: auto_map names code of the checkpoint's own; it is not run, and this is BERT, which may differ"
             )
         others = {key: value for key, value in values.items() if key not in own and key != "model_type"}
-        return cls(**{key: value for key, value in values.items() if key in own}, others=others)
+        unsaid = {key for key in QUIET if values.get(key) is None}  # null is no there
+        return cls(**{key: value for key, value in values.items() if key in own - unsaid}, others=others)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds for this model, as transformers' BertConfig reads it."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "others"}
-        # transformers leaves these out where they say nothing
-        quiet = {key for key in ("output_hidden_states", "output_attentions") if not own[key]}
-        return {**self.others, "model_type": "bert", **{k: v for k, v in own.items() if k not in quiet}}
+        said = {key: value for key, value in own.items() if value or key not in QUIET}
+        return {**self.others, "model_type": "bert", **said}
 
 
 def _of_type(name: str, value: Any, expected: type) -> Any:

@@ -68,10 +68,14 @@ class PreTrained(Module):
     def load_state_dict(
         self, arrays: Mapping[str, np.ndarray], strict: bool = True, ignore_mismatched_sizes: bool = False
     ) -> LoadReport:
-        """Take values by name; UserError for a wrong shape and, if `strict`, for a missing or unexpected name."""
+        """Take values by name, NumPy arrays or what becomes one. Returns what did not fit.
+
+        Raises UserError for a shape that differs, unless `ignore_mismatched_sizes`, and for a missing or unexpected
+        name, if `strict`.
+        """
         parameters: dict[str, Parameter] = dict(self.named_parameters())
         shapes = {name: p.declared_shape for name, p in parameters.items()}
-        matched, report = match(arrays, shapes, ignore_mismatched_sizes)
+        matched, report = match({n: np.asarray(a) for n, a in arrays.items()}, shapes, ignore_mismatched_sizes)
         if strict and any(report):
             raise UserError(f"the weights do not fit the model: {report}")
         for name, values in matched.items():

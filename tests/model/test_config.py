@@ -98,7 +98,10 @@ def test_keys_that_may_change_the_computation_are_told_of(values: dict[str, Any]
     assert all(word in str(told[0].message) for word in words) and told[0].filename == __file__
 
 
-@pytest.mark.parametrize("values", [{"hidden_size": 768, "hiden_size": 3}, {"auto_map": {}}, {"n_layer": 3}])
+@pytest.mark.parametrize(
+    "values",
+    [{"hidden_size": 768, "hiden_size": 3}, {"auto_map": {}}, {"n_layer": 3}, {"output_hidden_states": None}],
+)
 def test_keys_that_change_nothing_are_not_told_of(values: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -78,6 +78,13 @@ def test_shapes_that_differ_are_one_short_line_or_are_drawn_anew(folder: Path) -
     assert np.isfinite(model(IDS).logits.numpy()).all()
 
 
+def test_a_state_may_be_of_anything_that_becomes_an_array(folder: Path) -> None:
+    model = load(mb.BertForPreTraining, folder)
+    other = mb.BertForPreTraining(SMALL, backend="numpy", seed=2)
+    other.load_state_dict({name: array.tolist() for name, array in model.state_dict().items()})
+    np.testing.assert_equal(other.state_dict(), model.state_dict())
+
+
 def test_a_config_and_its_fields_may_be_given(folder: Path) -> None:
     kept = load(mb.BertForPreTraining, folder, hidden_dropout_prob=0.25, output_hidden_states=True).config
     assert kept == replace(SMALL, hidden_dropout_prob=0.25, output_hidden_states=True)
