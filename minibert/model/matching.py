@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from minibert.errors import UserError
 
 Arrays = dict[str, np.ndarray]
+Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]  # a parameter, its shape in the file and in the model
 
 # What torch's wrappers and a trainer's module put before every name.
 WRAPPERS = re.compile(r"^((module|_orig_mod|model)\.)+")
@@ -28,29 +30,34 @@ TIED = {DECODER: WORDS, DECODER_BIAS: BIAS}
 LAYER = re.compile(r"(.*\blayer\.)(\d+)\.(.*)")
 
 
-class LoadReport(NamedTuple):
-    """Parameters that the file lacks, names in it that the model has no use for, and (name, its shape, the model's)."""
+@dataclass(frozen=True)
+class LoadReport:
+    """What did not fit: parameters that the file lacks, names in it that the model has no use for, and shapes.
 
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    It unpacks into the first two, as what torch's `load_state_dict` returns.
+    """
+
+    missing_keys: tuple[str, ...] = ()
+    unexpected_keys: tuple[str, ...] = ()
+    mismatched_keys: tuple[Mismatch, ...] = ()
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        return iter((self.missing_keys, self.unexpected_keys))
+
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
 
     def __str__(self) -> str:
         said = {
-            "missing": named(self.missing),
-            "unexpected": named(self.unexpected),
-            "of another shape": _shapes(self.mismatched),
+            "missing": named(self.missing_keys),
+            "unexpected": named(self.unexpected_keys),
+            "of another shape": _shapes(self.mismatched_keys),
         }
         return "; ".join(f"{label}: {names}" for label, names in said.items() if names) or "every name matched"
 
     def loading_info(self) -> dict[str, Any]:
         """What `output_loading_info=True` gives in transformers."""
-        return {
-            "missing_keys": set(self.missing),
-            "unexpected_keys": set(self.unexpected),
-            "mismatched_keys": set(self.mismatched),
-            "error_msgs": [],
-        }
+        return {**{name: set(keys) for name, keys in vars(self).items()}, "error_msgs": []}
 
 
 def named(names: Sequence[str], most: int = 12) -> str:
@@ -62,7 +69,7 @@ def named(names: Sequence[str], most: int = 12) -> str:
     return _few(shown, most)
 
 
-def _shapes(mismatched: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:
+def _shapes(mismatched: Sequence[Mismatch]) -> str:
     return _few([f"{name} is {found}, expected {expected}" for name, found, expected in mismatched], 3)
 
 

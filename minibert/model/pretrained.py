@@ -76,7 +76,7 @@ class PreTrained(Module):
         parameters: dict[str, Parameter] = dict(self.named_parameters())
         shapes = {name: p.declared_shape for name, p in parameters.items()}
         matched, report = match({n: np.asarray(a) for n, a in arrays.items()}, shapes, ignore_mismatched_sizes)
-        if strict and any(report):
+        if strict and report:
             raise UserError(f"the weights do not fit the model: {report}")
         for name, values in matched.items():
             parameters[name].assign(values)
@@ -111,11 +111,11 @@ class PreTrained(Module):
             report = model.load_state_dict(arrays, strict, ignore_mismatched_sizes)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
-        if any(report):
-            drawn = {*report.missing, *(name for name, *_ in report.mismatched)}
+        if report:
+            drawn = {*report.missing_keys, *(name for name, *_ in report.mismatched_keys)}
             model.initialise(drawn)
             so = ["what is missing or of another shape is newly initialised"] * bool(drawn)
-            so += ["what is unexpected is not used"] * bool(report.unexpected)
+            so += ["what is unexpected is not used"] * bool(report.unexpected_keys)
             warn(f"{folder}: {report} ({', '.join(so)})")
         model.eval()
         return (model, report.loading_info()) if output_loading_info else model

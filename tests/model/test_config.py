@@ -100,7 +100,7 @@ def test_keys_that_may_change_the_computation_are_told_of(values: dict[str, Any]
 
 @pytest.mark.parametrize(
     "values",
-    [{"hidden_size": 768, "hiden_size": 3}, {"auto_map": {}}, {"n_layer": 3}, {"output_hidden_states": None}],
+    [{}, {"hidden_size": 768, "hiden_size": 3}, {"auto_map": {}}, {"n_layer": 3}, {"output_hidden_states": None}],
 )
 def test_keys_that_change_nothing_are_not_told_of(values: dict[str, Any]) -> None:
     with warnings.catch_warnings():
@@ -111,6 +111,8 @@ def test_keys_that_change_nothing_are_not_told_of(values: dict[str, Any]) -> Non
 def test_a_misspelt_keyword_in_python_is_an_error() -> None:
     with pytest.raises(TypeError, match="hiden_size"):
         BertConfig(hiden_size=3)  # type: ignore[call-arg]
+    with pytest.raises(UserError, match="what no field holds, got 'hidden_size'"):
+        BertConfig(others={"hidden_size": 3})
 
 
 def test_numbers_take_the_type_of_their_field() -> None:

@@ -43,10 +43,10 @@ def test_a_bare_encoder_loads_into_a_headed_model_and_back() -> None:
     bare = {name.removeprefix("bert."): array for name, array in FULL.items() if name.startswith("bert.")}
     matched, report = match({**bare, "embeddings.position_ids": np.arange(5)[None]}, EXPECTED)
     same(matched, {name: array for name, array in FULL.items() if name.startswith("bert.")})
-    assert report == LoadReport(missing=(BIAS,)) and str(report) == "missing: cls.predictions.bias"
+    assert report == LoadReport(missing_keys=(BIAS,)) and str(report) == "missing: cls.predictions.bias"
     matched, report = match(FULL, {name: array.shape for name, array in bare.items()})
     same(matched, bare)
-    assert report == LoadReport(unexpected=(BIAS,)) and str(report) == "unexpected: cls.predictions.bias"
+    assert report == LoadReport(unexpected_keys=(BIAS,)) and str(report) == "unexpected: cls.predictions.bias"
 
 
 def test_a_tied_decoder_in_the_file_is_no_second_weight() -> None:
@@ -64,9 +64,9 @@ def test_a_decoder_of_its_own_is_reported_by_a_tied_model_and_taken_by_an_untied
     own = {**FULL, DECODER: FULL[WORDS] + 1, DECODER_BIAS: FULL[BIAS] + 1}
     matched, report = match(own, EXPECTED)
     same(matched, FULL)
-    assert report == LoadReport(unexpected=(DECODER, DECODER_BIAS))
+    assert report == LoadReport(unexpected_keys=(DECODER, DECODER_BIAS))
     matched, report = match(own, {**EXPECTED, DECODER: (11, 4)})
-    assert report == LoadReport(unexpected=(BIAS,))  # of the two biases, the decoder's counts
+    assert report == LoadReport(unexpected_keys=(BIAS,))  # of the two biases, the decoder's counts
     np.testing.assert_array_equal(matched[DECODER], FULL[WORDS] + 1)
     np.testing.assert_array_equal(matched[BIAS], FULL[BIAS] + 1)
     assert has_own_decoder(own) and not has_own_decoder({**own, DECODER: FULL[WORDS]}) and not has_own_decoder(FULL)
@@ -75,7 +75,7 @@ def test_a_decoder_of_its_own_is_reported_by_a_tied_model_and_taken_by_an_untied
 def test_a_bias_of_the_tied_decoder_s_own_is_the_one_that_counts() -> None:
     matched, report = match({**FULL, DECODER_BIAS: FULL[BIAS] + 1}, EXPECTED)
     same(matched, {**FULL, BIAS: FULL[BIAS] + 1})
-    assert report == LoadReport(unexpected=(BIAS,))
+    assert report == LoadReport(unexpected_keys=(BIAS,))
 
 
 def test_wrong_shapes_are_an_error_that_names_each_or_left_out() -> None:
@@ -86,7 +86,7 @@ def test_wrong_shapes_are_an_error_that_names_each_or_left_out() -> None:
     assert told in str(error.value)
     matched, report = match(wrong, EXPECTED, ignore_mismatched_sizes=True)
     same(matched, {name: array for name, array in FULL.items() if name not in (WORDS, BIAS)})
-    assert report == LoadReport(mismatched=((WORDS, (12, 4), (11, 4)), (BIAS, (12,), (11,))))
+    assert report == LoadReport(mismatched_keys=((WORDS, (12, 4), (11, 4)), (BIAS, (12,), (11,))))
     assert str(report) == f"of another shape: {told}"
 
 
@@ -113,7 +113,7 @@ def test_of_one_parameter_under_two_names_the_exact_one_counts(backwards: bool) 
     arrays = {**others, **FULL} if backwards else {**FULL, **others}
     matched, report = match(arrays, EXPECTED)
     same(matched, FULL)
-    assert sorted(report.unexpected) == sorted(others)
+    assert sorted(report.unexpected_keys) == sorted(others)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "model."])
@@ -128,7 +128,7 @@ def test_a_buffer_is_passed_over_only_if_it_holds_what_the_model_computes(name: 
     buffer = np.zeros((1, 6), np.int64) if first is None else np.arange(6)[None]
     name = f"bert.embeddings.{name}"
     assert match({**FULL, name: buffer}, EXPECTED)[1] == NOTHING
-    assert match({**FULL, name: buffer + 2}, EXPECTED)[1] == LoadReport(unexpected=(name,))
+    assert match({**FULL, name: buffer + 2}, EXPECTED)[1] == LoadReport(unexpected_keys=(name,))
 
 
 def of_layers(*layers: int) -> list[str]:

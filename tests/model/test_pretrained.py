@@ -85,6 +85,19 @@ def test_a_state_may_be_of_anything_that_becomes_an_array(folder: Path) -> None:
     np.testing.assert_equal(other.state_dict(), model.state_dict())
 
 
+def test_what_a_state_lacks_unpacks_as_from_torch(folder: Path) -> None:
+    model = load(mb.BertForPreTraining, folder)
+    missing, unexpected = model.load_state_dict(
+        {"cls.seq_relationship.bias": np.ones(2), "x": np.ones(1)}, strict=False
+    )
+    assert unexpected == ("x",) and len(missing) == len(model.state_dict()) - 1
+    before = model.state_dict()
+    with pytest.raises(mb.UserError, match=r"do not fit the model: missing: .*; unexpected: x$") as error:
+        model.load_state_dict({"cls.seq_relationship.bias": np.zeros(2), "x": np.ones(1)})
+    assert len(str(error.value)) < 600
+    np.testing.assert_equal(model.state_dict(), before)
+
+
 def test_a_config_and_its_fields_may_be_given(folder: Path) -> None:
     kept = load(mb.BertForPreTraining, folder, hidden_dropout_prob=0.25, output_hidden_states=True).config
     assert kept == replace(SMALL, hidden_dropout_prob=0.25, output_hidden_states=True)
