@@ -68,7 +68,7 @@ class BertConfig:
             value = getattr(self, f.name)
             if f.name != "others" and not (f.name == "pad_token_id" and value is None):
                 object.__setattr__(self, f.name, _of_type(f.name, value, type(f.default)))
-        misplaced = self.others.keys() & vars(self).keys()
+        misplaced = self.others.keys() & vars(self).keys() - {"others"}
         _require(not misplaced, "others", "what no field holds", ", ".join(misplaced))
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                      "max_position_embeddings", "type_vocab_size"):  # fmt: skip

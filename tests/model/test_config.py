@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from minibert.errors import UserError
-from minibert.model.config import ACTIVATIONS, NAMED, BertConfig
+from minibert.model.config import ACTIVATIONS, NAMED, ONLY, BertConfig
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,23 @@ def test_keys_that_change_nothing_are_not_told_of(values: dict[str, Any]) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert BertConfig.from_dict(values) == BertConfig()
+
+
+JUNK: list[Any] = [None, "x", "", [], {}, {"a": 1}, True, False, 0, 1, 1.5, -1, 10**30, math.nan, math.inf, [1] * 5000]
+
+
+@pytest.mark.parametrize("key", [*(f.name for f in fields(BertConfig)), *ONLY, "auto_map", "architectures", "dtype"])
+@pytest.mark.filterwarnings("ignore:config. auto_map")
+def test_any_value_is_followed_or_refused_in_one_line(key: str) -> None:
+    for value in JUNK:
+        try:
+            config = BertConfig.from_dict({key: value})
+        except UserError as error:
+            message = str(error)
+            assert "\n" not in message and key in message and len(message) < 250
+        else:
+            back = BertConfig.from_dict(config.to_dict())
+            assert back == config and repr(back.others) == repr(config.others)
 
 
 def test_a_misspelt_keyword_in_python_is_an_error() -> None:

@@ -1,7 +1,7 @@
 """Checkpoints as people have them, mutilated or of another origin: outputs and reports against transformers'.
 
-Modelled on public reports, among them huggingface/transformers 217 (prefix), 6882 (position_ids), 11809 and 29554 (gamma,
-beta), 19999 (the decoder's bias), 45007 (a dropout of 0), pytorch/pytorch 46063 and 101107 (wrappers),
+Modelled on public reports, among them huggingface/transformers 217 (prefix), 6882 (position_ids), 11809 and 29554
+(gamma, beta), 19999 (the decoder's bias), 45007 (a dropout of 0), pytorch/pytorch 46063 and 101107 (wrappers),
 neulab/awesome-align 55 (tied by the config, not by the file), mesnico/TERN 1 (layers left over),
 stanford-futuredata/ColBERT 106 (another vocabulary), ml-explore/mlx 743 (no metadata).
 """
