@@ -14,8 +14,6 @@ from minibert.errors import UserError
 Arrays = dict[str, np.ndarray]
 Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]  # a parameter, its shape in the file and in the model
 
-# What torch's wrappers and a trainer's module put before every name.
-WRAPPERS = re.compile(r"^((module|_orig_mod|model)\.)+")
 # What torch's wrappers, and a module that holds the model, put before every name.
 WRAPPERS = re.compile(r"^((module|_orig_mod|model)\.)+")
 # TensorFlow's names, in files converted before 2019.
