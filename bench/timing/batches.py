@@ -20,6 +20,7 @@ from minibert.data import (
     pad,
     read_documents,
     special_ids,
+    vocabulary_size,
 )
 from minibert.data.batching import PackedBatch
 from minibert.data.batching import pack as lay_together
@@ -72,14 +73,14 @@ def text_batches(config: BertConfig, batch: int, length: int, count: int, seed: 
     Raises UserError where the vocabulary of the text does not fit the model.
     """
     tokenizer = load_tokenizer(SHIPPED_VOCABULARY)
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise UserError(f"the shipped text needs a vocabulary of {tokenizer.get_vocab_size()}, got {config.vocab_size}")
+    if vocabulary_size(tokenizer) > config.vocab_size:
+        raise UserError(f"the shipped text needs a vocabulary of {vocabulary_size(tokenizer)}, got {config.vocab_size}")
     special = special_ids(tokenizer)
     documents = encode(read_documents([SHIPPED_TEXT]), tokenizer)
     if kind == "sentences":
         documents = [[sentence] for document in documents for sentence in document]
     sequences = make_sequences(documents, special, length)
-    rule = masking_rule(special, tokenizer.get_vocab_size())
+    rule = masking_rule(special, vocabulary_size(tokenizer))
     order = np.random.default_rng(seed).permutation(len(sequences))
     chosen = np.resize(order, (count, batch))  # begins again where the text is too short
     found = []

@@ -22,6 +22,7 @@ from minibert.data import (
     read_documents,
     special_ids,
     tokenizer_files,
+    vocabulary_size,
 )
 from minibert.errors import UserError
 from minibert.model import checkpoint
@@ -47,7 +48,7 @@ def step_inputs(
     """Read what `--config` and `--text` name, text for so many steps. Raises UserError for settings that do not fit."""
     folder = None if config in NAMED else Path(config)
     tokenizer = load_tokenizer(folder if folder and tokenizer_files(folder) else SHIPPED_VOCABULARY)
-    model_config = named_config(config, tokenizer.get_vocab_size())
+    model_config = named_config(config, vocabulary_size(tokenizer))
     check_vocabulary(tokenizer, model_config.vocab_size)
     if max_seq_length > model_config.max_position_embeddings:
         raise UserError(

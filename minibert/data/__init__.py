@@ -22,8 +22,9 @@ from minibert.data.tokenizer import (
     save_tokenizer,
     special_ids,
     tokenizer_files,
-    train_tokenizer,
+    vocabulary_size,
 )
+from minibert.data.wordpiece import train_tokenizer
 
 __all__ = [
     "MASKING_STREAM",
@@ -49,4 +50,5 @@ __all__ = [
     "split",
     "tokenizer_files",
     "train_tokenizer",
+    "vocabulary_size",
 ]

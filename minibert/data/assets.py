@@ -13,7 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from minibert.data.text import SHIPPED_TEXT, read_documents
-from minibert.data.tokenizer import SHIPPED_VOCABULARY, train_tokenizer, write_vocabulary
+from minibert.data.tokenizer import SHIPPED_VOCABULARY, write_vocabulary
+from minibert.data.wordpiece import train_tokenizer
 
 SHIPPED_ADDRESSES = 20
 SHIPPED_LENGTH = 20_000  # characters of one address

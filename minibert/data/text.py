@@ -53,16 +53,21 @@ def read_text(path: AnyPath) -> str:
         raise UserError(f"no text file {path}: check the path") from None
     except OSError as error:
         raise UserError(f"cannot read the text file {path}: {error.strerror}") from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        offset = error.start + 3 * content.startswith(b"\xef\xbb\xbf")  # the codec does not count a byte order mark
-        raise not_utf8(path, f"byte {offset} (0x{content[offset]:02x}) is not") from None
+    text = decode(content, path)
     if "\0" in text:  # UTF-16 without a byte order mark decodes as UTF-8, every other character a NUL
         raise not_utf8(path, f"byte {content.index(0)} is NUL")
     if not re.search(r"[^\W_]", text):
         raise UserError(f"the text file {path} has no words in it: expected plain text")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def decode(content: bytes, path: Path) -> str:
+    """UTF-8, a byte order mark dropped. Raises UserError naming the first byte that is not."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        offset = error.start + 3 * content.startswith(b"\xef\xbb\xbf")  # the codec does not count a byte order mark
+        raise not_utf8(path, f"byte {offset} (0x{content[offset]:02x}) is not") from None
 
 
 def not_utf8(path: Path, what: str) -> UserError:

@@ -1,24 +1,53 @@
-"""WordPiece, as BERT cuts words (Devlin et al. 2018; Wu et al. 2016), by the `tokenizers` library."""
+"""Tokenizers on disk, by the `tokenizers` library: what transformers reads is read here, and what is saved reads alike.
+
+A folder holds tokenizer.json, which says everything about cutting a text, or vocab.txt, which says the rest by
+tokenizer_config.json (`tokenizer_config.py`); the pipeline that vocab.txt stands for is in `wordpiece.py`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, normalizers
 
-from minibert.data.text import AnyPath, Document
+from minibert.data.text import AnyPath, decode
+from minibert.data.tokenizer_config import (
+    ADDED_TOKENS,
+    CONFIG,
+    FLAGS,
+    SPECIAL_TOKENS,
+    SPECIAL_TOKENS_MAP,
+    Added,
+    as_token,
+    place,
+    read_config,
+)
+from minibert.data.wordpiece import build_tokenizer
 from minibert.errors import UserError
+from minibert.model.checkpoint import write_atomically
 
 SHIPPED_VOCABULARY = Path(__file__).resolve().parent.parent / "assets" / "vocab.txt"
+SERIALIZED, VOCABULARY = "tokenizer.json", "vocab.txt"
+FILES = (SERIALIZED, VOCABULARY, CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS)  # all that a tokenizer is read from
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 .. 4 of a vocabulary trained here
-CONTINUES = "##"  # marks a piece that does not begin a word
-ALPHABET_LIMIT = 5000  # characters kept: every one of an alphabetic script, the frequent ones of Chinese
-LONGEST_WORD = 100  # characters; a longer word is [UNK], as in BERT
+GENERAL_CLASS = "PreTrainedTokenizerFast"  # transformers' class that follows tokenizer.json alone
+GENERAL_CLASSES = (GENERAL_CLASS, "PreTrainedTokenizer", "TokenizersBackend")
+# The classes of transformers whose vocab.txt is cut as BERT cuts; "Fast" may follow.
+BERTS_CLASSES = {
+    *("BertTokenizer", "ConvBertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "FunnelTokenizer"),
+    *("LayoutLMTokenizer", "LxmertTokenizer", "MobileBertTokenizer", "RealmTokenizer", "RetriBertTokenizer"),
+    "SqueezeBertTokenizer",
+}
+# Field of the normalizer in tokenizer.json -> key of tokenizer_config.json.
+CLEANING = {
+    "lowercase": "do_lower_case",
+    "strip_accents": "strip_accents",
+    "handle_chinese_chars": "tokenize_chinese_chars",
+}
 
 
 class SpecialIds(NamedTuple):
@@ -31,165 +60,40 @@ class SpecialIds(NamedTuple):
     mask: int
 
 
+class Settings(NamedTuple):
+    """What a tokenizer was loaded with besides the way it cuts; a save writes it again."""
+
+    config: dict[str, Any]  # of tokenizer_config.json, the names of the special tokens among it
+    lengths: dict[str, Any]  # padding and truncation of tokenizer.json: switched off here
+
+
+def settings_of(tokenizer: Tokenizer) -> Settings:
+    """BERT's own for a tokenizer that was not loaded. (The library's class takes attributes, but no subclasses.)"""
+    settings: Settings = getattr(tokenizer, "settings", Settings(dict(SPECIAL_TOKENS), {}))
+    return settings
+
+
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
-    """Raises UserError naming the special token that the vocabulary lacks."""
-    ids = tokenizer.get_vocab(with_added_tokens=True)
-    missing = [token for token in SPECIAL_TOKENS if token not in ids]
-    if missing:
-        raise UserError(f"expected BERT's special tokens in the vocabulary, but {', '.join(missing)} missing: add them")
-    return SpecialIds(*(ids[token] for token in SPECIAL_TOKENS))
+    """The ids of the special tokens, by the names that the tokenizer's files give them.
 
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files in a folder that a tokenizer can be read from, the better one first."""
-    return [folder / name for name in ("tokenizer.json", "vocab.txt") if (folder / name).is_file()]
-
-
-def load_tokenizer(folder_or_file: AnyPath) -> Tokenizer:
-    """The tokenizer of a folder with `tokenizer.json` or `vocab.txt`, or of one of these files itself.
-
-    Padding and truncation are switched off. Raises UserError where the file is missing, broken or no BERT vocabulary.
+    Raises UserError naming the one that the vocabulary lacks.
     """
-    path = Path(folder_or_file)
-    if path.is_dir():
-        found = tokenizer_files(path)
-        if not found:
-            raise UserError(f"expected tokenizer.json or vocab.txt in {path}, found neither: name another folder")
-        path = found[0]
-    if not path.is_file():
-        raise UserError(f"no tokenizer at {path}: expected a folder with tokenizer.json or vocab.txt, or such a file")
-    tokenizer = tokenizer_from_json(path) if path.suffix == ".json" else tokenizer_from_vocabulary(path)
-    special_ids(tokenizer)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+    return find_special(tokenizer.get_vocab(with_added_tokens=True), settings_of(tokenizer).config, "the vocabulary")
 
 
-def tokenizer_from_json(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is no tokenizer.json that the tokenizers library can read: {reason}") from None
-
-
-def tokenizer_from_vocabulary(path: Path) -> Tokenizer:
-    """vocab.txt: one token a line, its line number its id; casing as `tokenizer_config.json` beside it says."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the vocabulary {path}: {error}") from None
-    # Only a line feed ends a line: some vocabularies hold U+2028 or U+0085 as a token.
-    tokens = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-    twice = [token for token, count in Counter(tokens).items() if count > 1]
-    if twice:
-        raise UserError(f"expected each token once in {path}, but {twice[0]!r} occurs twice: remove one")
-    missing = [token for token in SPECIAL_TOKENS if token not in tokens]
+def find_special(ids: Mapping[str, int], config: Mapping[str, Any], where: AnyPath) -> SpecialIds:
+    missing = [f"{config[key]} ({key})" for key in SPECIAL_TOKENS if config[key] not in ids]
     if missing:
-        raise UserError(f"expected a BERT vocabulary, one token a line, in {path}, but {missing[0]} is missing: add it")
-    return build_tokenizer(tokens, read_tokenizer_config(path.with_name("tokenizer_config.json")))
-
-
-def read_tokenizer_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"expected a JSON object in {path}, got {type(config).__name__}")
-    return config
-
-
-def build_tokenizer(tokens: Sequence[str], config: dict[str, Any]) -> Tokenizer:
-    """BERT's pipeline on a vocabulary: clean and lower-case, cut at spaces and punctuation, longest piece first."""
-    ids = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(
-        models.WordPiece(
-            ids, unk_token="[UNK]", continuing_subword_prefix=CONTINUES, max_input_chars_per_word=LONGEST_WORD
-        )
-    )
-    tokenizer.normalizer = normalizers.BertNormalizer(
-        clean_text=True,
-        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
-        strip_accents=config.get("strip_accents"),  # None: as lowercase
-        lowercase=config.get("do_lower_case", True),
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix=CONTINUES)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(token, ids[token]) for token in ("[CLS]", "[SEP]")],
-    )
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    return tokenizer
-
-
-def train_tokenizer(documents: Sequence[Document], vocab_size: int, lowercase: bool = True) -> Tokenizer:
-    """A WordPiece vocabulary of at most `vocab_size` tokens, the special ones first; the same on every run.
-
-    Raises UserError where `vocab_size` cannot hold the special tokens and the text's characters.
-    """
-    tokenizer = build_tokenizer(SPECIAL_TOKENS, {"do_lower_case": lowercase})
-    begin, go_on = alphabet(documents, tokenizer)
-    # The trainer numbers the pieces "##x" in the order of a hash table seeded anew in each process, and ties between
-    # merges go by number. Handed over as "special tokens" they are numbered first and in order: the run repeats.
-    fixed = [*SPECIAL_TOKENS, *(CONTINUES + character for character in go_on)]
-    needed = len(fixed) + len(begin)
-    if vocab_size < needed:
         raise UserError(
-            f"expected a vocabulary of at least {needed}, for this text's single characters, got {vocab_size}: raise it"
+            f"expected BERT's special tokens in {where}, but it lacks {', '.join(missing)}: say in {CONFIG} what they "
+            "are called, or add them at the end, where no other id changes"
         )
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=fixed,
-        initial_alphabet=begin,
-        limit_alphabet=len(begin),
-        continuing_subword_prefix=CONTINUES,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((s for document in documents for s in document), trainer)
-    ids = tokenizer.get_vocab(with_added_tokens=True)
-    return build_tokenizer(sorted(ids, key=ids.__getitem__), {"do_lower_case": lowercase})
+    return SpecialIds(*(ids[config[key]] for key in SPECIAL_TOKENS))
 
 
-def alphabet(documents: Sequence[Document], tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
-    """The characters of the text, sorted; and those of them that occur within a word, past its first place."""
-    counts: Counter[str] = Counter()
-    words: set[str] = set()
-    for document in documents:
-        text = tokenizer.normalizer.normalize_str("\n".join(document))
-        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text):
-            words.add(word)
-            counts.update(word)
-    frequent = sorted(counts, key=lambda character: (-counts[character], character))[:ALPHABET_LIMIT]
-    within = {character for word in words for character in word[1:]}
-    return sorted(frequent), sorted(within.intersection(frequent))
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: AnyPath) -> None:
-    """Write tokenizer.json, vocab.txt and tokenizer_config.json, as transformers' AutoTokenizer reads them."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    ids = tokenizer.get_vocab(with_added_tokens=True)
-    if sorted(ids.values()) == list(range(len(ids))):  # vocab.txt cannot express gaps; tokenizer.json can
-        write_vocabulary(tokenizer, folder / "vocab.txt")
-    config = {
-        "tokenizer_class": "BertTokenizer",
-        "do_lower_case": getattr(tokenizer.normalizer, "lowercase", True),
-        **dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True)),
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def write_vocabulary(tokenizer: Tokenizer, path: AnyPath) -> None:
-    """vocab.txt: one token a line, in the order of their ids."""
-    ids = tokenizer.get_vocab(with_added_tokens=True)
-    Path(path).write_bytes("".join(token + "\n" for token in sorted(ids, key=ids.__getitem__)).encode())
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """The rows that a model needs for it: one more than the largest id. A vocabulary with gaps has fewer tokens."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -200,3 +104,209 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"expected token ids below vocab_size {vocab_size}, but the vocabulary gives {token!r} the id {largest}: "
             "use the tokenizer that the weights were trained with"
         )
+
+
+# ----------------------------------------------------------------------------------------------------------- loading
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files in a folder that a tokenizer can be read from, the better one first."""
+    return [folder / name for name in (SERIALIZED, VOCABULARY) if (folder / name).is_file()]
+
+
+def load_tokenizer(folder_or_file: AnyPath) -> Tokenizer:
+    """The tokenizer of a folder with `tokenizer.json` or `vocab.txt`, or of one of these files itself.
+
+    What stands beside the file is read too. Padding and truncation are switched off, until a save. Raises UserError
+    where a file is missing, broken or no BERT vocabulary.
+    """
+    path = Path(folder_or_file)
+    if path.is_dir():
+        found = tokenizer_files(path)
+        if not found:
+            raise UserError(f"expected tokenizer.json or vocab.txt in {path}, found neither: name another folder")
+        path = found[0]
+    if not path.is_file():
+        raise UserError(f"no tokenizer at {path}: expected a folder with tokenizer.json or vocab.txt, or such a file")
+    tokenizer, settings = (from_json if path.suffix == ".json" else from_vocabulary)(path)
+    tokenizer.settings = settings  # type: ignore[attr-defined]
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def read_text(path: Path) -> str:
+    try:
+        return decode(path.read_bytes(), path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def parse(text: str, path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is no tokenizer.json that the tokenizers library can read: {reason}") from None
+
+
+def from_json(path: Path) -> tuple[Tokenizer, Settings]:
+    """tokenizer.json as it is; where tokenizer_config.json says otherwise, that is followed, as transformers does."""
+    text = read_text(path)
+    parse(text, path)
+    content = json.loads(text)
+    lengths = {key: content.get(key) for key in ("padding", "truncation")}
+    serialized = [Added(as_token(entry, special=False), entry["id"]) for entry in content.get("added_tokens", ())]
+    config, added = read_config(path.parent, serialized)
+    vocabulary = content["model"]["vocab"]
+    if not isinstance(vocabulary, dict):  # Unigram: pieces with their scores, in the order of their ids
+        vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+    special_among(vocabulary, added, config, path)
+    unknown = content["model"].get("unk_token")
+    if unknown is not None and unknown not in vocabulary:
+        raise UserError(f"{path} calls an unknown word {unknown!r}, which is not in its vocabulary: correct unk_token")
+    placed, tokens = place(vocabulary, added, path)
+    if placed != vocabulary:
+        if content["model"]["vocab"] is not vocabulary:
+            raise UserError(f"the added tokens in {path} do not follow its vocabulary without a gap: number them so")
+        content["model"]["vocab"] = placed
+    tokenizer = parse(json.dumps(content | {"added_tokens": []}), path)
+    tokenizer.add_tokens(tokens)
+    follow_config(tokenizer, config, path)
+    return tokenizer, Settings(config, lengths)
+
+
+def special_among(ids: Mapping[str, int], added: Iterable[Added], config: Mapping[str, Any], path: Path) -> SpecialIds:
+    """The ids of the special tokens in a vocabulary, or as its files say. Raises UserError for one without an id:
+    transformers gives it the next, for which no weights have a row.
+    """
+    return find_special(
+        {each.token.content: each.id for each in added if each.id is not None} | dict(ids), config, path
+    )
+
+
+def follow_config(tokenizer: Tokenizer, config: Mapping[str, Any], path: Path) -> None:
+    """Clean text as tokenizer_config.json says where it contradicts tokenizer.json, and warn."""
+    normalizer = json.loads(tokenizer.normalizer.__getstate__()) if tokenizer.normalizer else {}
+    if normalizer.get("type") != "BertNormalizer" or config.get("tokenizer_class") in GENERAL_CLASSES:
+        return
+    said = {field: config.get(key, normalizer[field]) for field, key in CLEANING.items()}
+    changed = [key for field, key in CLEANING.items() if said[field] != normalizer[field]]
+    if changed:
+        tokenizer.normalizer = normalizers.BertNormalizer(normalizer["clean_text"], **said)
+        what = ", ".join(f"{key} is {json.dumps(config[key])}" for key in changed)
+        warnings.warn(f"{path.with_name(CONFIG)}, where {what}, is followed against {path.name}", stacklevel=4)
+
+
+def from_vocabulary(path: Path) -> tuple[Tokenizer, Settings]:
+    """vocab.txt: BERT's pipeline on it, cleaning text as `tokenizer_config.json` beside it says."""
+    config, added = read_config(path.parent)
+    named = str(config.get("tokenizer_class") or "BertTokenizer").removesuffix("Fast")
+    if named not in BERTS_CLASSES and named not in GENERAL_CLASSES:
+        warnings.warn(f"{path} is cut as BertTokenizer does, not {named}: see {CONFIG} beside it", stacklevel=3)
+    vocabulary = parse_vocabulary(read_text(path))
+    special = special_among(vocabulary, added, config, path)
+    vocabulary |= {config[key]: number for key, number in zip(SPECIAL_TOKENS, special, strict=True)}
+    ids, tokens = place(vocabulary, added, path)
+    if "do_lower_case" not in config and is_cased(vocabulary):
+        warnings.warn(
+            f"{path} has words in upper case, but text is made lower case, as BERT's vocabularies want it where no "
+            f'{CONFIG} says otherwise: put {{"do_lower_case": false}} there if the model is a cased one',
+            stacklevel=3,
+        )
+    tokenizer = build_tokenizer(ids, config)
+    tokenizer.add_tokens(tokens)
+    return tokenizer, Settings(config, {})
+
+
+def is_cased(tokens: Iterable[str]) -> bool:
+    """Whether more words have capitals, [unused1] and its kind left out, than chance explains."""
+    words = [token for token in tokens if not token.startswith("[")]
+    return sum(word != word.lower() for word in words) > max(100, len(words) // 20)
+
+
+def parse_vocabulary(text: str) -> dict[str, int]:
+    """One token a line, its line number its id, spaces at its end dropped. Of equal lines the last one counts: no id
+    after them moves. Only a line feed ends a line: some vocabularies hold U+2028 or U+0085 as a token.
+    """
+    return {line.rstrip(): number for number, line in enumerate(text.removesuffix("\n").split("\n"))}
+
+
+# ------------------------------------------------------------------------------------------------------------ saving
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: AnyPath, model_max_length: int | None = None) -> None:
+    """Write tokenizer.json, tokenizer_config.json and, where it says the same, vocab.txt, as AutoTokenizer reads them.
+
+    `model_max_length` is what the model can take: written unless less was loaded. Raises UserError where a file cannot
+    be written; each is written whole or not at all.
+    """
+    folder = Path(folder)
+    settings = settings_of(tokenizer)
+    content = json.loads(tokenizer.to_str()) | settings.lengths
+    config = dict(settings.config)
+    cleaning = content["normalizer"] or {}
+    config |= {key: cleaning[field] for field, key in CLEANING.items() if cleaning.get("type") == "BertNormalizer"}
+    own = cuts_as_bert(content, config)
+    if own and config.get("tokenizer_class") not in GENERAL_CLASSES:
+        config["tokenizer_class"] = "BertTokenizer"
+    elif config.get("tokenizer_class") not in GENERAL_CLASSES:  # which gives no token types unless told to
+        config["tokenizer_class"] = GENERAL_CLASS
+        config.setdefault("model_input_names", ["input_ids", "token_type_ids", "attention_mask"])
+    lengths = (model_max_length, config.get("model_max_length"), config.get("max_len"))
+    if known := [length for length in lengths if length is not None]:
+        config["model_max_length"] = min(known)
+    config["added_tokens_decoder"] = {
+        str(number): {"content": token.content, **{flag: getattr(token, flag) for flag in FLAGS}}
+        for number, token in sorted(tokenizer.get_added_tokens_decoder().items())
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}; name another folder") from None
+    write(folder / SERIALIZED, json.dumps(content, indent=2, ensure_ascii=False))
+    write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    if own and (text := vocabulary_text(content["model"]["vocab"])):
+        write(folder / VOCABULARY, text)
+
+
+def cuts_as_bert(content: dict[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether tokenizer.json says no more than BERT's pipeline under this config: all that BertTokenizer follows."""
+
+    def pipeline(content: dict[str, Any]) -> list[Any]:
+        model = {key: value for key, value in content["model"].items() if key != "vocab"}
+        return [model, *(content[part] for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"))]
+
+    vocabulary = content["model"]["vocab"]
+    if not isinstance(vocabulary, dict):
+        return False
+    ids = vocabulary | {each["content"]: each["id"] for each in content["added_tokens"]}
+    special = {config[key]: ids[config[key]] for key in SPECIAL_TOKENS}
+    return pipeline(content) == pipeline(json.loads(build_tokenizer(special, config).to_str()))
+
+
+def vocabulary_text(ids: Mapping[str, int]) -> str | None:
+    """vocab.txt. An id without a token repeats the token of the next one: its last line counts. None where the lines
+    would not read as these ids: tokens that end in a space, ids far beyond the others.
+    """
+    token_of = {number: token for token, number in ids.items()}
+    last = max(token_of)
+    if last >= 2 * len(ids):
+        return None
+    lines = [token_of[last]]
+    for number in range(last - 1, -1, -1):
+        lines.append(token_of.get(number, lines[-1]))
+    text = "".join(f"{token}\n" for token in reversed(lines))
+    return text if parse_vocabulary(text) == ids else None
+
+
+def write_vocabulary(tokenizer: Tokenizer, path: AnyPath) -> None:
+    """vocab.txt: one token a line, its line number its id. Raises UserError where it cannot hold this vocabulary."""
+    text = vocabulary_text(tokenizer.get_vocab(with_added_tokens=False))
+    if text is None:
+        raise UserError(f"{path} cannot hold this vocabulary: its tokens end in spaces, or its ids have gaps; save all")
+    write(Path(path), text)
+
+
+def write(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode()))

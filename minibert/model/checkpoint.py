@@ -190,10 +190,10 @@ def write_folder(
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {_one_line(error)}") from None
     write_arrays(folder / WEIGHTS, kept, {"format": "pt"})
-    _write_atomically(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
     for file in map(Path, tokenizer_files or ()):
         if not (folder / file.name).exists() or not file.samefile(folder / file.name):
-            _write_atomically(folder / file.name, lambda path, file=file: shutil.copyfile(file, path))  # type: ignore[misc]
+            write_atomically(folder / file.name, lambda path, file=file: shutil.copyfile(file, path))  # type: ignore[misc]
 
 
 def write_arrays(path: AnyPath, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
@@ -204,10 +204,10 @@ def write_arrays(path: AnyPath, arrays: Mapping[str, np.ndarray], metadata: Mapp
         raise ValueError(f"expected arrays of numbers or booleans, got {', '.join(unknown)}")
     # The library takes the address of the first element: the rest must follow it.
     dense = {name: np.require(array, requirements="C") for name, array in arrays.items()}
-    _write_atomically(Path(path), lambda temporary: save_file(dense, temporary, metadata=dict(metadata or {})))
+    write_atomically(Path(path), lambda temporary: save_file(dense, temporary, metadata=dict(metadata or {})))
 
 
-def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a file beside `path`, force it to the disk, and only then give it the name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -35,6 +35,7 @@ from minibert.data import (
     save_tokenizer,
     special_ids,
     split,
+    vocabulary_size,
 )
 from minibert.errors import UserError
 from minibert.kernels.cross_entropy import cross_entropy
@@ -82,7 +83,7 @@ def prepare(documents: Sequence[Document], tokenizer: Tokenizer, config: Trainin
         make_sequences(part, special, config.max_seq_length, config.next_sentence, config.seed)
         for part in split(encode(documents, tokenizer), config.held_out, config.seed)
     )
-    counts = np.bincount(train.ids, minlength=tokenizer.get_vocab_size()) + 1.0
+    counts = np.bincount(train.ids, minlength=vocabulary_size(tokenizer)) + 1.0
     counts[list(special)] = 1.0
     return Data(tokenizer, train, held_out, np.log(counts / counts.sum()))
 
@@ -136,7 +137,7 @@ class Trainer:
             parameter_groups(model, config.weight_decay), config.learning_rate, (config.adam_beta1, config.adam_beta2),
             config.adam_epsilon, max_grad_norm=config.max_grad_norm,
         )  # fmt: skip
-        rule = masking_rule(special_ids(data.tokenizer), data.tokenizer.get_vocab_size(), config.mlm_probability)
+        rule = masking_rule(special_ids(data.tokenizer), vocabulary_size(data.tokenizer), config.mlm_probability)
         self.batches = Batches(data.train, config.tokens_per_batch, config.seed, rule)
         # With another seed, so that the masks have nothing to do with those of training.
         held_out = Batches(data.held_out, config.tokens_per_batch, config.seed ^ 0x5EED, rule)
@@ -332,9 +333,9 @@ class Trainer:
         """Write all there is before the first step: what cannot be written shows now, and there is a state."""
         try:
             self.output.mkdir(parents=True, exist_ok=True)
-            save_tokenizer(self.data.tokenizer, self.output)
+            save_tokenizer(self.data.tokenizer, self.output, self.model.config.max_position_embeddings)
             (self.output / LOG).write_text("", encoding="utf-8")
-        except Exception as error:  # the tokenizers library raises bare Exception
+        except (OSError, UserError) as error:
             raise UserError(f"cannot write into {self.output}: {error}; choose another --output") from None
         self.save()
 

@@ -22,6 +22,7 @@ from minibert.data import (
     save_tokenizer,
     special_ids,
     train_tokenizer,
+    vocabulary_size,
 )
 from minibert.data.assets import VOCABULARY_SIZE
 from minibert.data.tokenizer import write_vocabulary
@@ -152,9 +153,10 @@ WHOLE = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nword\n"
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("vocab.txt", WHOLE.replace("[MASK]\n", ""), r"\[MASK\] is missing"),
-        ("vocab.txt", WHOLE + "word\n", "'word' occurs twice"),
-        ("vocab.txt", b"\xff\xfe", "cannot read the vocabulary"),
+        ("vocab.txt", WHOLE.replace("[MASK]\n", ""), r"lacks \[MASK\] \(mask_token\)"),
+        ("vocab.txt", b"\xff\xfe", "expected UTF-8 in .*vocab.txt, but byte 0 "),
+        ("vocab.txt", "", r"lacks \[PAD\]"),
+        ("tokenizer.json", b"\xff", "expected UTF-8 in .*tokenizer.json"),
         ("tokenizer.json", "{}", "no tokenizer.json"),
         ("tokenizer.json", "not json", "no tokenizer.json"),
         ("other.txt", "", "expected tokenizer.json or vocab.txt"),
@@ -165,6 +167,133 @@ def test_a_broken_tokenizer_is_one_line(tmp_path: Path, name: str, content: str 
     with pytest.raises(UserError, match=message) as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+IDS = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "word": 5}
+
+
+@pytest.mark.parametrize(
+    ("content", "ids"),
+    [
+        (WHOLE, IDS),
+        (WHOLE.removesuffix("\n"), IDS),
+        ("\ufeff" + WHOLE, IDS),
+        (WHOLE.replace("\n", "\r\n"), IDS),
+        (WHOLE.replace("\n", " \t\n"), IDS),
+        (WHOLE + "word\nend\n", IDS | {"word": 6, "end": 7}),
+        (WHOLE + "\n\nend\n\n", IDS | {"": 9, "end": 8}),
+        (WHOLE + "a\u2028b\nend\n", IDS | {"a\u2028b": 6, "end": 7}),
+    ],
+)
+def test_a_line_number_is_an_id_and_the_last_of_equal_lines_counts(
+    tmp_path: Path, content: str, ids: dict[str, int]
+) -> None:
+    (tmp_path / "vocab.txt").write_bytes(content.encode())
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.get_vocab() == ids
+    assert vocabulary_size(loaded) == max(ids.values()) + 1
+    save_tokenizer(loaded, tmp_path / "saved")
+    for file in ("tokenizer.json", "vocab.txt"):
+        assert load_tokenizer(tmp_path / "saved" / file).get_vocab() == ids
+
+
+def with_config(folder: Path, **files: object) -> Path:
+    """A folder with vocab.txt and JSON files beside it."""
+    (folder / "vocab.txt").write_text(WHOLE)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_all_that_a_config_says_comes_back_from_a_save(tmp_path: Path) -> None:
+    said = {
+        "model_max_length": 77, "never_split": ["word"], "do_basic_tokenize": True, "padding_side": "left",
+        "strip_accents": False, "tokenize_chinese_chars": False, "bos_token": None, "somebody's": {"own": [1, None]},
+        "additional_special_tokens": ["word"],
+    }  # fmt: skip
+    loaded = load_tokenizer(with_config(tmp_path, tokenizer_config=said))
+    for given, written in ((None, 77), (512, 77), (64, 64)):
+        save_tokenizer(loaded, tmp_path / "saved", model_max_length=given)
+        config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+        assert config | said == config | {"model_max_length": 77}
+        assert config["model_max_length"] == written
+    assert config["added_tokens_decoder"]["5"]["content"] == "word" and config["do_lower_case"] is True
+
+
+def test_the_model_gives_the_length_that_no_config_gives(shipped: Tokenizer, tmp_path: Path) -> None:
+    for given in (None, 512):
+        save_tokenizer(shipped, tmp_path, model_max_length=given)
+        assert json.loads((tmp_path / "tokenizer_config.json").read_text()).get("model_max_length") == given
+
+
+def test_padding_and_truncation_come_back_from_a_save(shipped: Tokenizer, tmp_path: Path) -> None:
+    content = json.loads(shipped.to_str())
+    content["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {
+        "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "[PAD]",
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    save_tokenizer(load_tokenizer(tmp_path), tmp_path / "saved")
+    saved = Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
+    assert len(saved.encode("the").ids) == len(saved.encode("the " * 20).ids) == 8
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer_config", {"do_lower_case": "false"}, "true or false for 'do_lower_case' in .*, got \"false\""),
+        ("tokenizer_config", {"do_lower_case": None}, "'do_lower_case' in .*tokenizer_config.json, got null"),
+        ("tokenizer_config", {"strip_accents": 1}, "true, false or null for 'strip_accents' in .*, got 1"),
+        ("tokenizer_config", {"tokenize_chinese_chars": []}, r"'tokenize_chinese_chars' in .*, got \[\]"),
+        ("tokenizer_config", {"model_max_length": "512"}, "a number above 0, or null for 'model_max_length'"),
+        ("tokenizer_config", {"model_max_length": True}, "'model_max_length' in .*, got true"),
+        ("tokenizer_config", {"pad_token": 0}, "a token, .* for 'pad_token' in .*, got 0"),
+        ("tokenizer_config", {"mask_token": {"lstrip": True}}, "'mask_token'"),
+        ("tokenizer_config", {"mask_token": {"content": "[MASK]", "lstrip": "yes"}}, "'mask_token'"),
+        ("tokenizer_config", {"cls_token": "\ud800"}, "'cls_token'"),
+        ("tokenizer_config", {"additional_special_tokens": "[E]"}, "a list .* for 'additional_special_tokens'"),
+        ("tokenizer_config", {"extra_special_tokens": [7]}, "'extra_special_tokens' in .*, got \\[7\\]"),
+        ("tokenizer_config", {"added_tokens_decoder": ["[E]"]}, "'added_tokens_decoder'"),
+        ("tokenizer_config", {"added_tokens_decoder": {"six": {"content": "[E]"}}}, "'added_tokens_decoder'"),
+        ("tokenizer_config", {"added_tokens_decoder": {"5": {"content": "[E]"}}}, "same id 5"),
+        ("tokenizer_config", {"never_split": "word"}, "'never_split'"),
+        ("tokenizer_config", {"padding_side": "middle"}, "'padding_side'"),
+        ("tokenizer_config", {"tokenizer_class": ["BertTokenizer"]}, "'tokenizer_class'"),
+        ("tokenizer_config", ["do_lower_case"], "expected a JSON object in .*tokenizer_config.json, got list"),
+        ("special_tokens_map", {"sep_token": ["[SEP]"]}, "'sep_token' in .*special_tokens_map.json"),
+        ("special_tokens_map", {"sep_token": "[END]"}, r"lacks \[END\] \(sep_token\)"),
+        ("added_tokens", {"[E]": "6"}, "an id for '.E.' in .*added_tokens.json"),
+        ("added_tokens", {"[E]": -1}, "an id for"),
+        ("added_tokens", {"[E]": 5}, "'word' have the same id 5|'.E.' and 'word'"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_one_line(tmp_path: Path, file: str, content: object, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_tokenizer(with_config(tmp_path, **{file: content}))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [6, 7, 20])
+def test_an_added_token_has_the_id_that_its_file_says(tmp_path: Path, number: int) -> None:
+    loaded = load_tokenizer(with_config(tmp_path, added_tokens={"[E]": number}))
+    save_tokenizer(loaded, tmp_path / "saved")
+    for tokenizer in (loaded, load_tokenizer(tmp_path / "saved")):
+        assert ids_of(tokenizer, "word[E]word") == [5, number, 5]
+        assert vocabulary_size(tokenizer) == number + 1
+
+
+def test_what_is_cut_in_an_unexpected_way_is_said(shipped: Tokenizer, tmp_path: Path) -> None:
+    """A cased vocabulary without a config, a config against tokenizer.json, a tokenizer of another kind."""
+    (tmp_path / "vocab.txt").write_text(WHOLE + "".join(f"Word{number}\n" for number in range(200)))
+    with pytest.warns(UserWarning, match="has words in upper case"):
+        load_tokenizer(tmp_path)
+    with pytest.warns(UserWarning, match="cut as BertTokenizer does, not BertJapaneseTokenizer"):
+        load_tokenizer(with_config(tmp_path, tokenizer_config={"tokenizer_class": "BertJapaneseTokenizer"}))
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    (tmp_path / "tokenizer.json").write_text(shipped.to_str(), encoding="utf-8")
+    with pytest.warns(UserWarning, match="tokenizer_config.json, where do_lower_case is false, is followed against"):
+        assert ids_of(load_tokenizer(tmp_path), "The") != ids_of(shipped, "The")
 
 
 def test_a_missing_tokenizer_and_a_broken_config_are_named(tmp_path: Path) -> None:
@@ -183,8 +312,16 @@ def test_casing_follows_the_config(tmp_path: Path) -> None:
     assert ids_of(load_tokenizer(tmp_path), "Word") == [6]
 
 
+def test_json_whose_model_cannot_say_unknown_is_refused(shipped: Tokenizer, tmp_path: Path) -> None:
+    content = json.loads(shipped.to_str())
+    content["model"]["unk_token"] = "<unk>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="calls an unknown word '<unk>'"):
+        load_tokenizer(tmp_path)
+
+
 def test_json_without_bert_tokens_is_refused(shipped: Tokenizer, tmp_path: Path) -> None:
     content = shipped.to_str().replace("[MASK]", "<mask>")
     (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=r"\[MASK\] missing"):
+    with pytest.raises(UserError, match=r"lacks \[MASK\] \(mask_token\)"):
         load_tokenizer(tmp_path)

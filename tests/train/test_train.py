@@ -132,6 +132,8 @@ def test_log_and_folder(data: Data, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "tokenizer_config.json", LOG, STATE,
     }  # fmt: skip
+    told = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert told["model_max_length"] == run.model.config.max_position_embeddings
     loaded = BertForMaskedLM.from_pretrained(tmp_path)
     for name, values in run.model.state_dict().items():
         np.testing.assert_array_equal(loaded.state_dict()[name], values, err_msg=name)
