@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from io import TextIOWrapper
 from typing import Any
 
 import typer
@@ -27,6 +28,9 @@ def main() -> None:
     """Run a command. A user's mistake is one line on stderr and exit code 2; an interrupt is exit code 130."""
     from minibert.cli import bisect, build, check, compare, diff, pretrain, tables, tokenizer, watch  # noqa: F401  register commands
 
+    for stream in (sys.stdout, sys.stderr):  # a path or a token that the terminal cannot show must not stop a command
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         status = app(standalone_mode=False)

@@ -28,6 +28,7 @@ from minibert.data import (
     special_ids,
     tokenizer_files,
     train_tokenizer,
+    vocabulary_size,
 )
 from minibert.errors import UserError
 from minibert.kernels import Op
@@ -245,7 +246,7 @@ def new_model(
         options["tokenizer"], folder, documents, options["vocab_size"] or (8000 if folder is None else bert.vocab_size)
     )
     if folder is None:
-        bert = replace(bert, vocab_size=tokenizer.get_vocab_size(), pad_token_id=special_ids(tokenizer).pad)
+        bert = replace(bert, vocab_size=vocabulary_size(tokenizer), pad_token_id=special_ids(tokenizer).pad)
     check_vocabulary(tokenizer, bert.vocab_size)
     if folder is None or not has_weights(folder):
         return kind(bert, place, dtype, training.seed), tokenizer
@@ -278,11 +279,16 @@ def resized(config: BertConfig, layers: int | None, hidden: int | None) -> BertC
 
 
 def choose_tokenizer(named: str | None, folder: Path | None, documents: list[Document], vocab_size: int) -> Tokenizer:
-    """The one named, else the one beside the config, else one trained on the text."""
+    """The one named, else the one beside the config, else one trained on the text.
+
+    Raises UserError where the folder holds weights without the tokenizer that gives their rows a meaning.
+    """
     if named is not None:
         return load_tokenizer(named)
     if folder is not None and tokenizer_files(folder):
         return load_tokenizer(folder)
+    if folder is not None and has_weights(folder):
+        raise UserError(f"{folder} holds weights but no tokenizer: name the one they were trained with by --tokenizer")
     say(f"training a vocabulary of {vocab_size} tokens on the text ...")
     return train_tokenizer(documents, vocab_size)
 

@@ -117,6 +117,65 @@ def test_vocabulary_too_small_for_the_text(refused: Refused, text: Path, tmp_pat
     assert "vocabulary" in refused("tokenizer", "train", text, "--output", tmp_path / "o", "--vocab-size", 6)
 
 
+NOT_UTF8 = "\udcff"  # as Python gives the byte 0xff of an argument
+
+
+def test_arguments_and_paths_that_are_not_utf8(
+    refused: Refused, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "UTF-8" in refused("tokenizer", "show", f"the {NOT_UTF8}")
+    assert "no tokenizer at" in refused("tokenizer", "show", "the", "--tokenizer", tmp_path / NOT_UTF8)
+    strange, output = text.rename(tmp_path / f"{NOT_UTF8}.txt"), tmp_path / f"words{NOT_UTF8}"
+    for command in (
+        ["train", strange, "--output", output, "--vocab-size", 100],
+        ["show", "a city", "--tokenizer", output / "vocab.txt"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["minibert", "tokenizer", *map(str, command)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 0
+    assert "85 tokens in" in (said := capsys.readouterr().out) and "[CLS]:2 a:" in said
+
+
+@pytest.mark.parametrize(
+    ("file", "overwrite", "message"),
+    [
+        ("vocab.txt", False, "holds a vocabulary, vocab.txt: add --overwrite"),
+        ("tokenizer_config.json", False, "holds a vocabulary, tokenizer_config.json"),
+        ("model.safetensors", True, "holds a model, model.safetensors"),
+        ("pytorch_model.bin", True, "holds a model"),
+        ("bert_model.ckpt.data-00000-of-00001", True, "holds a model"),
+    ],
+)
+def test_a_vocabulary_or_a_model_is_not_replaced(
+    refused: Refused, text: Path, tmp_path: Path, file: str, overwrite: bool, message: str
+) -> None:
+    (folder := tmp_path / "trained").mkdir()
+    (folder / file).write_text("kept")
+    arguments = ["--output", folder, "--vocab-size", 100, *(["--overwrite"] if overwrite else [])]
+    assert message in refused("tokenizer", "train", text, *arguments)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {file: "kept"}
+
+
+def test_a_vocabulary_is_replaced_when_that_is_said(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := config_folder(tmp_path / "config")).joinpath("vocab.txt").write_text("old")
+    command = ["tokenizer", "train", text, "--output", folder, "--vocab-size", 100, "--overwrite"]
+    monkeypatch.setattr(sys, "argv", ["minibert", *map(str, command)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    assert (folder / "vocab.txt").read_text().startswith("[PAD]\n[UNK]\n")
+    assert json.loads((folder / "config.json").read_text()) == SMALL
+
+
+def test_weights_without_their_tokenizer(refused: Refused, text: Path, tmp_path: Path) -> None:
+    (folder := config_folder(tmp_path / "config")).joinpath("model.safetensors").write_bytes(b"")
+    message = refused("pretrain", text, "--output", tmp_path / "o", "--config", folder, "--max-seq-length", 32)
+    assert "holds weights but no tokenizer" in message and "--tokenizer" in message
+
+
 def test_config_value_of_the_wrong_type(refused: Refused, text: Path, tmp_path: Path) -> None:
     folder = config_folder(tmp_path / "config", hidden_size="64")
     message = refused("pretrain", text, "--output", tmp_path / "o", "--config", folder)
