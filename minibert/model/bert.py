@@ -15,7 +15,7 @@ import numpy as np
 
 from minibert.kernels.activation import relu, tanh
 from minibert.kernels.attention import attention
-from minibert.kernels.cross_entropy import cross_entropy, linear_cross_entropy
+from minibert.kernels.cross_entropy import linear_cross_entropy
 from minibert.kernels.dropout import dropout
 from minibert.kernels.elementwise import where
 from minibert.kernels.embedding import gather_rows, scatter_rows
@@ -26,7 +26,7 @@ from minibert.kernels.view import concatenate
 from minibert.model.config import GELU, BertConfig
 from minibert.model.nn import Embedding, LayerNorm, Linear, Module, Parameter, Place, embed, lay_together
 from minibert.model.outputs import Batch, BertOutput, MaskedLMOutput, PreTrainingOutput
-from minibert.model.packing import IGNORE, Packed, pack, sentence_labels
+from minibert.model.packing import IGNORE, Packed, pack
 from minibert.model.pretrained import PreTrained
 from minibert.model.recompute import SumOfParts, recomputed
 from minibert.model.tensor import Tensor, apply, at_place
@@ -340,7 +340,6 @@ class BertForPreTraining(BertForMaskedLM):
         """As `BertForMaskedLM`; `next_sentence_label` (B,) of 0 (follows) and 1 (does not) adds its cross entropy."""
         out = super().__call__(*args, **kwargs)
         if next_sentence_label is not None:
-            labels = sentence_labels(next_sentence_label, len(out._batch.packed.first_rows))
-            loss = apply(cross_entropy, out.seq_relationship_logits, out._batch.integers(labels))
+            loss = out.next_sentence_loss(next_sentence_label)
             out.loss = loss if out.loss is None else out.loss + loss
         return out

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from minibert.errors import UserError
-from minibert.kernels.cross_entropy import linear_cross_entropy
+from minibert.kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from minibert.kernels.embedding import gather_rows, scatter_rows
 from minibert.kernels.linear import linear
 from minibert.kernels.philox import Stream
 from minibert.model.nn import Place
-from minibert.model.packing import IGNORE, Packed
+from minibert.model.packing import IGNORE, Packed, sentence_labels
 from minibert.model.tensor import Tensor, apply, at_place, grad_enabled, set_grad_enabled
 
 
@@ -137,3 +137,8 @@ class PreTrainingOutput(MaskedLMOutput):
         pooled = self.pooler_output
         with set_grad_enabled(self._grad):
             return self.heads.seq_relationship(pooled)
+
+    def next_sentence_loss(self, next_sentence_label: Any) -> Tensor:
+        """Mean cross entropy of the (B,) labels. Raises UserError where there are not B of 0 and 1."""
+        labels = sentence_labels(next_sentence_label, len(self._batch.packed.first_rows))
+        return apply(cross_entropy, self.seq_relationship_logits, self._batch.integers(labels))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import get_args, get_type_hints
 
 from minibert.errors import UserError
 
@@ -21,7 +22,7 @@ class TrainingConfig:
     max_seq_length: int = 128  # where sequences are cut: attention costs its square, and sentences are short
     learning_rate: float = 1e-3  # at its highest; small models take more than the 1e-4 of BERT base
     warmup_ratio: float = 0.1  # share of the steps: the first second moments are poor estimates, full steps go astray
-    warmup_steps: int = 0  # where above 0, instead of warmup_ratio
+    warmup_steps: int | None = None  # where given, instead of warmup_ratio; 0 is no warm-up
     weight_decay: float = 0.01  # on matrices, as BERT
     adam_beta1: float = 0.9
     adam_beta2: float = 0.98  # RoBERTa's: a memory of 50 steps; the usual 0.999 outlasts the warm-up of a short run
@@ -39,12 +40,13 @@ class TrainingConfig:
     seed: int = 0  # of weights, split, order, masks and dropout
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if type(f.default) is float and type(value) is int:
-                object.__setattr__(self, f.name, float(value))
-            elif type(value) is not type(f.default):
-                raise UserError(f"expected {f.name} to be {type(f.default).__name__}, got {value!r}")
+        for name, expected in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if expected is float and type(value) is int:
+                object.__setattr__(self, name, float(value))
+            elif type(value) not in (get_args(expected) or (expected,)):
+                told = getattr(expected, "__name__", str(expected))
+                raise UserError(f"expected {name} to be {told}, got {value!r}")
         for name in ("max_steps", "tokens_per_batch", "gradient_accumulation_steps", "max_seq_length", "eval_tokens",
                      "logging_steps", "eval_steps", "save_steps"):  # fmt: skip
             self._require(getattr(self, name) >= 1, name, "1 or more")
@@ -56,7 +58,7 @@ class TrainingConfig:
             self._require(0 < getattr(self, name) < 1, name, "between 0 and 1")
         self._require(0 <= self.weight_decay < math.inf, "weight_decay", "0 or more")
         self._require(self.learning_rate < math.inf, "learning_rate", "finite")
-        self._require(self.warmup_steps >= 0, "warmup_steps", "0 or more")
+        self._require(self.warmup_steps is None or self.warmup_steps >= 0, "warmup_steps", "0 or more")
         self._require(0 <= self.warmup_ratio <= 1, "warmup_ratio", "from 0 to 1")
         self._require(0 <= self.seed < 2**32, "seed", f"from 0 to {2**32 - 1}")
 
@@ -66,7 +68,7 @@ class TrainingConfig:
     @property
     def warmup(self) -> int:
         """Steps in which the learning rate rises."""
-        return self.warmup_steps or round(self.warmup_ratio * self.max_steps)
+        return round(self.warmup_ratio * self.max_steps) if self.warmup_steps is None else self.warmup_steps
 
     def _require(self, holds: bool, name: str, expected: str) -> None:
         if not holds:

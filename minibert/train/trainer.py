@@ -51,6 +51,7 @@ from minibert.train.optim import AdamW, linear_schedule, parameter_groups
 
 LOG = "training_log.jsonl"
 STATE = "trainer_state.safetensors"
+FORMAT = 1  # of the state: states without one are older
 SINCE = ("steps", "loss", "tokens", "seconds")  # sums since the last line of the log
 
 Record = dict[str, Any]
@@ -62,12 +63,18 @@ def demand_finite(loss: float) -> None:
         raise FloatingPointError(f"the loss is {loss}")
 
 
+def shares(counts: Sequence[int]) -> list[float]:
+    """Each count's share of their sum."""
+    return [count / sum(counts) for count in counts]
+
+
 class Data(NamedTuple):
-    """Text made ready: the sequences to train on, those held out, and how frequent each token is."""
+    """Text made ready: sequences to train on, those held out, how many tokens were read and how frequent each is."""
 
     tokenizer: Tokenizer
     train: Sequences
     held_out: Sequences
+    tokens: int  # of the whole text, [CLS] and [SEP] not among them
     unigram: np.ndarray  # (V,) float64: log of each token's share of the training text, one added to each count
 
     @property
@@ -78,14 +85,15 @@ class Data(NamedTuple):
 
 def prepare(documents: Sequence[Document], tokenizer: Tokenizer, config: TrainingConfig) -> Data:
     """Encode, hold documents out, cut into sequences. Raises UserError where the text is too short."""
-    special = special_ids(tokenizer)
+    special, encoded = special_ids(tokenizer), encode(documents, tokenizer)
     train, held_out = (
         make_sequences(part, special, config.max_seq_length, config.next_sentence, config.seed)
-        for part in split(encode(documents, tokenizer), config.held_out, config.seed)
+        for part in split(encoded, config.held_out, config.seed)
     )
+    tokens = sum(len(sentence) for document in encoded for sentence in document)
     counts = np.bincount(train.ids, minlength=vocabulary_size(tokenizer)) + 1.0
     counts[list(special)] = 1.0
-    return Data(tokenizer, train, held_out, np.log(counts / counts.sum()))
+    return Data(tokenizer, train, held_out, tokens, np.log(counts / counts.sum()))
 
 
 class State(NamedTuple):
@@ -107,7 +115,10 @@ def read_state(folder: str | Path) -> State:
     arrays, metadata = read_arrays(path)
     try:
         about = json.loads(metadata["trainer_state"])
-        return State(TrainingConfig(**about["config"]), about["options"], about["progress"], arrays)
+        config = about["config"]
+        if "format" not in about and config["warmup_steps"] == 0:
+            config["warmup_steps"] = None  # before there was a format, 0 said "not given"
+        return State(TrainingConfig(**config), about["options"], about["progress"], arrays)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no state of a run of this version ({error}): begin a new run") from None
 
@@ -144,7 +155,7 @@ class Trainer:
         count = min(held_out.steps_in_epoch(0), -(-config.eval_tokens // config.tokens_per_batch))
         self.held_out = [held_out.batch(i) for i in range(count)]
         self.graphed = GraphedSteps(model, self.optimizer, config.tokens_per_batch) if config.graph else None
-        self.ahead: tuple[int, tuple[PackedBatch, Packed]] | None = None  # the next batch, made early
+        self.made: dict[int, tuple[PackedBatch, Packed]] = {}  # batches of this step and, early, of the next, by pass
         self.stop = False  # set it, from a signal handler say, and the run ends after the step
         # How far the run came, and sums since the last line of the log: plain numbers, saved as they are.
         self.progress: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "since": dict.fromkeys(SINCE, 0)}
@@ -194,6 +205,7 @@ class Trainer:
             raise NonFiniteError(self.explain(error)) from None
         seconds = time.perf_counter() - began
         self.progress["step"] += 1
+        self.made = {n: batch for n, batch in self.made.items() if n >= self.step * config.gradient_accumulation_steps}
         self.progress["tokens"] += tokens
         self.progress["seconds"] += seconds
         for name, value in zip(SINCE, (1, loss, tokens, seconds), strict=True):
@@ -220,8 +232,7 @@ class Trainer:
         self.model.train()
         batch, packed = self.packed(self.step)
         loss, square_norm, recorded = self.graphed.gradients(packed, self.step)
-        self.ahead = self.step + 1, self.packed(self.step + 1)
-        self.graphed.prepare(self.ahead[1][1])  # uploaded by the graph itself
+        self.graphed.prepare(self.packed(self.step + 1)[1])  # uploaded by the graph itself
         value = float(self.model.backend.numpy(loss))
         demand_finite(value)
         self.optimizer.check_norm(square_norm)
@@ -230,28 +241,36 @@ class Trainer:
 
     @np.errstate(all="ignore")  # the guard sees what NumPy would warn of, and says where it began
     def forward_backward(self) -> tuple[float, int]:
-        """Gradients of the step's batches, averaged; their mean loss and their tokens."""
+        """Gradients and loss of the step's batches as if they were one batch; and their tokens.
+
+        The loss of a head is a mean, so a pass counts by what it is the mean of: predicted tokens, or sentence pairs.
+        """
         passes = self.config.gradient_accumulation_steps
         self.model.train()
         self.optimizer.zero_grad()
-        loss, tokens = 0.0, 0
-        for number in range(self.step * passes, (self.step + 1) * passes):
+        numbers = range(self.step * passes, (self.step + 1) * passes)
+        batches = [self.packed(number)[0] for number in numbers]
+        predicted = shares([int((batch.labels != IGNORE).sum()) for batch in batches])
+        pairs = shares([len(batch.cu_seqlens) - 1 for batch in batches])
+        loss = 0.0
+        for number, share, share_of_pairs in zip(numbers, predicted, pairs, strict=True):
             batch, packed = self.packed(number)
             self.model.step = number  # names the dropout masks
-            sentences = batch.next_sentence_label
-            out = self.model(packed) if sentences is None else self.model(packed, next_sentence_label=sentences)
-            out.loss.backward(np.asarray(1 / passes))
+            out = self.model(packed)
+            mean = out.loss
+            if batch.next_sentence_label is not None:
+                mean = mean + out.next_sentence_loss(batch.next_sentence_label) * (share_of_pairs / share)
+            mean.backward(np.asarray(share))
             self.prepare(number + 1)
-            loss += out.loss.item() / passes
-            tokens += len(batch.input_ids)
-        return loss, tokens
+            loss += mean.item() * share
+        return loss, sum(len(batch.input_ids) for batch in batches)
 
     def packed(self, number: int) -> tuple[PackedBatch, Packed]:
-        """The batch of a pass as the model takes it."""
-        if self.ahead is not None and self.ahead[0] == number:
-            return self.ahead[1]
-        batch = self.batches.batch(number)
-        return batch, self.pack(batch, batch.labels)
+        """The batch of a pass as the model takes it, kept until its step is done."""
+        if number not in self.made:
+            batch = self.batches.batch(number)
+            self.made[number] = batch, self.pack(batch, batch.labels)
+        return self.made[number]
 
     def pack(self, batch: PackedBatch, labels: np.ndarray | None) -> Packed:
         return pack(
@@ -260,10 +279,16 @@ class Trainer:
         )  # fmt: skip
 
     def prepare(self, number: int) -> None:
-        """Make a batch, and begin to upload it, while the device is still at work on the one before."""
-        if number < self.config.max_steps * self.config.gradient_accumulation_steps:
-            self.ahead = number, self.packed(number)
-            self.model.backend.upload_ahead([a for a in self.ahead[1][1] if isinstance(a, np.ndarray)])
+        """While the device is still at work, make a batch of the next step, and begin to upload that of pass `number`.
+
+        A step's batches are made before its first pass, which must know how many tokens all of them predict.
+        """
+        passes = self.config.gradient_accumulation_steps
+        for each in (number + passes - 1, number):
+            if each < self.config.max_steps * passes:
+                self.packed(each)
+        if number in self.made:
+            self.model.backend.upload_ahead([a for a in self.made[number][1] if isinstance(a, np.ndarray)])
 
     def explain(self, error: FloatingPointError) -> str:
         """Run the step again, with an eye on every op, to find where it went wrong."""
@@ -342,6 +367,7 @@ class Trainer:
     def save(self) -> None:
         """Write the model and, in one file that replaces the last one whole, all that resuming needs."""
         about = {
+            "format": FORMAT,
             "config": asdict(self.config),
             "options": self.options,
             "progress": {**self.progress, "fingerprint": self.data.fingerprint},

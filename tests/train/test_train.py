@@ -24,6 +24,7 @@ from minibert.errors import UserError
 from minibert.kernels.cpu.jit import jit
 from minibert.kernels.linear import linear_gelu
 from minibert.model.bert import BertForMaskedLM, BertForPreTraining
+from minibert.model.checkpoint import read_arrays, write_arrays
 from minibert.model.config import BertConfig
 from minibert.model.packing import IGNORE
 from minibert.train.config import TrainingConfig
@@ -224,11 +225,34 @@ def test_guard_tells_of_weights_that_went_bad_before(data: Data, tmp_path: Path)
 @pytest.mark.parametrize(
     "wrong",
     [{"max_steps": 0}, {"max_steps": 2.5}, {"learning_rate": -1e-3}, {"learning_rate": float("nan")}, {"seed": -1},
-     {"tokens_per_batch": -5}, {"held_out": 1.5}, {"mlm_probability": 0.0}, {"warmup_steps": -1}, {"save_steps": 0}],
+     {"tokens_per_batch": -5}, {"held_out": 1.5}, {"mlm_probability": 0.0}, {"warmup_steps": -1}, {"save_steps": 0},
+     {"warmup_steps": 2.5}, {"warmup_steps": True}, {"max_steps": None}],
 )  # fmt: skip
 def test_config_refuses(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         TrainingConfig(**wrong)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 100), (0, 0), (1, 1), (250, 250)])
+def test_warmup_steps_that_are_given_are_taken(given: int | None, expected: int) -> None:
+    assert TrainingConfig(max_steps=1000, warmup_steps=given).warmup == expected
+
+
+def test_without_warmup_the_first_step_is_the_largest(data: Data, tmp_path: Path) -> None:
+    rates = [step["learning_rate"] for step in events(trainer(data, tmp_path, replace(CONFIG, warmup_steps=0)), "step")]
+    assert rates[0] == CONFIG.learning_rate and rates == sorted(rates, reverse=True)
+
+
+def test_states_from_before_there_was_a_format(data: Data, tmp_path: Path) -> None:
+    """Warm-up steps of 0 meant then that none were given."""
+    run = trainer(data, tmp_path, replace(CONFIG, warmup_steps=0))
+    run.begin()
+    arrays, metadata = read_arrays(tmp_path / STATE)
+    assert read_state(tmp_path).config.warmup_steps == 0
+    about = json.loads(metadata["trainer_state"])
+    del about["format"]
+    write_arrays(tmp_path / STATE, arrays, {"trainer_state": json.dumps(about)})
+    assert read_state(tmp_path).config.warmup_steps is None
 
 
 def test_another_text_cannot_be_resumed(data: Data, tmp_path: Path) -> None:
@@ -276,6 +300,25 @@ def test_command_trains_a_vocabulary_and_goes_on_from_weights(
     assert log_of(second)[0]["eval_loss"] == pytest.approx(log_of(first)[-1]["eval_loss"], abs=1e-6)
     command(monkeypatch, "pretrain", "--output", second, "--resume")
     assert "done before" in capsys.readouterr().out
+
+
+def test_command_says_what_it_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "google.txt"
+    text.write_text("the senate\nmet. It spoke. Then\n\nthe house\n\nthe law\n\n" * 4, encoding="utf-8")
+    arguments = ["--layers", 1, "--hidden", 64, "--tokenizer", SHIPPED_VOCABULARY, *FEW_STEPS, "--warmup-steps", 0]
+    command(monkeypatch, "pretrain", text, "--output", tmp_path / "plain", *arguments)
+    out = capsys.readouterr().out
+    assert "text: 1 file, 1 document, 20 sentences, 48 tokens; no two blank lines" in out
+    assert "name it by --document-separator" in out
+    assert read_state(tmp_path / "plain").config.warmup_steps == 0
+
+    cut = ["--document-separator", "blank-line"]
+    command(monkeypatch, "pretrain", text, "--output", tmp_path / "cut", *arguments, *cut)
+    assert "text: 1 file, 12 documents, 16 sentences, 48 tokens\n" in capsys.readouterr().out
+    command(monkeypatch, "pretrain", "--output", tmp_path / "cut", "--resume", "--steps", 3)
+    assert "text: 1 file, 12 documents, 16 sentences, 48 tokens\n" in capsys.readouterr().out
 
 
 def test_command_takes_a_kernel_and_the_shipped_text(
