@@ -30,6 +30,7 @@ from minibert.data import (
     train_tokenizer,
     vocabulary_size,
 )
+from minibert.data.text import BLANK_LINE, TWO_BLANK_LINES
 from minibert.errors import UserError
 from minibert.kernels import Op
 from minibert.lab.conform.own_kernels import HELP, TriedKernel, load_kernels, refuse_misshapen, refuse_uncalled
@@ -43,6 +44,13 @@ FASTEST_FIRST = ("cupy", "numba", "numpy")
 DEFAULT = TrainingConfig()
 # What may change when a run is resumed: nothing here enters the arithmetic of a step, but max_steps by the schedule.
 CHANGEABLE = {"max_steps", "logging_steps", "eval_steps", "save_steps", "checkpoint_activations"}
+DEFAULT_OPTIONS = {
+    "document_separator": TWO_BLANK_LINES, "config": "mini", "dtype": "float32", "deterministic": False,
+}  # fmt: skip
+SEPARATOR_HELP = (
+    f"What separates the documents of a file: {TWO_BLANK_LINES}; {BLANK_LINE}, with a sentence a line, as Google's "
+    "BERT takes text; line, where each is a document; file, where nothing does; or what a line reads, as <|endoftext|>."
+)
 
 
 def setting(name: str, help: str, flag: str | None = None) -> Any:
@@ -58,12 +66,13 @@ def pretrain(
     texts: list[Path] = typer.Argument(
         None,
         metavar="[TEXT ...]",
-        help="Plain text files, UTF-8, two blank lines between documents; if none, a shipped text.",
+        help="Plain text files, UTF-8; if none, a shipped text.",
     ),
     output: Path = typer.Option(..., help="Folder for the model, its tokenizer, training_log.jsonl and checkpoints."),
     resume: bool = typer.Option(
         False, "--resume", help="Go on with the run in --output, exactly as if it had not stopped."
     ),
+    document_separator: str = typer.Option(None, metavar="WHAT", show_default=TWO_BLANK_LINES, help=SEPARATOR_HELP),
     config: str = typer.Option(None, show_default="mini", help=f"{', '.join(NAMED)}, or a folder with config.json."),
     layers: int = typer.Option(None, min=1, max=1000, help="Layers, instead of those of --config."),
     hidden: int = typer.Option(None, min=64, max=65536, help="Channels, instead of those of --config, in 64s."),
@@ -110,14 +119,16 @@ def pretrain(
     training = TrainingConfig(**settings) if state is None else merged(state.config, settings)
 
     options: dict[str, Any] = {
-        name: given[name] for name in ("config", "layers", "hidden", "vocab_size", "dtype", "backend", "deterministic")
-    }
+        name: given[name]
+        for name in (
+            "document_separator", "config", "layers", "hidden", "vocab_size", "dtype", "backend", "deterministic",
+        )
+    }  # fmt: skip
     options["tokenizer"] = None if tokenizer is None else str(tokenizer.absolute())
     options["texts"] = [str(path.absolute()) for path in texts or ()]
     if state is not None:
         options = resumed(state.options, options)
-    options = {**options, "config": options["config"] or "mini", "dtype": options["dtype"] or "float32"}
-    options["deterministic"] = bool(options["deterministic"])
+    options = {name: DEFAULT_OPTIONS.get(name) if value is None else value for name, value in options.items()}
     context.with_resource(backends.determinism(options["deterministic"]))
     place = fastest_or(options["backend"], threads)
     refuse_misshapen(swapped, place)
@@ -127,7 +138,7 @@ def pretrain(
         say(f"no TEXT given: training on the one that ships with minibert, {SHIPPED_TEXT.name}")
     if options["tokenizer"] and vocab_size is not None:
         raise UserError("--vocab-size is for a vocabulary trained on the text, and --tokenizer names one: give either")
-    documents = read_documents(options["texts"] or [SHIPPED_TEXT])
+    documents = read_documents(options["texts"] or [SHIPPED_TEXT], options["document_separator"])
 
     trainer = make_trainer(state, documents, training, place, options, output)
     if trainer.step >= training.max_steps:
@@ -178,7 +189,7 @@ def resumed(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
             raise UserError(
                 f"--resume: the run began with {name} {stored.get(name)}, got {value}: leave it out, or begin anew"
             )
-    return {name: value or stored.get(name) for name, value in given.items()}
+    return {name: stored.get(name) if value is None or value == [] else value for name, value in given.items()}
 
 
 def fastest_or(name: str | None, threads: int | None) -> Backend:
@@ -222,12 +233,27 @@ def make_trainer(
         f"model: {model.config.num_hidden_layers} layers of {model.config.hidden_size} channels, vocabulary "
         f"{model.config.vocab_size}, {sum(p.data.size for p in model.parameters()):,} parameters"
     )
+    say(told(documents, trainer.data.tokens, max(1, len(options["texts"])), options["document_separator"]))
     say(
-        f"text: {len(trainer.data.train.ids):,} tokens in {len(trainer.data.train):,} sequences to train on, "
+        f"sequences: {len(trainer.data.train.ids):,} tokens in {len(trainer.data.train):,} to train on, "
         f"{len(trainer.data.held_out.ids):,} held out"
     )
     say(f"to beat: guessing held-out tokens by frequency gives the loss {trainer.unigram_loss:.4f}")
     return trainer
+
+
+def told(documents: list[Document], tokens: int, files: int, separator: str) -> str:
+    """What was read, and where it may be that the documents are others."""
+    sentences = sum(map(len, documents))
+    counts = ", ".join(f"{count:,} {what}" + "s" * (count != 1) for count, what in (
+        (files, "file"), (len(documents), "document"), (sentences, "sentence"), (tokens, "token")
+    ))  # fmt: skip
+    unseparated = separator == TWO_BLANK_LINES and len(documents) <= files and sentences > files
+    return f"text: {counts}" + (
+        "; no two blank lines separate documents: if something else does, name it by --document-separator"
+        if unseparated
+        else ""
+    )
 
 
 def new_model(
@@ -298,8 +324,12 @@ def choose_tokenizer(named: str | None, folder: Path | None, documents: list[Doc
 
 @contextmanager
 def stopped_by_signals(trainer: Trainer) -> Iterator[None]:
-    """Ctrl-C, or SIGTERM, lets the step finish and the run save itself; the second one does what it always does."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Ctrl-C, or SIGTERM, lets the step finish and the run save itself; the second one does what it always does.
+
+    One that is ignored, as a shell has SIGINT ignored by what it starts in the background, stays so.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
 
     def stop(number: int, frame: Any) -> None:
         trainer.stop = True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -15,7 +16,8 @@ from minibert.errors import UserError
 from minibert.kernels.philox import Stream, random_words
 
 EncodedDocument = list[np.ndarray]  # its sentences, each (n,) int32 with n >= 1, no special tokens added
-SENTENCES_AT_ONCE = 4096  # bounds the memory that the tokenizer's own result objects take
+CHARACTERS_AT_ONCE = 2**20  # bounds the memory of the tokenizer's own result objects, 100 bytes a character
+LONGEST_PIECE = 2**16  # characters of a sentence
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,39 @@ class Sequences:
 
 def encode(documents: Sequence[Document], tokenizer: Tokenizer) -> list[EncodedDocument]:
     """Token ids of every sentence; sentences that give no token, and documents without any, are left out."""
-    sentences = [sentence for document in documents for sentence in document]
-    ids: list[np.ndarray] = []
-    for start in range(0, len(sentences), SENTENCES_AT_ONCE):
-        encodings = tokenizer.encode_batch(sentences[start : start + SENTENCES_AT_ONCE], add_special_tokens=False)
-        ids.extend(np.array(encoding.ids, dtype=np.int32) for encoding in encodings)
-    following = iter(ids)
-    encoded = [[s for s, _ in zip(following, document, strict=False) if len(s)] for document in documents]
-    return [document for document in encoded if document]
+    pieces = (piece for document in documents for sentence in document for piece in in_pieces(sentence))
+    ids = ids_of(pieces, tokenizer)
+    encoded = [
+        [np.concatenate([next(ids) for _ in in_pieces(sentence)]) for sentence in document] for document in documents
+    ]
+    with_tokens = [[sentence for sentence in document if len(sentence)] for document in encoded]
+    return [document for document in with_tokens if document]
+
+
+def ids_of(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """(n,) int32 of each text."""
+    batch: list[str] = []
+    size = 0
+    for text in chain(texts, [None]):
+        if text is not None:
+            batch.append(text)
+            size += len(text)
+        if text is None or size > CHARACTERS_AT_ONCE:
+            for encoding in tokenizer.encode_batch(batch, add_special_tokens=False):
+                yield np.array(encoding.ids, dtype=np.int32)
+            batch, size = [], 0
+
+
+def in_pieces(sentence: str) -> Iterator[str]:
+    """A sentence cut at spaces, where no token goes on: whole books without a full stop stand in one line."""
+    start = 0
+    while len(sentence) - start > LONGEST_PIECE:
+        end = sentence.find(" ", start + LONGEST_PIECE)
+        if end < 0:
+            break
+        yield sentence[start:end]
+        start = end + 1
+    yield sentence[start:]
 
 
 def split(

@@ -1,11 +1,10 @@
-"""Text, sequences, masking and batches: nothing crosses a document, nothing is lost, every step can be repeated."""
+"""Sequences, masking and batches: nothing crosses a document, nothing is lost, every step can be repeated."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +27,6 @@ from minibert.data import (
     split,
 )
 from minibert.data.sequences import EncodedDocument
-from minibert.data.text import split_sentences
 from minibert.errors import UserError
 from minibert.kernels.philox import random_words
 
@@ -66,72 +64,6 @@ def assert_same(a: PackedBatch, b: PackedBatch) -> None:
         if left is not None:
             assert left.dtype == right.dtype
             np.testing.assert_array_equal(left, right)
-
-
-# --- text
-
-
-def test_documents_paragraphs_and_line_breaks(tmp_path: Path) -> None:
-    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
-    first.write_bytes(
-        "\ufeffOne line\r\nand its end. Two.\r\n\r\nNo stop\r\n \r\n\t\r\n\r\nNext document!\r\n".encode()
-    )
-    second.write_text("Third.\n\n\n\n***\n\n\n")
-    assert read_documents([first, second]) == [
-        ["One line and its end.", "Two.", "No stop"],
-        ["Next document!"],
-        ["Third."],
-    ]
-    assert read_documents(str(second)) == [["Third."]]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
-        ("Mr. Smith met the U.S. Senate. They spoke.", ["Mr. Smith met the U.S. Senate.", "They spoke."]),
-        ("It was 3.14 in all. 5 came.", ["It was 3.14 in all.", "5 came."]),
-        ('He said "Go." "Why?" Then left.', ['He said "Go."', '"Why?"', "Then left."]),
-        ("Wait... what? no split. Yes", ["Wait... what? no split.", "Yes"]),
-        ("国家很好。我们走！", ["国家很好。", "我们走！"]),
-        ("... !", []),
-    ],
-)
-def test_sentences(text: str, expected: list[str]) -> None:
-    assert split_sentences(text) == expected
-
-
-def test_no_character_is_lost_between_sentences() -> None:
-    text = SHIPPED_TEXT.read_text(encoding="utf-8")
-    kept = "".join(sentence for document in read_documents(SHIPPED_TEXT) for sentence in document)
-    assert "".join(kept.split()) == "".join(text.split())
-    assert len(read_documents(SHIPPED_TEXT)) == 20
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "has no words"),
-        (b" \n\n ... --\n", "has no words"),
-        ("naïve".encode("latin-1"), r"byte 2 \(0xef\).*iconv"),
-        (b"\xef\xbb\xbfab\xff", r"byte 5 \(0xff\).*iconv"),
-        ("text".encode("utf-16"), "byte 0 .*iconv"),
-        ("text".encode("utf-16-le"), "byte 1 is NUL.*iconv"),
-    ],
-)
-def test_bad_text_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "text.txt"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
-        read_documents([path])
-    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
-
-
-def test_missing_text_and_folder_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no text file .*absent\.txt"):
-        read_documents([tmp_path / "absent.txt"])
-    with pytest.raises(UserError, match="is a folder"):
-        read_documents([tmp_path])
 
 
 # --- sequences
