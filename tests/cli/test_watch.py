@@ -15,6 +15,7 @@ import pytest
 
 from minibert.cli.watch import line, ops_of, resolve
 from minibert.errors import UserError
+from tests.children import child
 
 GOOD = "def scale(x, *, factor):\n    return x * x.dtype.type(factor)\n"
 SLIGHTLY_WRONG = GOOD.replace("type(factor)", "type(factor * 1.001)")
@@ -71,21 +72,17 @@ def save(path: Path, text: str) -> None:
 def test_each_save_is_looked_at_until_an_interrupt(kernel: Path, root: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "minibert", "watch", "mine.py:scale=scale", "--backend", "numpy"]
-    with subprocess.Popen(
-        command, cwd=kernel.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as watch:
+    with child(command, cwd=kernel.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as watch:
         assert watch.stdout is not None
-        try:
-            read_until(watch.stdout, " ok ", "scale")
-            save(kernel, SLIGHTLY_WRONG)
-            read_until(watch.stdout, "FAIL", "follows_formula")
-            save(kernel, BROKEN)
-            read_until(watch.stdout, "FAIL", "mine.py")
-            save(kernel, GOOD)
-            assert "%)" in read_until(watch.stdout, " ok ", "scale")  # against the last one that was right
-        finally:
-            watch.send_signal(signal.SIGINT)
-            assert watch.wait(timeout=60) == 130
+        read_until(watch.stdout, " ok ", "scale")
+        save(kernel, SLIGHTLY_WRONG)
+        read_until(watch.stdout, "FAIL", "follows_formula")
+        save(kernel, BROKEN)
+        read_until(watch.stdout, "FAIL", "mine.py")
+        save(kernel, GOOD)
+        assert "%)" in read_until(watch.stdout, " ok ", "scale")  # against the last one that was right
+        watch.send_signal(signal.SIGINT)
+        assert watch.wait() == 130
 
 
 def test_a_failure_is_the_exit_status_of_a_single_look(kernel: Path, root: Path) -> None:

@@ -33,6 +33,7 @@ from minibert.train.graphed import GraphedSteps
 from minibert.train.guard import NonFiniteError
 from minibert.train.optim import AdamW
 from minibert.train.trainer import LOG, Data, Trainer, prepare, read_state
+from tests.children import child
 
 TINY = BertConfig(
     vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
@@ -329,16 +330,13 @@ def test_pretrain_by_graphs_is_interrupted_and_resumed(emulator: Any, tmp_path: 
         "--tokens-per-batch", "64", "--max-seq-length", "32", "--log-every", "1", "--eval-every", "1000",
         "--steps", "500",
     ]  # fmt: skip
-    process = subprocess.Popen(
-        [*minibert, *words, "--output", str(output)], env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (output / LOG).is_file() or len((output / LOG).read_text(encoding="utf-8").splitlines()) < 5:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    command = [*minibert, *words, "--output", str(output)]
+    with child(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not (output / LOG).is_file() or len((output / LOG).read_text(encoding="utf-8").splitlines()) < 5:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate()
     assert (process.returncode, err) == (130, ""), out + err
     stopped = read_state(output).progress["step"]
     assert 0 < stopped < 500 and f"stopped after step {stopped} of 500, and saved" in out

@@ -19,6 +19,7 @@ import pytest
 from minibert import backends
 from minibert.cli import main
 from minibert.cli.compiling import show_compiling
+from minibert.cli.pretrain import stopped_by_signals
 from minibert.data import SHIPPED_TEXT, SHIPPED_VOCABULARY, load_tokenizer, read_documents
 from minibert.errors import UserError
 from minibert.kernels.cpu.jit import jit
@@ -30,6 +31,7 @@ from minibert.model.packing import IGNORE
 from minibert.train.config import TrainingConfig
 from minibert.train.guard import NonFiniteError
 from minibert.train.trainer import LOG, STATE, Data, Trainer, prepare, read_state
+from tests.children import child
 
 TINY = BertConfig(
     vocab_size=8000, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
@@ -369,25 +371,34 @@ COMMAND = [
 ]  # fmt: skip
 
 
+def test_an_ignored_interrupt_stays_ignored(data: Data, tmp_path: Path) -> None:
+    """As in the background of a shell, whose foreground it is that Ctrl-C is for; SIGTERM still stops the run."""
+    run = trainer(data, tmp_path)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stopped_by_signals(run):
+            signal.raise_signal(signal.SIGINT)
+            assert not run.stop
+            signal.raise_signal(signal.SIGTERM)
+            assert run.stop and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_saves_and_resume_goes_on(
     small_text: Path, tmp_path: Path, root: Path, number: signal.Signals
 ) -> None:
     output = tmp_path / "out"
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    process = subprocess.Popen(
-        [*COMMAND, str(small_text), "--output", str(output)],
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    deadline = time.monotonic() + 120
-    while not (output / LOG).is_file() or len((output / LOG).read_text().splitlines()) < 4:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    command = [*COMMAND, str(small_text), "--output", str(output)]
+    with child(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not (output / LOG).is_file() or len((output / LOG).read_text().splitlines()) < 4:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(number)
+        out, err = process.communicate()
     assert process.returncode == 130, out + err
     stopped = read_state(output).progress["step"]
     assert 0 < stopped < 400
