@@ -122,7 +122,7 @@ def test_the_python_of_the_readme_runs(root: Path, tmp_path: Path) -> None:
     source = "\n".join(blocks(root / "README.md", "python"))
     environment = {**os.environ, "PYTHONPATH": str(root)}
     run = subprocess.run(
-        [sys.executable, "-c", source], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", source], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stderr
 

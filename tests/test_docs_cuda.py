@@ -96,7 +96,7 @@ def run(folder: Path, step: Step, answers: str = "") -> subprocess.CompletedProc
     environment.pop("COLUMNS", None)
     command = [sys.executable, "-m", "minibert", *step.command.split()]
     return subprocess.run(
-        command, cwd=folder, env=environment, input=answers, capture_output=True, text=True, timeout=300
+        command, cwd=folder, env=environment, input=answers, capture_output=True, text=True, timeout=600
     )
 
 
@@ -178,7 +178,7 @@ def test_memory_runs_out_as_the_page_shows(tmp_path: Path) -> None:
     message = next(b for b in blocks(DOCS / "cuda.md", "text") if "DeviceMemoryExhausted" in b)
     environment = {**os.environ, "PYTHONPATH": str(DOCS.parent), "MINIBERT_EMULATOR_MEMORY": "0.01"}
     done = subprocess.run(
-        [sys.executable, "-c", source], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", source], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.stderr.splitlines()[-1] == message.strip()
 

@@ -351,7 +351,7 @@ def test_the_walls_look_at_the_repository(root: Path) -> None:
 
 def python(code: str, folder: Path) -> Any:
     """Run a line of Python from a folder, in a process of its own."""
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def run(*command: str | Path, cwd: Path, path: tuple[Path, ...] = ()) -> Any:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
     words = [sys.executable, *map(str, command)]
-    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{' '.join(words)} in {cwd}\n{done.stdout}{done.stderr}"
     return done.stdout
 

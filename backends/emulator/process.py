@@ -192,7 +192,6 @@ class EmulatorProcess:
                 pass_fds=(self._memory_fd, theirs.fileno()),
                 stdin=None if self.gdb is not None else subprocess.DEVNULL,
             )
-        ours.settimeout(self.timeout if self.gdb is None else None)
         self._channel = ours
         weakref.finalize(self, _end, self._child, ours)
 
@@ -215,6 +214,7 @@ class EmulatorProcess:
     def _ask(self, opcode: int, payload: bytes, what: str) -> Mapping[str, Any]:
         channel = self._channel
         assert channel is not None
+        channel.settimeout(self.timeout if self.gdb is None else None)
         try:
             with _interrupts_left_to_gdb(self.gdb is not None):
                 channel.sendall(struct.pack("<II", opcode, len(payload)) + payload)

@@ -178,7 +178,7 @@ def test_the_numpy_backend_alone_does_not_need_numba(root: Path) -> None:
         "print(place.describe().endswith('BLAS threads 1, deterministic)'), 'numba' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
     assert done.stdout.split() == ["True", "False"], done.stderr
 
 

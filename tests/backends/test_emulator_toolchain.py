@@ -108,7 +108,7 @@ def test_builders_at_once_do_not_collide(tmp_path: Path, monkeypatch: pytest.Mon
     for builder in builders:
         builder.start()
     for builder in builders:
-        builder.join()
+        builder.join(600)
     assert len(built) == 3 and len(set(built)) == 1
     assert [p.name for p in (tmp_path / "cache" / "emulator").iterdir()] == [built[0].name]  # nothing is left lying
 
@@ -128,7 +128,7 @@ device.process.close()
     commands = "info breakpoints\nbacktrace 2\ndelete\ncontinue\n"
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", script], input=commands, cwd=root, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", script], input=commands, cwd=root, capture_output=True, text=True, timeout=600
     )
     if "ptrace: Operation not permitted" in done.stdout + done.stderr:
         pytest.skip("gdb may not trace processes here")
@@ -196,7 +196,7 @@ def test_leaving_gdb_ends_the_command(tmp_path: Path) -> None:
     """Once: not to be asked again for each check that is left."""
     words = ["minibert", "check", "softmax", "--backend", "emulator", "--gdb", "softmax/gpu.cu:60"]
     code = f"import sys; sys.argv = {words!r}; from minibert.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], input="quit\n", capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], input="quit\n", capture_output=True, text=True, timeout=600)
     if "ptrace: Operation not permitted" in done.stdout + done.stderr:
         pytest.skip("gdb may not trace processes here")
     assert done.returncode == 130 and done.stdout.count("(gdb)") == 1, done.stdout + done.stderr

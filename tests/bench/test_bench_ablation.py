@@ -79,8 +79,9 @@ def test_a_process_without_vectors_of_512_bits_has_those_of_256(root: Path) -> N
     environment, call = ablation.SETTINGS["vectors of 512 bits"]
     code = "from minibert.kernels.cpu.vectors import VECTOR_BYTES; print(VECTOR_BYTES)"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env={**os.environ, **environment}
-    )
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env={**os.environ, **environment},
+        timeout=600,
+    )  # fmt: skip
     assert done.stdout == "32\n" and not call, done.stderr
 
 

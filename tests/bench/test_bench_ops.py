@@ -268,4 +268,4 @@ def test_without_pytest_benchmark_the_benchmarks_are_skipped_with_what_to_instal
 def pytest_in_a_child(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", *words, "-p", "no:cacheprovider"]
     env = {**os.environ, "MINIBERT_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)

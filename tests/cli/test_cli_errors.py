@@ -69,7 +69,7 @@ def test_command_as_a_process(tmp_path: Path, root: Path) -> None:
         "--output",
         str(tmp_path / "out"),
     ]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
     assert done.stderr == f"error: no text file {tmp_path / 'absent.txt'}: check the path\n"
     assert not (tmp_path / "out").exists()

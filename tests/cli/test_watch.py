@@ -27,7 +27,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the emu
 def minibert(*words: str, folder: Path, root: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(root)}
     command = [sys.executable, "-m", "minibert", *words]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_one_look_says_right_how_wrong_and_how_fast(root: Path) -> None:

@@ -81,7 +81,7 @@ def test_training_does_not_depend_on_the_process(tmp_path: Path) -> None:
             "PYTHONHASHSEED": str(run),
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         }
-        subprocess.run([sys.executable, "-c", script, str(target)], check=True, env=environment)
+        subprocess.run([sys.executable, "-c", script, str(target)], check=True, env=environment, timeout=600)
     first, *others = [(tmp_path / f"{run}.txt").read_bytes() for run in range(3)]
     assert first.count(b"\n") == 1500
     assert others == [first, first]

@@ -163,6 +163,6 @@ def test_products_stay_correct_with_the_instructions_of_older_processors(root: P
                 [sys.executable, "-c", CHILD, str(width), *files], cwd=root, env=environment, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )  # fmt: skip
-    said = {name: child.communicate()[0] for name, child in children.items()}
+    said = {name: child.communicate(timeout=600)[0] for name, child in children.items()}
     for name, child in children.items():
         assert child.returncode == 0 and " passed" in said[name], f"{name}: {said[name]}"

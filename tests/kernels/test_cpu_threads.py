@@ -60,7 +60,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": str(root), **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -101,17 +101,20 @@ def test_ranges_cover_the_rows_and_hold_a_grain():
     assert len(seen) == PIECES_PER_THREAD * 3 and min(stop - start for start, stop in seen) >= 7
 
 
+MOST_LOOKS = 2_000_000_000  # minutes: a busy machine may keep the other thread waiting, only a broken team for ever
+
+
 @jit
 def meet(memory, here, start, stop):
     """Marks its range, then waits until two ranges are marked: so it ends early only if two threads are in it."""
     here[start] = 1
     arrived = add(memory, 0, 1)
     looks = 0
-    while load(memory, 0) < 2 and looks < 50_000_000:
+    while load(memory, 0) < 2 and looks < MOST_LOOKS:
         pause()
         looks += 1
     if arrived < 2:
-        here[start] = 2 if looks < 50_000_000 else -1
+        here[start] = 2 if looks < MOST_LOOKS else -1
 
 
 def two_threads_meet():
@@ -132,10 +135,10 @@ def test_idle_threads_sleep_and_those_no_longer_wanted_end():
     x, y = np.ones((10, 3), np.float32), np.zeros((10, 3), np.float32)
     run_rows(square_rows, 10, x, y)
     team = cpu_threads._team
-    assert team is not None and within(5, lambda: team._words[cpu_team.ASLEEP] == 2)
+    assert team is not None and within(300, lambda: team._words[cpu_team.ASLEEP] == 2)
     members = {thread for thread in threading.enumerate() if thread.name.startswith("minibert-")}
     set_num_threads(2)
-    assert within(5, lambda: sum(thread.is_alive() for thread in members) <= len(members) - 2)
+    assert within(300, lambda: sum(thread.is_alive() for thread in members) <= len(members) - 2)
     run_rows(square_rows, 10, x, y)
     assert (y == 2).all()
 
@@ -236,7 +239,7 @@ def test_two_callers_at_once_and_a_changing_number_of_threads():
     for i in range(50):
         set_num_threads(1 + i % 4)
     for caller in callers:
-        caller.join()
+        caller.join(600)
     assert not wrong
 
 

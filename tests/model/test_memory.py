@@ -261,7 +261,7 @@ def step_memory(*arguments: str) -> dict[str, Any]:
     folder = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": folder}
     command = [sys.executable, "-c", STEPS, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
 

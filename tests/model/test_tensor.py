@@ -141,7 +141,7 @@ def test_no_grad_ends_after_an_error_and_holds_for_its_own_thread() -> None:
     with no_grad():
         thread = threading.Thread(target=lambda: seen.append(grad_enabled()))
         thread.start()
-        thread.join()
+        thread.join(600)
     assert seen == [True]
 
 

@@ -341,7 +341,7 @@ def test_pretrain_by_graphs_is_interrupted_and_resumed(emulator: Any, tmp_path: 
     stopped = read_state(output).progress["step"]
     assert 0 < stopped < 500 and f"stopped after step {stopped} of 500, and saved" in out
     again = [*minibert, "--output", str(output), "--resume", "--steps", str(stopped + 2)]
-    finished = subprocess.run(again, env=environment, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(again, env=environment, capture_output=True, text=True, timeout=600)
     assert (finished.returncode, finished.stderr) == (0, ""), finished.stdout
     lines = [json.loads(line) for line in (output / LOG).read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, stopped + 3))

@@ -417,6 +417,6 @@ def test_interrupt_saves_and_resume_goes_on(
         "--steps",
         str(stopped + 2),
     ]
-    finished = subprocess.run(again, env=environment, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(again, env=environment, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert [line["step"] for line in log_of(output) if "loss" in line] == list(range(1, stopped + 3))

@@ -53,7 +53,7 @@ def plugin(root: Path, examples: Path) -> Callable[..., Any]:
         environment = {**os.environ, "PYTHONPATH": str(root), "MINIBERT_NUM_THREADS": "1", "COLUMNS": "200"}
         environment.pop("PYTEST_ADDOPTS", None)
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *words]
-        return subprocess.run(command, cwd=examples, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=examples, env=environment, capture_output=True, text=True, timeout=600)
 
     return start
 
