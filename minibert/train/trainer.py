@@ -86,6 +86,11 @@ class Data(NamedTuple):
 def prepare(documents: Sequence[Document], tokenizer: Tokenizer, config: TrainingConfig) -> Data:
     """Encode, hold documents out, cut into sequences. Raises UserError where the text is too short."""
     special, encoded = special_ids(tokenizer), encode(documents, tokenizer)
+    if config.next_sentence and encoded and all(len(document) == 1 for document in encoded):
+        raise UserError(
+            f"next_sentence: every one of {len(encoded)} documents has a single sentence, so that none follows another: "
+            "name another document separator, or leave it out"
+        )
     train, held_out = (
         make_sequences(part, special, config.max_seq_length, config.next_sentence, config.seed)
         for part in split(encoded, config.held_out, config.seed)
