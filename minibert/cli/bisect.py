@@ -55,9 +55,12 @@ def bisect_command(
     if threads is not None:
         backends.set_num_threads(threads)
     kernels = load_kernels(kernel)
-    if b is None and not (kernels or b_threads or b_dtype):
+    if b is None and not (kernels or b_threads or b_dtype is not None):
         raise UserError("expected two sides, as in `minibert bisect numpy numba`, or --kernel, --b-threads, --b-dtype")
-    first, second = sides.side(a, dtype), sides.side(a if b is None else b, b_dtype or dtype, kernels, b_threads)
+    first, second = (
+        sides.side(a, dtype),
+        sides.side(a if b is None else b, dtype if b_dtype is None else b_dtype, kernels, b_threads),
+    )
     if isinstance(first, Recording) or isinstance(second, Recording):
         raise UserError("bisect: a trace holds one step and cannot be run again; give two backends, or use diff")
     sides.fit(first, second, products)

@@ -58,7 +58,7 @@ def check_command(
             f"--kernel replaces {', '.join(o.name for o in kernels)}, but only {', '.join(names)} is checked"
         )
     results: list[CheckResult] = []
-    dtypes = [name.strip() for name in dtype.split(",")] if dtype else None
+    dtypes = [name.strip() for name in dtype.split(",")] if dtype is not None else None
     with ExitStack() as stack:
         status = notes.status("checking")
         if not gdb:  # which has the terminal

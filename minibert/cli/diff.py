@@ -67,9 +67,9 @@ def diff_command(
     if steps > 1 and (step > 1 or record_file is not None or every):
         raise UserError("--steps compares every step from the first: leave out --step, --record and --all")
     first = sides.side(a, dtype)
-    if b is None and record_file is None and not (kernels or b_threads or b_dtype):
+    if b is None and record_file is None and not (kernels or b_threads or b_dtype is not None):
         raise UserError("expected two sides, as in `minibert diff numpy numba`, or --kernel, --b-threads or --b-dtype")
-    second = sides.side(a if b is None else b, b_dtype or dtype, kernels, b_threads)
+    second = sides.side(a if b is None else b, dtype if b_dtype is None else b_dtype, kernels, b_threads)
     sides.fit(first, second, products)
     inputs = step_inputs(config, text, tokens, max_seq_length, seed, steps)
     if steps > 1:

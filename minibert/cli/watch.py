@@ -93,8 +93,8 @@ def resolve(kernels: Sequence[str], backend: str | None, dtype: str | None = Non
             ops += [found for found in ops_of(path) if found not in ops]
         files += [file for file in sorted(path.parent.iterdir()) if file.suffix in SOURCES]
     cuda = any(file.suffix == ".cu" for file in files) and not all(Path(g).name == "cpu.py" for g in kernels)
-    where = backends.get(backend or _fitting(cuda))
-    dtypes = [name.strip() for name in dtype.split(",")] if dtype else []
+    where = backends.get(_fitting(cuda) if backend is None else backend)
+    dtypes = [name.strip() for name in dtype.split(",")] if dtype is not None else []
     if not set(dtypes) <= set(where.dtypes):
         raise UserError(f"--dtype: {where.name} has {', '.join(where.dtypes)}, got {dtype!r}")
     return Watched(list(dict.fromkeys(files)), [find_op(op).name for op in ops], where.name, dtypes, specs)

@@ -88,7 +88,7 @@ def prepare(documents: Sequence[Document], tokenizer: Tokenizer, config: Trainin
     special, encoded = special_ids(tokenizer), encode(documents, tokenizer)
     if config.next_sentence and encoded and all(len(document) == 1 for document in encoded):
         raise UserError(
-            f"next_sentence: every one of {len(encoded)} documents has a single sentence, so that none follows another: "
+            f"next_sentence: each of {len(encoded)} documents has a single sentence, so that none follows another: "
             "name another document separator, or leave it out"
         )
     train, held_out = (

@@ -23,6 +23,7 @@ SMALL = {
     "vocab_size": 8000, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
     "max_position_embeddings": 64,
 }  # fmt: skip
+KERNEL_FILE = str(Path(mb.__file__).parent / "kernels" / "softmax" / "cpu.py")
 TEXT = "The Congress met in the city. It was a cold winter, and the members came late.\n\n\nPeace was made.\n" * 20
 
 Refused = Callable[..., str]
@@ -234,6 +235,21 @@ def test_sequences_longer_than_the_positions_of_a_named_model(refused: Refused, 
     assert "512 positions" in refused("pretrain", text, "--output", tmp_path / "o", "--max-seq-length", 600)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["check", "add", "--backend", "numpy", "--dtype"], "not ''"),
+        (["diff", "numpy", "numpy", "--b-dtype"], "not ''"),
+        (["bisect", "numpy", "numpy", "--b-dtype"], "not ''"),
+        (["watch", KERNEL_FILE, "--once", "--backend"], "no backend is called ''"),
+        (["watch", KERNEL_FILE, "--once", "--dtype"], "got ''"),
+    ],
+)
+def test_an_option_that_is_given_empty_is_not_left_out(refused: Refused, words: list[str], message: str) -> None:
+    """As by a script whose variable is not set: it asked for something else than the default."""
+    assert message in refused(*words, "")
+
+
 def test_sequences_longer_than_the_batch(refused: Refused, text: Path, tmp_path: Path) -> None:
     arguments = ["--tokenizer", SHIPPED_VOCABULARY, "--config", "tiny", "--tokens-per-batch", 8]
     assert "tokens_per_batch" in refused("pretrain", text, "--output", tmp_path / "o", *arguments)
@@ -262,6 +278,11 @@ def test_sequences_longer_than_the_batch(refused: Refused, text: Path, tmp_path:
         ("--threads", 10**20, "--threads"),
         ("--dtype", "float16", "float16"),
         ("--tokenizer", "absent", "absent"),
+        ("--document-separator", "=====", "no line of"),
+        ("--document-separator", "", "document separator"),
+        ("--config", "", "config.json"),
+        ("--dtype", "", "--dtype"),
+        ("--backend", "", "no backend is called ''"),
     ],
 )
 def test_values_out_of_range(

@@ -136,7 +136,7 @@ def folder(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         yield
-        said, _ = child.communicate()
+        said, _ = child.communicate(timeout=600)
         assert child.returncode == 0, said
 
     with process("compiled", option=ONE_BY_ONE):

@@ -195,7 +195,7 @@ def test_next_sentence(tmp_path: Path) -> None:
 def test_sentences_that_none_follows_are_no_next_sentence_task() -> None:
     """One line, one document: of every pair the label would be "does not follow"."""
     documents, tokenizer = [[f"sentence number {i}"] for i in range(50)], load_tokenizer(SHIPPED_VOCABULARY)
-    with pytest.raises(UserError, match="every one of 50 documents has a single sentence"):
+    with pytest.raises(UserError, match="each of 50 documents has a single sentence"):
         prepare(documents, tokenizer, replace(CONFIG, next_sentence=True))
     assert len(prepare(documents, tokenizer, CONFIG).train) > 40
 
