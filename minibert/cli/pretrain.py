@@ -243,17 +243,14 @@ def make_trainer(
 
 
 def told(documents: list[Document], tokens: int, files: int, separator: str) -> str:
-    """What was read, and where it may be that the documents are others."""
+    """What was read; and how to have other documents, where there is no more than one in a file."""
     sentences = sum(map(len, documents))
-    counts = ", ".join(f"{count:,} {what}" + "s" * (count != 1) for count, what in (
-        (files, "file"), (len(documents), "document"), (sentences, "sentence"), (tokens, "token")
-    ))  # fmt: skip
-    unseparated = separator == TWO_BLANK_LINES and len(documents) <= files and sentences > files
-    return f"text: {counts}" + (
-        "; no two blank lines separate documents: if something else does, name it by --document-separator"
-        if unseparated
-        else ""
-    )
+    found = {"file": files, "document": len(documents), "sentence": sentences, "token": tokens}
+    said = "text: " + ", ".join(f"{count:,} {what}{'s' * (count != 1)}" for what, count in found.items())
+    if separator == TWO_BLANK_LINES and len(documents) <= files and sentences > files:
+        said += "; no two blank lines separate documents: where something else does, name it, as "
+        said += f"--document-separator {BLANK_LINE}"
+    return said
 
 
 def new_model(

@@ -321,7 +321,7 @@ def test_command_says_what_it_read(
     command(monkeypatch, "pretrain", text, "--output", tmp_path / "plain", *arguments)
     out = capsys.readouterr().out
     assert "text: 1 file, 1 document, 20 sentences, 48 tokens; no two blank lines" in out
-    assert "name it by --document-separator" in out
+    assert "name it, as --document-separator blank-line\n" in out
     assert read_state(tmp_path / "plain").config.warmup_steps == 0
 
     cut = ["--document-separator", "blank-line"]
