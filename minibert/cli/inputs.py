@@ -24,10 +24,16 @@ from minibert.data import (
     tokenizer_files,
     vocabulary_size,
 )
+from minibert.data.text import BLANK_LINE, TWO_BLANK_LINES
 from minibert.errors import UserError
 from minibert.model import checkpoint
 from minibert.model.bert import BertForMaskedLM
 from minibert.model.config import NAMED, BertConfig
+
+SEPARATOR_HELP = (
+    f"What separates the documents of a file: {TWO_BLANK_LINES}; {BLANK_LINE}, with a sentence a line, as Google's "
+    "BERT takes text; line, where each is a document; file, where nothing does; or what a line reads, as <|endoftext|>."
+)
 
 
 class Inputs(NamedTuple):

@@ -18,6 +18,7 @@ from minibert import backends
 from minibert.backends import MOST_THREADS, Backend, BackendUnavailable
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
+from minibert.cli.inputs import SEPARATOR_HELP
 from minibert.cli.options import DETERMINISTIC_HELP, PRODUCTS_HELP, console, set_products
 from minibert.data import (
     SHIPPED_TEXT,
@@ -47,10 +48,6 @@ CHANGEABLE = {"max_steps", "logging_steps", "eval_steps", "save_steps", "checkpo
 DEFAULT_OPTIONS = {
     "document_separator": TWO_BLANK_LINES, "config": "mini", "dtype": "float32", "deterministic": False,
 }  # fmt: skip
-SEPARATOR_HELP = (
-    f"What separates the documents of a file: {TWO_BLANK_LINES}; {BLANK_LINE}, with a sentence a line, as Google's "
-    "BERT takes text; line, where each is a document; file, where nothing does; or what a line reads, as <|endoftext|>."
-)
 
 
 def setting(name: str, help: str, flag: str | None = None) -> Any:

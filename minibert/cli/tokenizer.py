@@ -7,7 +7,9 @@ from pathlib import Path
 import typer
 
 from minibert.cli import app
+from minibert.cli.inputs import SEPARATOR_HELP
 from minibert.data import SHIPPED_VOCABULARY, load_tokenizer, read_documents, save_tokenizer, train_tokenizer
+from minibert.data.text import TWO_BLANK_LINES
 from minibert.data.tokenizer import FILES
 from minibert.errors import UserError
 from minibert.model.checkpoint import OTHER_WEIGHTS
@@ -22,11 +24,12 @@ def train(
     output: Path = typer.Option(..., help="Folder for tokenizer.json, vocab.txt and tokenizer_config.json."),
     vocab_size: int = typer.Option(8000, min=6, max=1_000_000, help="Tokens at most, the special ones among them."),
     cased: bool = typer.Option(False, "--cased", help="Keep upper case and accents."),
+    document_separator: str = typer.Option(TWO_BLANK_LINES, metavar="WHAT", help=SEPARATOR_HELP),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace a vocabulary in --output; never a model's."),
 ) -> None:
     """Train a WordPiece vocabulary on text files."""
     refuse_to_overwrite(output, overwrite)
-    tokenizer = train_tokenizer(read_documents(texts), vocab_size, lowercase=not cased)
+    tokenizer = train_tokenizer(read_documents(texts, document_separator), vocab_size, lowercase=not cased)
     save_tokenizer(tokenizer, output)
     print(f"{tokenizer.get_vocab_size()} tokens in {output}")
 

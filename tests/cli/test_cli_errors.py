@@ -171,6 +171,19 @@ def test_a_vocabulary_is_replaced_when_that_is_said(
     assert json.loads((folder / "config.json").read_text()) == SMALL
 
 
+def test_a_line_between_documents_is_no_word_of_the_vocabulary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
+    (text := tmp_path / "two.txt").write_text("one document here\n@@\nanother document there\n")
+    command = ["tokenizer", "train", text, "--output", tmp_path / "out", "--document-separator"]
+    assert "no line" in refused(*command, "##")
+    monkeypatch.setattr(sys, "argv", ["minibert", *map(str, command), "@@"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    assert "@" not in (tmp_path / "out" / "vocab.txt").read_text()
+
+
 def test_weights_without_their_tokenizer(refused: Refused, text: Path, tmp_path: Path) -> None:
     (folder := config_folder(tmp_path / "config")).joinpath("model.safetensors").write_bytes(b"")
     message = refused("pretrain", text, "--output", tmp_path / "o", "--config", folder, "--max-seq-length", 32)
