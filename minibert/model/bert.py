@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from minibert.errors import UserError
 from minibert.kernels.activation import relu, tanh
 from minibert.kernels.attention import attention
 from minibert.kernels.cross_entropy import linear_cross_entropy
@@ -26,7 +27,7 @@ from minibert.kernels.view import concatenate
 from minibert.model.config import GELU, BertConfig
 from minibert.model.nn import Embedding, LayerNorm, Linear, Module, Parameter, Place, embed, lay_together
 from minibert.model.outputs import Batch, BertOutput, MaskedLMOutput, PreTrainingOutput
-from minibert.model.packing import IGNORE, Packed, pack
+from minibert.model.packing import IGNORE, Packed, as_array, pack, refuse_unknown
 from minibert.model.pretrained import PreTrained
 from minibert.model.recompute import SumOfParts, recomputed
 from minibert.model.tensor import Tensor, apply, at_place
@@ -51,11 +52,14 @@ class BertEmbeddings(Module):
         self.token_type_embeddings = Embedding(config.type_vocab_size, channels, place)
         self.LayerNorm = LayerNorm(channels, config.layer_norm_eps, place)
 
-    def __call__(self, batch: Batch) -> Tensor:  # -> (N, C)
+    def __call__(self, batch: Batch, embeds: Tensor | None = None) -> Tensor:  # embeds (rows, C) -> (N, C)
         packed = batch.packed
-        tables = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
+        word, padding_idx = (
+            (self.word_embeddings.weight, self.config.pad_token_id) if embeds is None else (embeds, None)
+        )
+        tables = word, self.position_embeddings.weight, self.token_type_embeddings.weight
         ids = [batch.integers(i) for i in (packed.input_ids, packed.position_ids, packed.token_type_ids)]
-        x = self.LayerNorm(embed(tables, (ids[0], ids[1], ids[2]), self.config.pad_token_id))
+        x = self.LayerNorm(embed(tables, (ids[0], ids[1], ids[2]), padding_idx))
         params = batch.dropout(self.config.hidden_dropout_prob, EMBEDDING_STREAM, 0)
         if not params["rate"]:
             return x
@@ -206,6 +210,10 @@ class BertModel(PreTrained):
         if initialise:
             self.initialise()
 
+    def get_input_embeddings(self) -> Embedding:
+        """The word embeddings; called with ids they make `inputs_embeds`."""
+        return self.embeddings.word_embeddings
+
     def gradient_checkpointing_enable(self) -> None:
         """Train in less memory: backward computes each layer again. The gradients have the same bits."""
         self.gradient_checkpointing = True
@@ -215,21 +223,50 @@ class BertModel(PreTrained):
         self.gradient_checkpointing = False
 
     def __call__(
-        self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,
-        *, cu_seqlens: Any = None, labels: Any = None, output_hidden_states: bool = False,
-        output_attentions: bool = False,
-    ) -> BertOutput:  # fmt: skip
+        self, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,
+        *, inputs_embeds: Any = None, cu_seqlens: Any = None, output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None, return_dict: bool | None = None, **unknown: Any,
+    ) -> Any:  # fmt: skip
         """Encode (B, T) padded ids with their mask, (N,) packed ids with `cu_seqlens`, or a `Packed` batch alone.
 
-        Raises UserError for shapes that do not match and for ids that are out of range.
+        The mask is 1 for a token and 0 for padding, in any dtype; a row that is masked throughout has outputs of zeros
+        and changes no other. `inputs_embeds` (B, T, C), or (N, C), stand in place of the ids' word embeddings: a
+        `Tensor` through which gradients go, or an array. What to put out the config says where the call does not.
+        `return_dict=False` gives a tuple, all of it computed. Raises UserError for shapes that do not match, for ids
+        that are out of range and for arguments that are not known.
         """
-        packed = input_ids
-        if not isinstance(packed, Packed):
-            packed = pack(self.config, input_ids, attention_mask, token_type_ids, position_ids, labels, cu_seqlens)
+        refuse_unknown(unknown)
+        out = self.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds=inputs_embeds, cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+        )  # fmt: skip
+        return out.to_tuple() if return_dict is False else out
+
+    def encode(
+        self, input_ids: Any, attention_mask: Any, token_type_ids: Any, position_ids: Any, *, inputs_embeds: Any = None,
+        cu_seqlens: Any = None, labels: Any = None, output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None, **unknown: Any,
+    ) -> BertOutput:  # fmt: skip
+        """What a call makes, with the labels of the model around this one."""
+        refuse_unknown(unknown)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("expected input_ids or inputs_embeds, one of the two")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        described = (attention_mask, token_type_ids, position_ids, labels, cu_seqlens)
+        embeds = None if inputs_embeds is None else self._embeds(inputs_embeds, 2 if cu_seqlens is not None else 3)
+        if isinstance(input_ids, Packed):
+            packed = input_ids
+            if any(given is not None for given in described):
+                raise UserError("a Packed batch has its positions, types and labels within; give it alone")
+        else:
+            packed = pack(self.config, input_ids, *described, None if embeds is None else embeds.shape[:-1])
         batch = Batch(packed, self.place, Stream(self.seed, 0, self.step, 0) if self.training else None)
         self.step += self.training
         attentions: list[Tensor] | None = [] if output_attentions else None
-        layers = [self.embeddings(batch)]
+        layers = [self.embeddings(batch, None if embeds is None else embeds.reshape(-1, embeds.shape[-1]))]
         for layer in self.encoder.layer:
             if self.gradient_checkpointing and self.training and attentions is None:
                 x = recomputed(partial(layer, batch=batch, attentions=None), layers[-1])
@@ -239,6 +276,21 @@ class BertModel(PreTrained):
                 layers[-1].forget_until_backward()
             layers = [*layers, x] if output_hidden_states else [x]
         return BertOutput(self, batch, layers, attentions)
+
+    def _embeds(self, given: Any, axes: int) -> Tensor:
+        """(B, T, C) or (N, C) in the model's dtype, on its backend."""
+        backend, dtype, channels = self.place.backend, self.place.dtype, self.config.hidden_size
+        if isinstance(given, Tensor):
+            if given.backend is not backend or given.dtype != dtype:
+                raise UserError(f"inputs_embeds: expected {dtype} on {backend.name}, got {given!r}")
+        else:
+            array = as_array("inputs_embeds", given, "an array of numbers")
+            given = Tensor(backend.asarray(array, dtype=dtype), backend)
+        if given.ndim != axes or given.shape[-1] != channels:
+            raise UserError(
+                f"inputs_embeds: expected (B, T, {channels}), or (N, {channels}) with cu_seqlens, got {given.shape}"
+            )
+        return given
 
 
 class BertForMaskedLM(PreTrained):
@@ -275,6 +327,10 @@ class BertForMaskedLM(PreTrained):
     def step(self, step: int) -> None:
         self.bert.step = step
 
+    def get_input_embeddings(self) -> Embedding:
+        """As `BertModel.get_input_embeddings`."""
+        return self.bert.get_input_embeddings()
+
     def gradient_checkpointing_enable(self) -> None:
         """As `BertModel.gradient_checkpointing_enable`."""
         self.bert.gradient_checkpointing_enable()
@@ -284,20 +340,20 @@ class BertForMaskedLM(PreTrained):
         self.bert.gradient_checkpointing_disable()
 
     def __call__(
-        self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,
-        *, labels: Any = None, **options: Any,
+        self, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,
+        *, labels: Any = None, return_dict: bool | None = None, **options: Any,
     ) -> Any:  # fmt: skip
         """As `BertModel`; `labels` (ids, -100 where nothing is predicted) give `out.loss`, their mean cross entropy.
 
         A label on padding does not count. With more than `HEAD_ROWS` labels the loss is computed by `backward()`, or
         when it is read, which has to be before the weights change: read after `backward()`, it is computed once.
         """
-        encoded = self.bert(input_ids, attention_mask, token_type_ids, position_ids, labels=labels, **options)
+        encoded = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, labels=labels, **options)
         out = self.output.of(encoded, self.cls)
         packed = encoded._batch.packed
         if packed.labels is not None:
             out.loss = self.loss_in_parts(out) if self.in_parts(packed.predicted) else out.masked_lm_loss()
-        return out
+        return out.to_tuple() if return_dict is False else out
 
     def in_parts(self, predicted: np.ndarray | None) -> bool:
         """Whether the head runs on some of the predicted positions at a time.
@@ -336,10 +392,16 @@ class BertForPreTraining(BertForMaskedLM):
     output = PreTrainingOutput
     next_sentence = True
 
-    def __call__(self, *args: Any, next_sentence_label: Any = None, **kwargs: Any) -> Any:
-        """As `BertForMaskedLM`; `next_sentence_label` (B,) of 0 (follows) and 1 (does not) adds its cross entropy."""
+    def __call__(
+        self, *args: Any, next_sentence_label: Any = None, return_dict: bool | None = None, **kwargs: Any
+    ) -> Any:
+        """As `BertForMaskedLM`; `next_sentence_label` (B,) adds the cross entropy of the next-sentence head.
+
+        0: the second segment follows the first, 1: it does not; -100, and a row that is masked throughout: does not
+        count. The loss is the mean over the rest; UserError where nothing is left.
+        """
         out = super().__call__(*args, **kwargs)
         if next_sentence_label is not None:
             loss = out.next_sentence_loss(next_sentence_label)
             out.loss = loss if out.loss is None else out.loss + loss
-        return out
+        return out.to_tuple() if return_dict is False else out

@@ -15,7 +15,8 @@ from minibert.kernels.layer_norm import add_layer_norm, layer_norm
 from minibert.kernels.linear import linear
 from minibert.kernels.op import Array
 from minibert.kernels.philox import Stream, random_words
-from minibert.model.tensor import Tensor, apply, at_place
+from minibert.model.packing import row_numbers
+from minibert.model.tensor import Tensor, apply, at_place, tick
 
 INITIALISATION_STREAM = 3
 
@@ -28,14 +29,33 @@ class Place(NamedTuple):
 
 
 class Parameter(Tensor):
-    """A leaf tensor with a name and a way to begin: "normal", "zeros" or "ones". It has no data until initialised."""
+    """A leaf tensor with a name and a way to begin: "normal", "zeros" or "ones". It has no data until initialised.
 
-    __slots__ = ("begin", "declared_shape", "master", "zero_row")
+    Whoever writes its values tells it (`wrote`), so that nothing is computed from weights that came after a forward
+    pass: `assign`, `load_state_dict`, AdamW and setting `data` do. What is written through a view (`p.data[0] = 1`)
+    cannot be seen: call `wrote` after it.
+    """
+
+    __slots__ = ("begin", "declared_shape", "master", "written_at", "zero_row")
 
     def __init__(self, shape: tuple[int, ...], begin: str, place: Place, zero_row: int | None = None) -> None:
         super().__init__(place.backend.asarray(np.empty((0,)), dtype=place.dtype), place.backend, requires_grad=True)
         self.declared_shape, self.begin, self.zero_row = shape, begin, zero_row
         self.master: Array | None = None  # the same in float32, where an optimiser keeps it: `data` follows it
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "data":
+            self.wrote()
+
+    def wrote(self) -> None:
+        """Note that the values have changed."""
+        self.written_at = tick()
+
+    def move(self, memory: Array) -> None:
+        """Live in other memory of the same shape and dtype from now on, with the same values."""
+        memory[...] = self.data
+        super().__setattr__("data", memory)
 
     def initialise(self, seed: int, name: str, std: float) -> None:
         """Draw the first values: normal ones from Philox by seed and name, in float64, rounded once."""
@@ -56,6 +76,7 @@ class Parameter(Tensor):
         values = self.backend.asarray(values, dtype=self.dtype)
         if self.data.shape == self.declared_shape:
             self.data[...] = values
+            self.wrote()
         else:
             self.data = values.copy()
 
@@ -127,6 +148,11 @@ class Module:
     def parameters(self) -> list[Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The call, by torch's name."""
+        call: Any = self
+        return call(*args, **kwargs)
+
     def train(self, mode: bool = True) -> Any:
         """Dropout on (or off), here and in every module within. Returns the module."""
         self.training = mode
@@ -172,9 +198,18 @@ class Embedding(Module):
     def __init__(self, num_embeddings: int, channels: int, place: Place, padding_idx: int | None = None) -> None:
         self.weight = Parameter((num_embeddings, channels), "normal", place, zero_row=padding_idx)
 
+    def __call__(self, ids: Any) -> Tensor:
+        """Rows of the table: ids of any shape -> (*shape, channels). Raises UserError for ids that are out of range."""
+        count, channels = self.weight.declared_shape
+        rows, backend = row_numbers("ids", ids, count), self.weight.backend
+        nothing = Tensor(backend.asarray(np.zeros((1, channels)), dtype=self.weight.dtype), backend)
+        there = Tensor(backend.asarray(rows.reshape(-1).astype(np.int32)), backend)
+        first = Tensor(backend.asarray(np.zeros(rows.size, np.int32)), backend)
+        return embed((self.weight, nothing, nothing), (there, first, first), self.weight.zero_row).reshape(
+            *rows.shape, channels
+        )
 
-def embed(
-    tables: tuple[Embedding, Embedding, Embedding], ids: tuple[Tensor, Tensor, Tensor], padding_idx: int | None
-) -> Tensor:
+
+def embed(tables: tuple[Tensor, Tensor, Tensor], ids: tuple[Tensor, Tensor, Tensor], padding_idx: int | None) -> Tensor:
     """Word, position and token-type rows, added: three ids (N,) -> (N, C)."""
-    return apply(embedding, *(t.weight for t in tables), *ids, padding_idx=padding_idx)
+    return apply(embedding, *tables, *ids, padding_idx=padding_idx)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +15,7 @@ from minibert.kernels.linear import linear
 from minibert.kernels.philox import Stream
 from minibert.model.nn import Place
 from minibert.model.packing import IGNORE, Packed, sentence_labels
-from minibert.model.tensor import Tensor, apply, at_place, grad_enabled, set_grad_enabled
+from minibert.model.tensor import Tensor, apply, at_place, demand_unchanged, grad_enabled, set_grad_enabled, tick
 
 
 class Batch:
@@ -41,16 +42,48 @@ class Batch:
         return apply(scatter_rows, x, rows, num_rows=batch * length).reshape(batch, length, -1)
 
 
-class BertOutput:
+class BertOutput(Mapping[Any, Any]):
     """What the encoder made of a batch. Everything but the loss is computed when first asked for.
 
-    Padded input gives padded output, zero where the padding was; packed input gives packed output.
+    Padded input gives padded output, zero where the padding was; packed input gives packed output. As transformers'
+    ModelOutput it is also a mapping, whose values can be had by number: `out["logits"]`, `out[0]`, `out[:2]`. What
+    would be computed from weights that have changed since the forward pass raises UserError.
     """
+
+    names: tuple[str, ...] = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
 
     def __init__(self, model: Any, batch: Batch, layers: list[Tensor], attentions: list[Tensor] | None) -> None:
         self._model, self._batch, self._layers, self._attentions = model, batch, layers, attentions
-        self._grad = grad_enabled()
+        self._grad, self._made_at = grad_enabled(), tick()
         self.loss: Tensor | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of what there is, in transformers' order."""
+        absent = {
+            "loss": self.loss is None, "pooler_output": self._model.pooler is None,
+            "hidden_states": len(self._layers) == 1, "attentions": self._attentions is None,
+        }  # fmt: skip
+        return (name for name in self.names if not absent.get(name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return any(name == own for own in self)
+
+    def __getitem__(self, key: Any) -> Any:
+        names = list(self)
+        if isinstance(key, slice):
+            return tuple(getattr(self, name) for name in names[key])
+        if isinstance(key, str) and key not in names:
+            raise KeyError(f"{key}: this output has {', '.join(names)}")
+        return getattr(self, key if isinstance(key, str) else names[key])
+
+    __eq__, __hash__ = object.__eq__, object.__hash__  # not those of a mapping: they would compute every value
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """All that there is, computed, in the order of the names."""
+        return tuple(self[:])
 
     @cached_property
     def last_hidden_state(self) -> Tensor:
@@ -72,19 +105,29 @@ class BertOutput:
         return None if self._attentions is None else tuple(self._attentions)
 
     @cached_property
-    def pooler_output(self) -> Tensor:
-        """(B, C): tanh(W x + b) of each sequence's first real token (of padding on the left, none)."""
-        pooler = self._model.pooler
+    def pooler_output(self) -> Tensor | None:
+        """(B, C): tanh(W x + b) of each sequence's first real token (of padding on the left, none).
+
+        Zero for a sequence without any; None where the model has no pooler (`add_pooling_layer`).
+        """
+        pooler, packed = self._model.pooler, self._batch.packed
         if pooler is None:
-            raise AttributeError("this model was made without a pooler: add_pooling_layer=True")
+            return None
+        demand_unchanged("out.pooler_output", pooler.parameters(), self._made_at)
+        real = packed.not_empty
         with set_grad_enabled(self._grad):
-            first = self._batch.integers(self._batch.packed.first_rows)
-            return pooler(apply(gather_rows, self._layers[-1], first))
+            first = self._batch.integers(packed.first_rows[real])
+            pooled = pooler(apply(gather_rows, self._layers[-1], first))
+            if real.all():
+                return pooled
+            rows = self._batch.integers(np.flatnonzero(real).astype(np.int32))
+            return apply(scatter_rows, pooled, rows, num_rows=len(real))
 
 
 class MaskedLMOutput(BertOutput):
     """With the masked-language-model logits, which are computed when first asked for."""
 
+    names: tuple[str, ...] = ("loss", "logits", "hidden_states", "attentions")
     heads: Any
 
     @classmethod
@@ -92,6 +135,9 @@ class MaskedLMOutput(BertOutput):
         out = cls(encoded._model, encoded._batch, encoded._layers, encoded._attentions)
         out.heads = heads
         return out
+
+    def _demand_unchanged(self, what: str) -> None:
+        demand_unchanged(what, (*self.heads.predictions.transform.parameters(), *self.decoder()), self._made_at)
 
     def decoder(self) -> tuple[Tensor, Tensor]:
         predictions = self.heads.predictions
@@ -101,12 +147,14 @@ class MaskedLMOutput(BertOutput):
     @cached_property
     def logits(self) -> Tensor:
         """(B, T, V), or (N, V) for packed input."""
+        self._demand_unchanged("out.logits")
         with set_grad_enabled(self._grad):
             x = self.heads.predictions.transform(self._layers[-1])
             return self._batch.padded(apply(linear, x, *self.decoder()))
 
     def logits_at(self, index: np.ndarray) -> Tensor:
         """(M, V): logits of the packed rows `index` (M,) alone, as where predictions are counted."""
+        self._demand_unchanged("out.logits_at")
         with set_grad_enabled(self._grad):
             return apply(linear, self.transformed(index), *self.decoder())
 
@@ -119,6 +167,7 @@ class MaskedLMOutput(BertOutput):
         packed = self._batch.packed
         if packed.predicted is None or packed.targets is None or not len(packed.predicted):
             raise UserError(f"labels: expected at least one position to predict, but every label is {IGNORE}")
+        self._demand_unchanged("out.loss")
         with at_place(self.heads.predictions.name):
             targets = self._batch.integers(packed.targets)
             return apply(linear_cross_entropy, self.transformed(packed.predicted), *self.decoder(), targets)
@@ -127,6 +176,8 @@ class MaskedLMOutput(BertOutput):
 class PreTrainingOutput(MaskedLMOutput):
     """With the logits of the next-sentence head beside those of the masked language model."""
 
+    names: tuple[str, ...] = ("loss", "prediction_logits", "seq_relationship_logits", "hidden_states", "attentions")
+
     @property
     def prediction_logits(self) -> Tensor:
         return self.logits
@@ -134,11 +185,12 @@ class PreTrainingOutput(MaskedLMOutput):
     @cached_property
     def seq_relationship_logits(self) -> Tensor:
         """(B, 2): index 0 for "the second segment follows the first", 1 for "it does not"."""
-        pooled = self.pooler_output
+        pooled, head = self.pooler_output, self.heads.seq_relationship
+        demand_unchanged("out.seq_relationship_logits", head.parameters(), self._made_at)
         with set_grad_enabled(self._grad):
-            return self.heads.seq_relationship(pooled)
+            return head(pooled)
 
     def next_sentence_loss(self, next_sentence_label: Any) -> Tensor:
-        """Mean cross entropy of the (B,) labels. Raises UserError where there are not B of 0 and 1."""
-        labels = sentence_labels(next_sentence_label, len(self._batch.packed.first_rows))
+        """Mean cross entropy of the (B,) labels that count: -100, and that of an empty sequence, do not. Raises UserError where none of them counts."""
+        labels = sentence_labels(next_sentence_label, self._batch.packed)
         return apply(cross_entropy, self.seq_relationship_logits, self._batch.integers(labels))

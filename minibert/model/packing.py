@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +13,31 @@ from minibert.kernels.cross_entropy import IGNORED
 from minibert.model.config import BertConfig
 
 IGNORE = IGNORED  # the label of a position that is not predicted
+
+# Arguments that scripts written for transformers give and that no model here takes: what to do instead.
+ELSEWHERE = {
+    "labels": "BertModel has no head that predicts; use BertForMaskedLM or BertForPreTraining",
+    "next_sentence_label": "this model has no next-sentence head; use BertForPreTraining",
+    "masked_lm_labels": "its name is labels",
+    "lm_labels": "its name is labels",
+    "output_all_encoded_layers": "its name is output_hidden_states",
+    "head_mask": "no head can be masked in a call; set its columns of attention.output.dense.weight to 0 instead",
+    "num_items_in_batch": "out.loss is the mean over this call's labels; weigh it yourself: out.loss * (own / all)",
+    "special_tokens_mask": "no model reads the tokenizer's notes; leave it out",
+    "offset_mapping": "no model reads the tokenizer's notes; leave it out",
+    "overflow_to_sample_mapping": "no model reads the tokenizer's notes; leave it out",
+    "length": "no model reads the tokenizer's notes; leave it out, and give the attention_mask",
+    "encoder_hidden_states": "no layer here attends to another model's states: this is an encoder",
+    "encoder_attention_mask": "no layer here attends to another model's states: this is an encoder",
+    "past_key_values": "an encoder reads all tokens at once and keeps no cache; leave it out",
+    "cache": "an encoder reads all tokens at once and keeps no cache; leave it out",
+    "cache_position": "an encoder reads all tokens at once and keeps no cache; leave it out",
+    "use_cache": "an encoder reads all tokens at once and keeps no cache; leave it out",
+}
+ARGUMENTS = (
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "cu_seqlens", "labels",
+    "next_sentence_label", "output_hidden_states", "output_attentions", "return_dict",
+)  # fmt: skip
 
 
 class Packed(NamedTuple):
@@ -27,9 +54,24 @@ class Packed(NamedTuple):
     targets: np.ndarray | None = None  # (M,) their labels
 
     @property
+    def not_empty(self) -> np.ndarray:
+        """(B,) whether a sequence has a token: one that is masked throughout has none."""
+        return np.diff(self.cu_seqlens) > 0
+
+    @property
     def first_rows(self) -> np.ndarray:
         """(B,) row of each sequence's first token, [CLS]."""
         return self.cu_seqlens[:-1]
+
+
+def refuse_unknown(arguments: Mapping[str, Any]) -> None:
+    """Raise UserError for an argument of a call that no model takes, with what to do instead; None asks for nothing."""
+    for name, value in arguments.items():
+        if name in ELSEWHERE and (value is None or value is False):
+            continue
+        near = get_close_matches(name, ARGUMENTS, n=1)
+        meant = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(ARGUMENTS)}"
+        raise UserError(f"{name}: {ELSEWHERE.get(name) or 'unknown argument; ' + meant}")
 
 
 def pack(
@@ -40,29 +82,58 @@ def pack(
     position_ids: Any = None,
     labels: Any = None,
     cu_seqlens: Any = None,
+    embedded: tuple[int, ...] | None = None,
 ) -> Packed:
     """Check a batch and lay its real tokens one after the other.
 
-    `input_ids` is (B, T), with an `attention_mask` (B, T) of 0 and 1; or (N,) together with `cu_seqlens` (B + 1,),
-    already packed. Positions are columns of the padded batch, as in Hugging Face's models. Raises UserError for ids,
-    positions or shapes that the model cannot take.
+    `input_ids` is (B, T), with an `attention_mask` (B, T) of 0 and 1 in any dtype; or (N,) together with `cu_seqlens`
+    (B + 1,), already packed. A row that is masked throughout is an empty sequence. Positions are columns of the padded
+    batch, as in Hugging Face's models. `embedded` is the shape, less its last axis, of embeddings given in place of
+    ids: the packed ids are then their rows. Raises UserError for ids, positions or shapes that the model cannot take.
     """
-    ids = _integers("input_ids", input_ids)
+    if embedded is None:
+        ids = _integers("input_ids", input_ids)
+    else:
+        ids = np.arange(np.prod(embedded, dtype=int)).reshape(embedded)
     if cu_seqlens is not None:
-        return _already_packed(config, ids, attention_mask, token_type_ids, position_ids, labels, cu_seqlens)
-    if ids.ndim != 2:
-        raise UserError(f"input_ids: expected shape (B, T), or (N,) with cu_seqlens, got {ids.shape}")
-    mask = np.ones(ids.shape, bool) if attention_mask is None else _like("attention_mask", attention_mask, ids) != 0
-    if not mask.any(axis=1).all():
+        if attention_mask is not None:
+            raise UserError("attention_mask: a packed batch (cu_seqlens) has no padding to mask; leave it out")
+        packed = _already_packed(ids, token_type_ids, position_ids, labels, cu_seqlens)
+    else:
+        packed = _packed(ids, attention_mask, token_type_ids, position_ids, labels)
+    if embedded is None:
+        _within("input_ids", packed.input_ids, config.vocab_size, "the vocabulary (vocab_size)")
+    if position_ids is None and packed.position_ids.max() >= config.max_position_embeddings:
+        name, length = "input_ids" if embedded is None else "inputs_embeds", packed.position_ids.max() + 1
         raise UserError(
-            f"attention_mask: sequence {int(np.flatnonzero(~mask.any(axis=1))[0])} has no token; leave it out"
+            f"{name}: a sequence of {length} tokens is too long: the model has positions for "
+            f"{config.max_position_embeddings} (max_position_embeddings); cut it, or read it in parts"
         )
+    _within("position_ids", packed.position_ids, config.max_position_embeddings, "positions (max_position_embeddings)")
+    _within("token_type_ids", packed.token_type_ids, config.type_vocab_size, "token types (type_vocab_size)")
+    if packed.labels is not None:
+        kept = packed.labels != IGNORE
+        _within("labels", packed.labels[kept], config.vocab_size, "the vocabulary, or -100 where nothing is predicted")
+        predicted = np.flatnonzero(kept).astype(np.int32)
+        packed = packed._replace(predicted=predicted, targets=packed.labels[predicted].astype(np.int32))
+    return packed._replace(
+        input_ids=packed.input_ids.astype(np.int32),
+        position_ids=packed.position_ids.astype(np.int32),
+        token_type_ids=packed.token_type_ids.astype(np.int32),
+    )
+
+
+def _packed(ids: np.ndarray, attention_mask: Any, token_type_ids: Any, position_ids: Any, labels: Any) -> Packed:
+    if ids.ndim != 2:
+        one = "; of one sequence alone make a batch: [ids]" if ids.ndim == 1 else ""
+        raise UserError(f"input_ids: expected shape (B, T), or (N,) with cu_seqlens, got {ids.shape}{one}")
+    mask = np.ones(ids.shape, bool) if attention_mask is None else _mask(attention_mask, ids)
     rows = np.flatnonzero(mask).astype(np.int32)
 
     def real(name: str, given: Any, default: np.ndarray) -> np.ndarray:
         return np.broadcast_to(default if given is None else _like(name, given, ids), ids.shape).reshape(-1)[rows]
 
-    packed = Packed(
+    return Packed(
         input_ids=ids.reshape(-1)[rows],
         position_ids=real("position_ids", position_ids, np.arange(ids.shape[1])),
         token_type_ids=real("token_type_ids", token_type_ids, np.zeros(1, np.int32)),
@@ -71,13 +142,9 @@ def pack(
         rows=rows,
         padded_shape=(ids.shape[0], ids.shape[1]),
     )
-    return _checked(config, packed)
 
 
-def _already_packed(
-    config: BertConfig, ids: np.ndarray, attention_mask: Any, token_type_ids: Any, position_ids: Any, labels: Any,
-    cu_seqlens: Any,
-) -> Packed:  # fmt: skip
+def _already_packed(ids: np.ndarray, token_type_ids: Any, position_ids: Any, labels: Any, cu_seqlens: Any) -> Packed:
     ends = _integers("cu_seqlens", cu_seqlens)
     if (
         ids.ndim != 1
@@ -89,12 +156,10 @@ def _already_packed(
     ):
         raise UserError(
             "cu_seqlens: expected growing offsets from 0 to the number of tokens of a 1-D input_ids, "
-            f"got {ends.tolist()[:8]} for input_ids of shape {ids.shape}"
+            f"got {_shortened(ends)} of shape {ends.shape} for input_ids of shape {ids.shape}"
         )
-    if attention_mask is not None:
-        raise UserError("attention_mask: a packed batch (cu_seqlens) has no padding to mask; leave it out")
     columns = np.arange(len(ids)) - np.repeat(ends[:-1], np.diff(ends))
-    packed = Packed(
+    return Packed(
         ids,
         columns if position_ids is None else _like("position_ids", position_ids, ids),
         np.zeros_like(ids) if token_type_ids is None else _like("token_type_ids", token_type_ids, ids),
@@ -102,23 +167,6 @@ def _already_packed(
         None if labels is None else _like("labels", labels, ids),
         rows=None,
         padded_shape=None,
-    )
-    return _checked(config, packed)
-
-
-def _checked(config: BertConfig, packed: Packed) -> Packed:
-    _within("input_ids", packed.input_ids, config.vocab_size, "the vocabulary (vocab_size)")
-    _within("position_ids", packed.position_ids, config.max_position_embeddings, "positions (max_position_embeddings)")
-    _within("token_type_ids", packed.token_type_ids, config.type_vocab_size, "token types (type_vocab_size)")
-    if packed.labels is not None:
-        _within("labels", packed.labels[packed.labels != IGNORE], config.vocab_size, "the vocabulary (vocab_size)")
-    if packed.labels is not None:
-        predicted = np.flatnonzero(packed.labels != IGNORE).astype(np.int32)
-        packed = packed._replace(predicted=predicted, targets=packed.labels[predicted].astype(np.int32))
-    return packed._replace(
-        input_ids=packed.input_ids.astype(np.int32),
-        position_ids=packed.position_ids.astype(np.int32),
-        token_type_ids=packed.token_type_ids.astype(np.int32),
     )
 
 
@@ -166,33 +214,84 @@ def in_fixed_shape(packed: Packed, tokens: int, pad_id: int) -> tuple[Packed, Fi
     return filled, FixedShape(tokens, len(lengths), count, longest)
 
 
-def sentence_labels(given: Any, count: int) -> np.ndarray:
-    """(B,) labels of the next-sentence head, 0 or 1. Raises UserError for any other."""
-    labels = _integers("next_sentence_label", given)
+def sentence_labels(given: Any, packed: Packed) -> np.ndarray:
+    """(B,) labels of the next-sentence head: 0, 1, or -100 for a sequence that does not count, as an empty one.
+
+    Raises UserError for any other, and where none counts.
+    """
+    labels, count = _integers("next_sentence_label", given), len(packed.first_rows)
     if labels.size != count or labels.ndim > 2:
         raise UserError(f"next_sentence_label: expected one for each of {count} sequences, got shape {labels.shape}")
-    _within("next_sentence_label", labels, 2, "the head (0: the second follows, 1: it does not)")
-    return labels.reshape(-1)
+    labels = np.where(packed.not_empty, labels.reshape(-1), IGNORE)
+    _within("next_sentence_label", labels[labels != IGNORE], 2, "the head (0: it follows, 1: it does not), or -100")
+    if (labels == IGNORE).all():
+        raise UserError("next_sentence_label: expected one of 0 or 1 at least, but no sequence has a label that counts")
+    return labels
+
+
+def row_numbers(name: str, given: Any, count: int, of_what: str = "the table") -> np.ndarray:
+    """Numbers of rows of a table of `count` rows, int64. Raises UserError for any that it has not."""
+    ids = _integers(name, given)
+    _within(name, ids, count, of_what)
+    return ids
+
+
+def as_array(name: str, given: Any, expected: str) -> np.ndarray:
+    """What was given as NumPy; of torch and others what stands on the CPU. Raises UserError for what is no array."""
+    if isinstance(given, Mapping):
+        raise UserError(f"{name}: expected {expected}, got a {type(given).__name__}; unpack it: model(**batch)")
+    try:
+        torch_only = str(getattr(given, "dtype", "")) == "torch.bfloat16"  # which NumPy does not know
+        array = np.asarray(given.float() if torch_only else given)
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of unequal length, memory of another device
+        why = str(error).split("\n")[0][:200]
+        raise UserError(f"{name}: expected {expected}, got what NumPy does not read as one: {why}") from None
+    if array.dtype.kind in "OSUV" and array.dtype.name != "bfloat16":
+        hint = "; a tokenizer makes ids of text (mb.data.load_tokenizer)" if array.dtype.kind in "SU" else ""
+        raise UserError(f"{name}: expected {expected}, got {type(given).__name__} of {array.dtype}{hint}")
+    if array.size == 0:
+        raise UserError(f"{name}: expected {expected}, got an empty one of shape {array.shape}")
+    return array
 
 
 def _integers(name: str, given: Any) -> np.ndarray:
-    try:
-        array = np.asarray(given)
-    except ValueError as error:  # rows of unequal length
-        raise UserError(f"{name}: expected an array of integers, got rows that do not line up ({error})") from None
-    if array.dtype.kind not in "iub" or array.size == 0:
-        raise UserError(f"{name}: expected a non-empty array of integers, got {array.dtype} of shape {array.shape}")
+    array = as_array(name, given, "an array of integers")
+    if array.dtype.kind not in "iu":
+        raise UserError(f"{name}: expected an array of integers, got {array.dtype} of shape {array.shape}")
     return array.astype(np.int64, copy=False)
 
 
+def _mask(given: Any, ids: np.ndarray) -> np.ndarray:
+    """(B, T) of bool from 0 and 1 of any dtype."""
+    array = as_array("attention_mask", given, "an array of 0 and 1")
+    if array.shape != ids.shape:
+        more = "; there is one value for each token, not for each pair of them" if array.ndim > 2 else ""
+        raise UserError(f"attention_mask: expected the shape of input_ids, {ids.shape}, got {array.shape}{more}")
+    mask = array == 1
+    wrong = array[~mask & (array != 0)]
+    if wrong.size:
+        additive = "; of a mask that is added to scores give mask == 0" if (array <= 0).all() else ""
+        raise UserError(f"attention_mask: expected 1 for a token and 0 for padding, got {wrong[0]}{additive}")
+    if not mask.any():
+        raise UserError("attention_mask: every token is masked; expected 1 for a token and 0 for padding")
+    return np.asarray(mask, bool)
+
+
 def _like(name: str, given: Any, ids: np.ndarray) -> np.ndarray:
+    """Integers of the shape of `ids`; positions and token types also as one row for all sequences."""
     array = _integers(name, given)
-    if array.shape != ids.shape and not (name == "position_ids" and array.shape == (1, *ids.shape[1:])):
+    one_row = name != "labels" and array.shape in (ids.shape[-1:], (1, *ids.shape[-1:]))
+    if array.shape != ids.shape and not one_row:
         raise UserError(f"{name}: expected the shape of input_ids, {ids.shape}, got {array.shape}")
-    return array
+    return array.reshape(ids.shape[-1]) if one_row else array
 
 
 def _within(name: str, ids: np.ndarray, count: int, of_what: str) -> None:
     if ids.size and (ids.min() < 0 or ids.max() >= count):
         worst = ids.max() if ids.max() >= count else ids.min()
         raise UserError(f"{name}: {int(worst)} is out of range; expected 0 .. {count - 1}, the size of {of_what}")
+
+
+def _shortened(values: np.ndarray, most: int = 8) -> str:
+    shown = ", ".join(map(str, values.reshape(-1)[:most].tolist()))
+    return f"[{shown}{', ...' if values.size > most else ''}]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -40,13 +41,15 @@ class PreTrained(Module):
         if not isinstance(config, BertConfig):
             raise UserError(f"config: expected a BertConfig, got {type(config).__name__}; see BertConfig.from_dict")
         if not isinstance(backend, str | Backend):
-            raise UserError(f"backend: expected a name such as 'numba' or a Backend, got {backend!r}")
+            raise UserError(f"backend: expected a name such as 'numba' or a Backend, got {reprlib.repr(backend)}")
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise UserError(f"seed: expected a whole number from 0 to {2**32 - 1}, got {seed!r}")
+            raise UserError(f"seed: expected a whole number from 0 to {2**32 - 1}, got {reprlib.repr(seed)}")
         self.config, self.seed = config, seed
         found = backends.get(backend) if isinstance(backend, str) else backend
         if dtype not in found.dtypes:
-            raise UserError(f"dtype: expected one of {', '.join(found.dtypes)} on {found.name}, got {dtype!r}")
+            raise UserError(
+                f"dtype: expected one of {', '.join(found.dtypes)} on {found.name}, got {reprlib.repr(dtype)}"
+            )
         dtype_of(dtype)  # says what to install where NumPy lacks it
         self.place = Place(found, dtype)
         return self.place

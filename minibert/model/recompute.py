@@ -14,7 +14,7 @@ import numpy as np
 
 from minibert.kernels.elementwise import add
 from minibert.kernels.op import Array, Run
-from minibert.model.tensor import FREED, Tensor, at_place, grad_enabled, set_grad_enabled
+from minibert.model.tensor import FREED, Tensor, at_place, demand_unchanged, grad_enabled, set_grad_enabled
 
 Parts = Callable[[Tensor], Iterator[Tensor]]
 
@@ -62,7 +62,8 @@ class SumOfParts(Tensor):
 
     It is computed when it is read, or else by `backward`, with the gradient of each part at once: in the order
     forward, backward, read nothing is computed twice. Until then x and the `weights` on which the parts depend must
-    stay as they are. Where none of these asks for a gradient it is computed at once. It is float32, or float64 if x is.
+    stay as they are: UserError where a weight was written. Where none of these asks for a gradient it is computed at
+    once. It is float32, or float64 if x is.
     """
 
     __slots__ = ("_dtype", "_value")
@@ -73,7 +74,7 @@ class SumOfParts(Tensor):
         super().__init__(None, x.backend, grad_enabled() and any(t.requires_grad for t in (x, *weights)))
         operation: Any = _Sum(parts)
         if self.requires_grad:
-            self.made_by = (operation, (x,), (), {})
+            self.made_by = (operation, (x, *weights), (), {})
         else:
             with set_grad_enabled(False):
                 self.data = self._total(operation, x)
@@ -87,7 +88,8 @@ class SumOfParts(Tensor):
         if self._value is None and self.made_by is FREED:
             raise RuntimeError("a backward() that did not end freed this loss before it was computed: compute it again")
         if self._value is None and self.made_by is not None:
-            operation, (x,), _, _ = self.made_by
+            operation, (x, *weights), _, _ = self.made_by
+            demand_unchanged("out.loss", weights, self.made_at)
             with at_place(self.place), set_grad_enabled(False):
                 self._value = self._total(operation, Tensor(x.data, x.backend))
         return self._value
@@ -100,7 +102,7 @@ class SumOfParts(Tensor):
         g = grads.pop(self, None)
         if g is None or self.made_by is None or self.made_by is FREED:
             return
-        operation, (x,), _, _ = self.made_by
+        operation, (x, *_), _, _ = self.made_by
         self.made_by = FREED
         inner = Tensor(x.data, x.backend, x.requires_grad)
         with at_place(self.place), set_grad_enabled(True):

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minibert.backends.base import Backend
+from minibert.errors import UserError
 from minibert.kernels.elementwise import add, mul, scale
 from minibert.kernels.linear import matmul
 from minibert.kernels.op import Array, Op, Run
 from minibert.kernels.reduction import reduce_sum
 from minibert.kernels.view import concatenate, reshape, slice_axis, transpose
+from minibert.model.values import Values
 
 _mode = threading.local()
+tick = count(1).__next__  # the clock by which a tensor is made before or after a parameter is written
 FREED: Any = ("freed",)  # stands where a tensor's making was remembered, once backward has been through it
 
 
@@ -31,16 +35,23 @@ class Spent(NamedTuple):
     dtype: Any
 
 
-class Tensor:
-    """An array on a backend. `grad`, an array or None, is filled by `backward()` where `requires_grad`."""
+class Tensor(Values):
+    """An array on a backend. `grad`, an array or None, is filled by `backward()` where `requires_grad`.
 
-    __slots__ = ("__weakref__", "backend", "data", "grad", "grad_buffer", "made_by", "place", "requires_grad")
+    In arithmetic, a number or a NumPy array beside a tensor is a constant of the tensor's dtype.
+    """
+
+    __slots__ = (
+        "__weakref__", "backend", "data", "grad", "grad_buffer", "made_at", "made_by", "place", "requires_grad",
+    )  # fmt: skip
+    written_at = 0  # a parameter has its own
 
     def __init__(self, data: Array, backend: Backend, requires_grad: bool = False) -> None:
         self.data, self.backend, self.requires_grad = data, backend, requires_grad
         self.grad: Array | None = None
         self.grad_buffer: Array | None = None  # where an optimiser wants the gradient to be
         self.place = current_place()
+        self.made_at = tick()
         self.made_by: tuple[Op, tuple[Tensor, ...], tuple[Array, ...], dict[str, Any]] | None = None
 
     shape = property(lambda self: self.data.shape)
@@ -51,9 +62,9 @@ class Tensor:
         """The values as a NumPy array."""
         return self.backend.numpy(self.data)
 
-    def item(self) -> float:
-        """The value of a tensor of one element."""
-        return float(self.numpy().reshape(()))
+    def detach(self) -> Tensor:
+        """The same values, in the same memory, through which no gradient goes."""
+        return Tensor(self.data, self.backend)
 
     def forget(self) -> None:
         """Drop the values, once no gradient reads them and nobody asks again: shape and dtype stay."""
@@ -79,11 +90,38 @@ class Tensor:
     def __matmul__(self, other: Tensor) -> Tensor:
         return apply(matmul, self, other)
 
-    def __add__(self, other: Tensor) -> Tensor:
-        return apply(add, self, other)
+    def _operand(self, other: Any) -> Tensor:
+        if isinstance(other, Tensor):
+            return other
+        values = np.asarray(other)
+        if values.dtype.kind not in "biuf":
+            raise TypeError(f"expected a tensor, a number or an array beside a tensor, got {type(other).__name__}")
+        return Tensor(self.backend.asarray(values, dtype=self.dtype), self.backend)
 
-    def __mul__(self, other: Tensor | float) -> Tensor:
-        return apply(mul, self, other) if isinstance(other, Tensor) else apply(scale, self, factor=float(other))
+    def __add__(self, other: Any) -> Tensor:
+        return apply(add, self, self._operand(other))
+
+    def __mul__(self, other: Any) -> Tensor:
+        if isinstance(other, Tensor) or np.ndim(other):
+            return apply(mul, self, self._operand(other))
+        return apply(scale, self, factor=float(other))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __neg__(self) -> Tensor:
+        return self * -1.0
+
+    def __sub__(self, other: Any) -> Tensor:
+        return self + (-other)
+
+    def __rsub__(self, other: Any) -> Tensor:
+        return -self + other
+
+    def __truediv__(self, other: Any) -> Tensor:
+        """By a number or an array of numbers. There is no gradient of a divisor."""
+        if isinstance(other, Tensor):
+            raise UserError("a tensor is divided by numbers alone: / float(x), or / x.numpy() if x needs no gradient")
+        return self * (1.0 / np.asarray(other) if np.ndim(other) else 1.0 / other)
 
     def reshape(self, *shape: int) -> Tensor:
         return apply(reshape, self, shape=shape)
@@ -214,6 +252,16 @@ class _Run:
         return buffers[0] if len(buffers) == 1 else tensor.backend.adjoining(buffers)
 
 
+def demand_unchanged(what: str, read: Iterable[Tensor], made_at: int) -> None:
+    """Raise UserError where one of the tensors `read` is a parameter that was written after `made_at`."""
+    for t in read:
+        if t.written_at > made_at:
+            raise UserError(
+                f"{what}: the weights have changed since the forward pass, and it would be computed from the new ones; "
+                "ask for it before they change, or call the model again"
+            )
+
+
 def joined_leaves(tensor: Tensor) -> tuple[Tensor, ...] | None:
     """The leaves that this is, one after the other; None where it is anything else."""
     if tensor.made_by is None or tensor.made_by is FREED:
@@ -276,7 +324,8 @@ def no_grad() -> Any:
 def _oldest_first(root: Tensor) -> list[Tensor]:
     """Every tensor that led to `root`, each before all that it was used for.
 
-    Raises RuntimeError where an earlier backward has freed a part: its gradients would be lost without a word.
+    Raises RuntimeError where an earlier backward has freed a part: its gradients would be lost without a word; and
+    UserError where a parameter was written since it was read.
     """
     order: list[Tensor] = []
     seen: set[Tensor] = set()
@@ -294,5 +343,6 @@ def _oldest_first(root: Tensor) -> list[Tensor]:
             seen.add(tensor)
             stack.append((tensor, True))
             if tensor.made_by is not None:
+                demand_unchanged("backward", tensor.made_by[1], tensor.made_at)
                 stack += [(i, False) for i in tensor.made_by[1] if i.requires_grad]
     return order

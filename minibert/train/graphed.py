@@ -98,3 +98,6 @@ class GraphedSteps:
         recorded.learning_rate.current = optimizer.lr
         recorded.step_count.current = optimizer.step_count
         recorded.update.replay({})
+        for group in optimizer.groups:
+            for p in group.params:
+                p.wrote()

@@ -45,8 +45,7 @@ class ParameterGroup:
             first.backend.asarray(values) for values in (flat, flat.copy(), zeros, zeros.copy())
         )
         for p, start, stop in zip(self.params, self.offsets, self.offsets[1:], strict=False):
-            self.param[start:stop] = p.data.reshape(-1)
-            p.data = self.param[start:stop].reshape(p.declared_shape)
+            p.move(self.param[start:stop].reshape(p.declared_shape))
             p.grad_buffer = self.grad[start:stop].reshape(p.declared_shape)
             self.buffers.append(p.grad_buffer)
         if narrow:
@@ -172,6 +171,9 @@ class AdamW:
                     lr=lr, step=step, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
                     weight_decay=group.weight_decay,
                 )  # fmt: skip
+            for p in group.params:
+                if p.grad is not None:
+                    p.wrote()
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Both moments of every group, flat, its float32 weights where it has some, and the number of steps."""
@@ -186,7 +188,11 @@ class AdamW:
         expected = {name: values.shape for name, values in self.state_dict().items()}
         given = {name: np.shape(values) for name, values in state.items()}
         if expected != given:
-            raise UserError(f"optimiser state: expected {expected}, got {given}; was it saved from another model?")
+            name = min(n for n in expected.keys() | given.keys() if expected.get(n) != given.get(n))
+            raise UserError(
+                f"optimiser state: expected {name} of shape {expected.get(name)}, got {given.get(name)}; "
+                "was it saved from another model?"
+            )
         self.step_count = int(state["step_count"])
         for i, group in enumerate(self.groups):
             for name in group.kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import threading
 import weakref
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minibert import backends
+from minibert import UserError, backends
 from minibert.backends import Backend
 from minibert.kernels import OPS
 from minibert.kernels.array_module import numpy_module
@@ -223,3 +224,106 @@ def test_gradients_of_two_leaves_are_two_arrays() -> None:
 def test_a_gradient_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a gradient of shape"):
         (leaf(1) * 2.0).backward(np.ones((3, 4)))
+
+
+# ------------------------------------------------------------------------------------ arithmetic, indices and values
+
+X, Y = np.array([[1.5, -2.0, 4.0], [0.25, 3.0, -1.0]]), np.array([[2.0, 5.0, -3.0], [1.0, 0.5, 7.0]])
+ROW = np.array([2.0, -4.0, 0.5])
+EXPRESSIONS: dict[str, Any] = {
+    "a / 4": lambda a, b: a / 4,
+    "a / np.int64(8)": lambda a, b: a / np.int64(8),
+    "a / array": lambda a, b: a / ROW,
+    "2 * a": lambda a, b: 2 * a,
+    "np.float32(2) * a": lambda a, b: np.float32(2) * a,
+    "array * a": lambda a, b: ROW * a,
+    "a * array": lambda a, b: a * ROW,
+    "-a": lambda a, b: -a,
+    "a - b": lambda a, b: a - b,
+    "a - a": lambda a, b: a - a * a,
+    "a - 1": lambda a, b: a - 1,
+    "1 - a": lambda a, b: 1 - a,
+    "array - a": lambda a, b: ROW - a,
+    "a + 0.5": lambda a, b: a + 0.5,
+    "array + a": lambda a, b: ROW + a,
+    "sum of a list": lambda a, b: sum([a, b * a, a]),
+    "a[1]": lambda a, b: a[1] * b[0],
+    "a[-1, 2]": lambda a, b: a[-1, 2] * b,
+    "a[:, 0]": lambda a, b: a[:, 0] * b[:, 1],
+    "a[..., 1:]": lambda a, b: a[..., 1:] * b[:, :-1],
+    "a[0:1, np.int64(2)]": lambda a, b: a[0:1, np.int64(2)] + b[1, 1:2],
+    "a[:]": lambda a, b: a[:] + a[...],
+    "a[1:0]": lambda a, b: a[1:0],
+    "rows of a": lambda a, b: sum(x * y for x, y in zip(a, b, strict=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_arithmetic_and_indices_have_numpy_s_values_and_the_right_gradients(name: str) -> None:
+    """The directional derivative of each, times weights, against central differences of the same line in NumPy."""
+    f, rng = EXPRESSIONS[name], np.random.default_rng(1)
+    a, b = Tensor(X, NUMPY, requires_grad=True), Tensor(Y, NUMPY, requires_grad=True)
+    out, expected = f(a, b), np.asarray(f(X, Y))
+    assert isinstance(out, Tensor) and out.shape == expected.shape and out.dtype == np.float64
+    np.testing.assert_array_equal(out.numpy(), expected)
+    weights, da, db = rng.standard_normal(out.shape), rng.standard_normal(X.shape), rng.standard_normal(X.shape)
+    out.backward(weights)
+    found = sum((leaf.grad * d).sum() for leaf, d in ((a, da), (b, db)) if leaf.grad is not None)
+    ahead, behind = (np.sum(weights * f(X + s * da, Y + s * db)) for s in (1e-6, -1e-6))
+    assert found == pytest.approx((ahead - behind) / 2e-6, rel=1e-8, abs=1e-9)
+
+
+def test_arithmetic_keeps_the_dtype_of_the_tensor() -> None:
+    x = leaf(1, 2, dtype=np.float32)
+    for y in (x / 3, 2 * x, 1 - x, x + np.float64(1), np.array([1.0, 2.0]) - x, x / np.array([3.0, 7.0])):
+        assert y.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "message"),
+    [
+        (lambda x: x + None, TypeError, "expected a tensor, a number or an array beside a tensor, got NoneType"),
+        (lambda x: x - "1", TypeError, "bad operand|expected a tensor"),
+        (lambda x: x / x, UserError, r"divided by numbers alone: / float\(x\)"),
+        (lambda x: x[::2], UserError, r"index of a tensor of shape \(2,\): .* take .numpy\(\)\[...\]"),
+        (lambda x: x[[0, 1]], UserError, "numbers and slices of step 1"),
+        (lambda x: x[np.array([True, False])], UserError, "numbers and slices of step 1"),
+        (lambda x: x[True], UserError, "numbers and slices of step 1"),
+        (lambda x: x[0, 0], UserError, "at most 1 numbers and slices"),
+        (lambda x: x[2], IndexError, "index 2 is out of range for an axis of 2"),
+        (lambda x: float(x), UserError, r"expected a tensor of one element, got shape \(2,\)"),
+        (lambda x: bool(x), UserError, "a tensor of one element"),
+        (lambda x: f"{x:.3f}", UserError, "a tensor of one element"),
+        (lambda x: len(x.sum()), TypeError, "without axes"),
+        (lambda x: x.argmax(-1), AttributeError, r"has no 'argmax'; .numpy\(\) gives its values"),
+    ],
+)
+def test_what_a_tensor_cannot_do_names_what_can(use: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        use(leaf(1, 2))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["numpy", "numba", "emulator"])
+def test_values_leave_a_tensor_as_numbers_and_arrays(name: str) -> None:
+    status = next(s for s in backends.available() if s.name == name)
+    if status.backend is None:
+        pytest.skip(status.reason)
+    values = np.array([[1.5, -2.0, 4.0]], np.float32)
+    x = Tensor(status.backend.asarray(values), status.backend, requires_grad=True)
+    for array in (np.asarray(x), np.array(x), np.array(x, copy=True), x.detach().cpu().numpy(), np.stack([x])[0]):
+        assert type(array) is np.ndarray and array.dtype == np.float32
+        np.testing.assert_array_equal(array, values)
+    assert np.asarray(x, np.float64).dtype == np.float64 and np.exp(x).shape == (1, 3)
+    assert np.mean([x[0, 0], x[0, 2]]) == 2.75 and (x > -2).tolist() == [[True, False, True]] and (x <= x).all()
+    assert x[0, 0] < 2 and x[0, 0] >= 1.5 and float(min(9.0, x[0, 0])) == 1.5 and math.exp(x[0, 0]) == math.exp(1.5)
+    copy = np.array(x)
+    copy[...] = 0
+    assert x.tolist() == values.tolist() and len(x) == 1 and not x.detach().requires_grad
+    one = x[0, 0]
+    assert float(one) == one.item() == 1.5 and int(one) == 1 and bool(one) and f"{one:.2f}" == "1.50"
+    assert f"{x}" == f"Tensor(shape=(1, 3), dtype=float32, backend={name})"
+    if name == "numpy":
+        assert np.shares_memory(np.asarray(x), x.data) and np.array(x, copy=False) is x.data
+    with pytest.raises(ValueError, match="cannot be avoided"):
+        np.array(x, np.float64, copy=False)
