@@ -231,7 +231,7 @@ class BertModel(PreTrained):
 
         The mask is 1 for a token and 0 for padding, in any dtype; a row that is masked throughout has outputs of zeros
         and changes no other. `inputs_embeds` (B, T, C), or (N, C), stand in place of the ids' word embeddings: a
-        `Tensor` through which gradients go, or an array. What to put out the config says where the call does not.
+        `Tensor` through which gradients go, or an array. What to put out the config says where the call does not;
         `return_dict=False` gives a tuple, all of it computed. Raises UserError for shapes that do not match, for ids
         that are out of range and for arguments that are not known.
         """
@@ -240,7 +240,7 @@ class BertModel(PreTrained):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds=inputs_embeds, cu_seqlens=cu_seqlens,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
         )  # fmt: skip
-        return out.to_tuple() if return_dict is False else out
+        return out.in_form(return_dict)
 
     def encode(
         self, input_ids: Any, attention_mask: Any, token_type_ids: Any, position_ids: Any, *, inputs_embeds: Any = None,
@@ -353,7 +353,7 @@ class BertForMaskedLM(PreTrained):
         packed = encoded._batch.packed
         if packed.labels is not None:
             out.loss = self.loss_in_parts(out) if self.in_parts(packed.predicted) else out.masked_lm_loss()
-        return out.to_tuple() if return_dict is False else out
+        return out.in_form(return_dict)
 
     def in_parts(self, predicted: np.ndarray | None) -> bool:
         """Whether the head runs on some of the predicted positions at a time.
@@ -400,8 +400,8 @@ class BertForPreTraining(BertForMaskedLM):
         0: the second segment follows the first, 1: it does not; -100, and a row that is masked throughout: does not
         count. The loss is the mean over the rest; UserError where nothing is left.
         """
-        out = super().__call__(*args, **kwargs)
+        out = super().__call__(*args, return_dict=True, **kwargs)
         if next_sentence_label is not None:
             loss = out.next_sentence_loss(next_sentence_label)
             out.loss = loss if out.loss is None else out.loss + loss
-        return out.to_tuple() if return_dict is False else out
+        return out.in_form(return_dict)

@@ -33,7 +33,7 @@ ONLY = {
 }
 
 # Fields that a config.json of transformers' holds only where they say something, and may hold as null.
-QUIET = ("output_hidden_states", "output_attentions")
+QUIET = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class BertConfig:
     tie_word_embeddings: bool = True  # the decoder is the word embedding, transposed
     output_hidden_states: bool = False  # what a call returns where it does not say
     output_attentions: bool = False
+    return_dict: bool = True  # an output with names; if not, a tuple
     # What a config.json holds beside, as it stands there: nothing here reads it, save_pretrained writes it back. It is
     # no part of what makes two configs equal. A keyword that is misspelt in Python stays a TypeError.
     others: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -114,7 +115,7 @@ class BertConfig:
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds for this model, as transformers' BertConfig reads it."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "others"}
-        said = {key: value for key, value in own.items() if value or key not in QUIET}
+        said = {key: value for key, value in own.items() if key not in QUIET or value != QUIET[key]}
         return {**self.others, "model_type": "bert", **said}
 
 

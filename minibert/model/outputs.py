@@ -85,6 +85,11 @@ class BertOutput(Mapping[Any, Any]):
         """All that there is, computed, in the order of the names."""
         return tuple(self[:])
 
+    def in_form(self, return_dict: bool | None) -> Any:
+        """This, or the tuple of its values: as the call says or, where it says nothing, the config."""
+        asked = self._model.config.return_dict if return_dict is None else return_dict
+        return self if asked else self.to_tuple()
+
     @cached_property
     def last_hidden_state(self) -> Tensor:
         """(B, T, C), or (N, C) for packed input."""
@@ -191,6 +196,9 @@ class PreTrainingOutput(MaskedLMOutput):
             return head(pooled)
 
     def next_sentence_loss(self, next_sentence_label: Any) -> Tensor:
-        """Mean cross entropy of the (B,) labels that count: -100, and that of an empty sequence, do not. Raises UserError where none of them counts."""
+        """Mean cross entropy of the (B,) labels that count: 0 and 1. Raises UserError for others and where none does.
+
+        -100 does not count, nor does the label of a sequence that is masked throughout.
+        """
         labels = sentence_labels(next_sentence_label, self._batch.packed)
         return apply(cross_entropy, self.seq_relationship_logits, self._batch.integers(labels))

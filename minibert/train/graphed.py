@@ -72,7 +72,7 @@ class GraphedSteps:
     def _run(self, packed: Packed, number: int) -> tuple[Array, Array]:
         self.optimizer.zero_grad()
         self.model.step = number
-        loss = self.model(packed).loss
+        loss = self.model(packed, return_dict=True).loss
         loss.backward()
         return loss.data, self.optimizer.square_norm()
 

@@ -261,7 +261,7 @@ class Trainer:
         for number, share, share_of_pairs in zip(numbers, predicted, pairs, strict=True):
             batch, packed = self.packed(number)
             self.model.step = number  # names the dropout masks
-            out = self.model(packed)
+            out = self.model(packed, return_dict=True)
             mean = out.loss
             if batch.next_sentence_label is not None:
                 mean = mean + out.next_sentence_loss(batch.next_sentence_label) * (share_of_pairs / share)
@@ -319,7 +319,7 @@ class Trainer:
         follows: list[np.ndarray] = []
         with no_grad():
             for batch in self.held_out:
-                out = self.model(self.pack(batch, None))
+                out = self.model(self.pack(batch, None), return_dict=True)
                 index = np.flatnonzero(batch.labels != IGNORE)
                 labels = batch.labels[index]
                 logits = out.logits_at(index)

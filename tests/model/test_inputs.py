@@ -315,6 +315,18 @@ def test_what_the_config_puts_out_where_the_call_does_not_say() -> None:
         assert out.hidden_states is None and out.attentions is None
 
 
+def test_a_config_without_return_dict_gives_tuples_where_the_call_does_not_say() -> None:
+    config = mb.BertConfig.from_dict({**QUIET.to_dict(), "return_dict": False})
+    assert config.to_dict()["return_dict"] is False and "return_dict" not in QUIET.to_dict()
+    last_hidden_state, pooled = BertModel(config, NUMPY, "float64", seed=2)(IDS, MASK)
+    np.testing.assert_array_equal(last_hidden_state.numpy(), expected)
+    assert pooled.shape == (4, 16)
+    for bert in (BertForMaskedLM(config, NUMPY), BertForPreTraining(config, NUMPY)):
+        loss, logits, *_ = bert(IDS, labels=IDS)
+        loss.backward()
+        assert loss.shape == () and logits.shape == (4, 6, 61) and bert(IDS, return_dict=True).logits is not None
+
+
 def test_a_model_without_a_pooler_has_no_pooler_output() -> None:
     out = BertModel(QUIET, NUMPY, add_pooling_layer=False)(IDS)
     assert out.pooler_output is None and "pooler_output" not in out

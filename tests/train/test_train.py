@@ -84,6 +84,12 @@ def test_backends_agree_with_dropout_on(data: Data, tmp_path: Path) -> None:
     assert np.abs(np.subtract(without, by_numba)).max() > 1e-3, "dropout was on"
 
 
+def test_what_a_config_puts_out_changes_no_training(data: Data, tmp_path: Path) -> None:
+    config, asking = replace(CONFIG, max_steps=3), replace(TINY, output_hidden_states=True, return_dict=False)
+    run = Trainer(BertForMaskedLM(asking, "numba", seed=config.seed), data, config, tmp_path / "asking")
+    assert losses(run) == losses(trainer(data, tmp_path / "plain", config))
+
+
 @pytest.mark.parametrize("passes", [1, 2])
 def test_resumed_run_has_the_same_bits(data: Data, tmp_path: Path, passes: int) -> None:
     """Stopped in the middle of a log interval, and again with steps done after the last checkpoint."""

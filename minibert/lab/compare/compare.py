@@ -255,7 +255,7 @@ class _Trainer:
         self.loss: Any = None
 
     def forward(self) -> None:
-        self.loss = self.model(**self.inputs, labels=self.batch.labels).loss
+        self.loss = self.model(**self.inputs, labels=self.batch.labels, return_dict=True).loss
 
     def backward(self) -> None:
         self.loss.backward()
@@ -267,7 +267,7 @@ class _Trainer:
     def infer(self) -> None:
         self.model.eval()
         with no_grad():
-            self.model.bert(**self.inputs).last_hidden_state  # noqa: B018  computed when asked for
+            self.model.bert(**self.inputs, return_dict=True).last_hidden_state  # noqa: B018  computed when asked for
         self.model.train()
 
     def step(self) -> None:

@@ -129,7 +129,7 @@ class Training:
 
             self.optimiser.zero_grad()
             with seen("forward"):
-                loss = self.model(**inputs, labels=batch.labels).loss
+                loss = self.model(**inputs, labels=batch.labels, return_dict=True).loss
             with seen("backward"):
                 loss.backward()
             value = float(loss.item())

@@ -157,7 +157,7 @@ class Side:
         self.optimizer = AdamW(parameter_groups(self.model, 0.01), lr=LEARNING_RATE, max_grad_norm=1.0)
 
     def step(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        loss = self.model.train()(**inputs).loss
+        loss = self.model.train()(**inputs, return_dict=True).loss
         loss.backward()
         value = loss.item()
         self.optimizer.step()
@@ -168,7 +168,7 @@ class Side:
     def inference(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         given = {name: array for name, array in inputs.items() if name != "labels"}
         with no_grad():
-            return np.array(self.model.eval().bert(**given).last_hidden_state.numpy())
+            return np.array(self.model.eval().bert(**given, return_dict=True).last_hidden_state.numpy())
 
 
 def random_batch(batch: int, length: int, seed: int = 0) -> dict[str, np.ndarray]:
