@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from minibert.data.batching import PackedBatch
 from minibert.errors import UserError
 from minibert.kernels import OPS, Op
 from minibert.kernels.cpu.vectors import VECTOR_BYTES
+from minibert.lab.measure import quiet
 from minibert.model.config import BertConfig
 from minibert.model.packing import IGNORE
 
@@ -206,11 +208,10 @@ def bench(
 
 
 def _row(name: str, without: list[float], with_it: list[float], where: str = "") -> dict[str, Any]:
-    ratios = np.divide(without, with_it)
-    low, high = np.percentile(ratios, [20, 80]).tolist()
+    times = quiet.ratio(without, with_it) or quiet.Spread(*[math.nan] * 3)
     return {
-        "without": f"{name}{where}", "ms": median(without) * 1e3, "times": median(ratios.tolist()),
-        "p20": low, "p80": high,
+        "without": f"{name}{where}", "ms": median(without) * 1e3, "times": times.median, "p20": times.p20,
+        "p80": times.p80,
     }  # fmt: skip
 
 

@@ -33,6 +33,8 @@ from minibert.errors import UserError
 from minibert.kernels import OPS, Op
 from minibert.kernels.op import BertSize
 from minibert.lab.conform.check import find_op
+from minibert.lab.measure import quiet
+from minibert.lab.measure.roofline import IMPOSSIBLE, NOTES
 
 if TYPE_CHECKING:
     from minibert.lab.measure.peaks import Peaks
@@ -99,7 +101,7 @@ def measure(
     )
 
     others: list[Any] = [TorchFormula(num_threads()) for _ in opponents]
-    about = harness.fingerprint(places, num_threads())
+    about, load = harness.fingerprint(places, num_threads()), quiet.Load()
     sides.say_where(about)
     found: list[Timing] = []
     problems: list[str] = []
@@ -119,11 +121,14 @@ def measure(
     limits = {place.name: peaks_of(place, peaks) for place in (*places, *others)}
     found = [timing.against(limits[timing.backend], launches[timing.backend]) for timing in found]
     settings = {"size": size._asdict(), "length": size.length, "dtype": dtype, "rounds": rounds}
+    disturbance = load.disturbance(num_threads(), {f"{t.op} on {t.backend}": t.seconds["all"] for t in found})
     show(found, problems, skipped, peaks, launches, settings)
+    sides.say_quiet(disturbance)
     return {
         "bench": "ops", **about, "settings": settings, "peaks": peaks._asdict(), "launch_s": launches,
+        "disturbance": disturbance,
         "ops": [asdict(t) | {"ms": t.ms} for t in found], "skipped": skipped, "problems": problems,
-        "ok": not problems and all(t.note != "impossible" for t in found),
+        "ok": not problems and all(t.note != IMPOSSIBLE for t in found),
     }  # fmt: skip
 
 
@@ -150,8 +155,8 @@ def show(
         f"measured limits, the better of before and after: {peaks.limit_gflops:.0f} GFLOP/s (multiply-adds in "
         f"registers; NumPy's best product {peaks.gflops:.0f}), {peaks.gbps:.1f} GB/s (triad {peaks.triad_gbps:.1f}, "
         f"fill {peaks.fill_gbps:.1f}); a call by itself {calls}\n"
-        f'"cache": more than that bandwidth, of arrays that fit the last-level cache ({peaks.cache_bytes / 2**20:.0f} '
-        'MiB); "impossible": above a limit without that excuse, and no figure',
+        + "; ".join(f'"{word}": {meaning}' for word, meaning in NOTES.items())
+        + f"; the cache: {peaks.cache_bytes / 2**20:.0f} MiB",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     console.print(table(found, settings))
@@ -169,7 +174,8 @@ def table(found: Sequence[Timing], settings: dict[str, Any]) -> Table:
     shown.add_column("op", no_wrap=True)
     shown.add_column("backend", no_wrap=True)
     shown.add_column("by", no_wrap=True)
-    for name in ("ms", "p20", "p80", "x numpy", "predicted", "limit", "share", "GFLOP/s", "GB/s", "of bound"):
+    times = ("ms", "p20", "p80", "x numpy", "p20", "p80")
+    for name in (*times, "predicted", "limit", "share", "GFLOP/s", "GB/s", "of bound"):
         shown.add_column(name, justify="right", no_wrap=True)
     shown.add_column("", no_wrap=True)
     for number, timing in enumerate(found, 1):
@@ -179,7 +185,7 @@ def table(found: Sequence[Timing], settings: dict[str, Any]) -> Table:
 
 def row(t: Timing) -> list[str]:
     """One line; of an impossible time, or of a wrong result, only that it is one."""
-    usable = t.ok and t.note != "impossible"
+    usable = t.ok and t.note != IMPOSSIBLE
     mark = "[red]WRONG[/red]" if not t.ok else "[red]impossible[/red]" if not usable else t.note
 
     def figure(value: float | None, form: str) -> str:
@@ -187,7 +193,8 @@ def row(t: Timing) -> list[str]:
 
     return [
         t.op, t.backend, t.by, *(figure(t.seconds[key] * 1e3, ".4f") for key in ("median", "p20", "p80")),
-        figure(t.ratio, ".2f"), "" if t.predicted_ms is None else f"{t.predicted_ms:.4f}", t.limit or "",
+        *(figure(r, ".2f") for r in (t.ratio, *(t.ratio_p20_p80 or (None, None)))),
+        "" if t.predicted_ms is None else f"{t.predicted_ms:.4f}", t.limit or "",
         figure(t.limit_share, ".0%"), figure(t.gflops, ".1f"), figure(t.gbps, ".1f"), f"{t.bound_share:.1%}", mark,
     ]  # fmt: skip
 

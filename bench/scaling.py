@@ -18,13 +18,13 @@ from rich.table import Table
 
 from bench.timing.figures import add_to_csv, refuse_other_csv
 from bench.timing.harness import among, cores, fingerprint, run_main
-from bench.timing.sides import say_where
+from bench.timing.sides import say_quiet, say_where
 from minibert.cli.options import chosen_backends, console, notes, plain_table, refuse_unwritable
 from minibert.errors import UserError
+from minibert.lab.measure import quiet
 from minibert.lab.measure.scaling import AXES, FEWEST_ROUNDS, QUICK_AXES, UNITS, WORK, Base, measure, thread_counts
 
 ROUNDS, QUICK_ROUNDS = 9, 5
-DISTURBED = 1.3  # p80 over p20 that a quiet machine does not come to
 AXIS_HELP = "Its sizes, as in 1,2,4,8; or one number, for the other axes."
 
 
@@ -149,21 +149,23 @@ def show(found: Mapping[str, Any]) -> None:
         for one in facts["crossovers"]:
             console.print(one["said"], highlight=False, soft_wrap=True)
     warm: dict[str, float] = {}
-    spread = 1.0
     for facts in found["axes"].values():
         for name, curve in facts["backends"].items():
             warm[name] = max(warm.get(name, 0.0), *curve["first_call_s"])
-            both = zip(curve["p20"], curve["p80"], strict=True)
-            spread = max(spread, *(high / low for low, high in both if low is not None), 1.0)
     if warm:
         console.print(f"\n{LEGEND}", highlight=False)
-        if spread > DISTURBED:
-            console.print(
-                f"p80 is up to {spread:.1f} times p20: other work ran on this machine, and a quiet one tells more",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
         told = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in warm.items())
         console.print(f"longest first call, not in the times: {told}", highlight=False, soft_wrap=True)
+
+
+def turns(found: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The seconds of each size on each backend, round by round; without what is impossible."""
+    return {
+        f"{axis} {size} on {name}": every
+        for axis, facts in found["axes"].items()
+        for name, curve in facts["backends"].items()
+        for size, every in zip(facts["sizes"], curve["all"], strict=True) if every is not None
+    }  # fmt: skip
 
 
 def bench(
@@ -187,14 +189,16 @@ def bench(
     refuse_unwritable(json_file, csv_file)
     refuse_other_csv(csv_file)
     places = chosen_backends(names or None, base.threads)
-    about = fingerprint(places, base.threads)
+    about, load = fingerprint(places, base.threads), quiet.Load()
     with notes.status("") as status:
         found = measure(places, sizes, base, rounds or (QUICK_ROUNDS if quick else ROUNDS), status.update, work)
     say_where(about)
     show(found)
+    disturbance = load.disturbance(base.threads, turns(found))
+    say_quiet(disturbance)
     curves = [curve for facts in found["axes"].values() for curve in facts["backends"].values()]
     ok = not any(facts["refused"] for facts in found["axes"].values()) and not any(c["impossible"] for c in curves)
-    document = {"bench": "scaling", **about, "scaling": found, "ok": ok}
+    document = {"bench": "scaling", **about, "disturbance": disturbance, "scaling": found, "ok": ok}
     add_to_csv(csv_file, document)
     if json_file is not None:
         json_file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")

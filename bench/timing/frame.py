@@ -22,6 +22,7 @@ from bench.timing.figures import refuse_other_csv
 from minibert.backends import MOST_THREADS, determinism
 from minibert.cli.options import DETERMINISTIC_HELP, notes, refuse_unwritable
 from minibert.errors import UserError
+from minibert.lab.measure import quiet
 from minibert.model.config import BertConfig
 
 TEXT_BATCHES = 4  # one after the other in each turn, so that a figure does not hang on one mix of lengths
@@ -122,6 +123,7 @@ def run(bench: Bench, options: Options) -> int:
         )
     task = task_of(bench, options)
     places = harness.cpu_backends(options.names, task.threads)
+    load = quiet.Load()
     with determinism(task.deterministic):
         about = harness.fingerprint(places, task.threads)
     sides.say_where(about)
@@ -138,7 +140,14 @@ def run(bench: Bench, options: Options) -> int:
     settings = {
         **task.given, "config": options.config, "rounds": options.rounds, "model": task.config.to_dict(),
     }  # fmt: skip
-    document = {"bench": bench.name, **about, "settings": settings, "peaks": peaks, "measures": found}
+    taken = {
+        f"{who} ({name})": seconds["all"]
+        for name, facts in found.items() for who, seconds in facts.get("seconds", {}).items()
+    }  # fmt: skip
+    document = {
+        "bench": bench.name, **about, "settings": settings, "peaks": peaks, "measures": found,
+        "disturbance": load.disturbance(task.threads, taken),
+    }  # fmt: skip
     return sides.report(document, opponents, options.json_file, options.csv_file)
 
 

@@ -30,6 +30,7 @@ from minibert.cli import UsageMistake
 from minibert.cli.options import chosen_backends, machine
 from minibert.errors import UserError
 from minibert.kernels.op import Array, Op
+from minibert.lab.measure import quiet
 from minibert.model.config import NAMED, BertConfig
 
 if TYPE_CHECKING:
@@ -79,8 +80,7 @@ class Contestant:
         self.seconds.append((time.perf_counter() - began) / (self.steps * self.repeats))
 
     def figures(self) -> dict[str, Any]:
-        p20, middle, p80 = np.percentile(self.seconds, [20, 50, 80]).tolist()
-        return {"median": middle, "p20": p20, "p80": p80, "all": self.seconds}
+        return {**quiet.spread(self.seconds)._asdict(), "all": self.seconds}
 
 
 def interleaved(
@@ -112,16 +112,16 @@ def interleaved(
 
 
 def compared(contestants: Sequence[Contestant], ours: Sequence[str]) -> dict[str, Any]:
-    """Seconds of all, and how many times as fast as each other's each of ours is: of the medians, and its noise."""
+    """Seconds of all, and how many times as fast as each other's each of ours is (`lab.measure.quiet.ratio`)."""
     seconds = {one.name: one.figures() for one in contestants}
-    ratio: dict[str, dict[str, float]] = {name: {} for name in ours}
-    noise: dict[str, dict[str, list[float]]] = {name: {} for name in ours}
+    ratio: dict[str, dict[str, float | None]] = {name: {} for name in ours}
+    noise: dict[str, dict[str, list[float] | None]] = {name: {} for name in ours}
     for name in ours:
         for one in contestants:
             if one.name not in ours:
-                ratio[name][one.name] = seconds[one.name]["median"] / seconds[name]["median"]
-                each = np.divide(seconds[one.name]["all"], seconds[name]["all"])
-                noise[name][one.name] = np.percentile(each, [20, 80]).tolist()
+                found = quiet.ratio(one.seconds, seconds[name]["all"])
+                ratio[name][one.name] = found and found.median
+                noise[name][one.name] = found and [found.p20, found.p80]
     return {
         "ratio": ratio, "ratio_p20_p80": noise, "seconds": seconds,
         "first_call_s": {one.name: one.first_s for one in contestants},
@@ -229,8 +229,7 @@ def cores() -> int:
 def fingerprint(places: Sequence[Backend], threads: int) -> dict[str, Any]:
     """Machine, versions, threads: what a figure belongs to."""
     about = machine()
-    if hasattr(os, "getloadavg"):
-        about["load"] = os.getloadavg()[0]  # of the minute before: others' work, if it is not near 0
+    about["load"] = quiet.load_average()
     versions: dict[str, str | None] = {"minibert": minibert.__version__}
     for library in LIBRARIES:
         try:

@@ -1,9 +1,8 @@
 """One op at a BERT shape on several backends in turn: how long, how near the limit, and right before and after.
 
-The limit is the roofline's (`peaks.floor`): the op's arithmetic at the rate of multiply-adds in registers, its
-memory traffic at the highest bandwidth, or what a call costs by itself, whichever is longest. Arithmetic above that
-rate is impossible; so is bandwidth, of arrays that do not fit the cache: of those, as many bytes as the cache holds are
-left out of the count. An impossible time is no figure: nothing is derived of it.
+The limit is the roofline's (`lab.measure.roofline`): the op's arithmetic at the rate of multiply-adds in registers, its
+memory traffic at the highest bandwidth, or what a call costs by itself, whichever is longest. An impossible time is no
+figure: nothing is derived of it.
 """
 
 from __future__ import annotations
@@ -19,8 +18,10 @@ from minibert.backends import Backend
 from minibert.kernels import Op
 from minibert.kernels.array_module import numpy_module
 from minibert.kernels.op import Array, BertSize, Sample, holds_floats, outputs
-from minibert.kernels.readings import Bound, Cost, cost
+from minibert.kernels.readings import Bound, cost
 from minibert.lab.conform.judge import expect, judge_against
+from minibert.lab.measure import quiet
+from minibert.lab.measure.roofline import IMPOSSIBLE, VIEW, Work, floor, note, total, work_of
 
 if TYPE_CHECKING:
     from minibert.lab.measure.peaks import Peaks
@@ -49,13 +50,14 @@ class Timing:
     peak_bytes: int | None = None  # that a call takes beside its inputs; None where nobody counts them
     bound_share: float = 0.0  # the larger, of before the timing and after it
     ok: bool = True
-    ratio: float | None = None  # NumPy's median over this one; None without NumPy
+    ratio: float | None = None  # NumPy's time over this one, by `quiet.ratio`; None without NumPy
+    ratio_p20_p80: tuple[float, float] | None = None
     gflops: float | None = None
     gbps: float | None = None
     predicted_ms: float | None = None  # by the roofline; None where no peaks were measured
     limit: str | None = None  # arithmetic, memory or launch
-    limit_share: float | None = None  # predicted over measured: above 1 the data fit the cache
-    note: str = ""  # "view", "cache", "impossible" or empty
+    limit_share: float | None = None  # predicted over measured: above 1 the note says why
+    note: str = ""  # by `roofline.note`
 
     @property
     def ms(self) -> float:
@@ -63,18 +65,15 @@ class Timing:
 
     def against(self, peaks: Peaks | None, launch_s: float) -> Timing:
         """With what the roofline says, and rates; of an impossible time none."""
-        from minibert.lab.measure.peaks import floor  # it compiles kernels
-
         rates: dict[str, Any] = {"gflops": self.flops / self.ms * 1e-6, "gbps": self.bytes / self.ms * 1e-6}
         if peaks is None:
             return replace(self, **rates)
-        least = floor(Cost(self.flops, self.bytes), peaks, launch_s)
-        predicted: dict[str, Any] = {"predicted_ms": least.seconds * 1e3, "limit": least.limit}
-        past_cache = self.bytes * max(0.0, 1 - peaks.cache_bytes / self.memory) if self.memory else 0.0
-        if rates["gflops"] > peaks.limit_gflops or past_cache / self.ms * 1e-6 > peaks.gbps:
-            return replace(self, **predicted, ratio=None, note="impossible")
-        note = "cache" if rates["gbps"] > peaks.gbps else self.note
-        return replace(self, **rates, **predicted, limit_share=least.seconds * 1e3 / self.ms, note=note)
+        works = {Work(self.flops, self.bytes, self.memory, self.note == VIEW): 1}
+        least, said = floor(total(works), peaks, launch_s), note(works, self.ms * 1e-3, peaks, launch_s)
+        predicted: dict[str, Any] = {"predicted_ms": least.seconds * 1e3, "limit": least.limit, "note": said}
+        if said == IMPOSSIBLE:
+            return replace(self, **predicted, ratio=None, ratio_p20_p80=None)
+        return replace(self, **rates, **predicted, limit_share=least.seconds * 1e3 / self.ms)
 
 
 class Judged(NamedTuple):
@@ -183,13 +182,11 @@ def timing(op: Op, place: Place, one: harness.Contestant, inputs: Inputs, bound_
 
 def of_one(op: Op, place: Place, inputs: Inputs, seconds: dict[str, Any]) -> Timing:
     """The op's work beside the seconds that it took."""
-    work = cost(op, *inputs.host, **inputs.params)
     results = () if op.writes else outputs(op.formula(numpy_module, *inputs.host, **inputs.params))
-    memory = min(work.bytes, sum(a.nbytes for a in (*inputs.host, *results)))
-    view = len(results) == 1 and any(np.may_share_memory(results[0], a) for a in inputs.host)
+    work = work_of(op, inputs.host, inputs.params, results)
     return Timing(
-        op.name, place.name, place.by(op), seconds, len(seconds["all"]), work.flops, 0 if view else work.bytes,
-        memory, note="view" if view else "",
+        op.name, place.name, place.by(op), seconds, len(seconds["all"]), work.flops, work.bytes, work.memory,
+        note=VIEW if work.view else "",
     )  # fmt: skip
 
 
@@ -202,9 +199,13 @@ def peak_bytes(place: Place, one: harness.Contestant) -> int | None:
 
 
 def with_ratio(rows: list[Timing]) -> list[Timing]:
-    """Each with NumPy's median over its own, where NumPy is there."""
-    reference = next((t.ms for t in rows if t.backend == "numpy"), None)
-    return rows if reference is None else [replace(t, ratio=reference / t.ms) for t in rows]
+    """Each with NumPy's time over its own, where NumPy is there."""
+    reference = next((t.seconds["all"] for t in rows if t.backend == "numpy"), None)
+    found = [None if reference is None else quiet.ratio(reference, t.seconds["all"]) for t in rows]
+    return [
+        t if r is None else replace(t, ratio=r.median, ratio_p20_p80=(r.p20, r.p80))
+        for t, r in zip(rows, found, strict=True)
+    ]
 
 
 def peaks_of(place: Place, cpu: Peaks) -> Peaks | None:

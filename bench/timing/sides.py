@@ -12,6 +12,7 @@ from rich.table import Table
 from bench.timing.batches import Batch
 from bench.timing.figures import add_to_csv
 from minibert.cli.options import console, plain_table
+from minibert.lab.measure import quiet
 
 
 def described(batches: Sequence[Batch]) -> dict[str, Any]:
@@ -33,6 +34,13 @@ def say_where(about: Mapping[str, Any]) -> None:
     console.print(f"{where}\n{versions}; {threads}", highlight=False, markup=False, soft_wrap=True)
 
 
+def say_quiet(disturbance: Mapping[str, Any]) -> None:
+    """The load on the terminal, and a warning where the machine was not quiet."""
+    console.print(quiet.load_words(disturbance), highlight=False)
+    if said := quiet.warning(disturbance):
+        console.print(f"[yellow]{said}[/yellow]", highlight=False, soft_wrap=True)
+
+
 def title(facts: Mapping[str, Any]) -> str:
     return (
         f"{facts['what']}\n{facts['sequences']} sequences, {facts['tokens']:.0f} tokens (mean length "
@@ -44,23 +52,30 @@ def table(facts: Mapping[str, Any], opponents: Sequence[str]) -> Table:
     """One line for each side; of an impossible figure only that it is one."""
     shown = plain_table()
     shown.add_column("side", no_wrap=True)
-    columns = ["ms", "p20", "p80", *(f"x {o}" for o in opponents), "of peak", "of product", "peak MB", "first call s"]
+    compared = [name for o in opponents for name in (f"x {o}", "p20", "p80")]
+    columns = ["ms", "p20", "p80", *compared, "of peak", "of product", "peak MB", "first call s"]
     for column in (*columns, *(["loss"] if "last_loss" in facts else []), ""):
         shown.add_column(column, justify="right", no_wrap=True)
     for who, taken in facts["seconds"].items():
         wrong = who in facts["impossible"]
         kinds = ("share_of_peak", "share_of_product")
         memory = facts["peak_bytes"].get(who)
-        ratios = [facts["ratio"].get(who, {}).get(o) for o in opponents]
+        ratios = [ratio_cells(facts, who, o) for o in opponents]
         shown.add_row(
             who, *("-" if wrong else f"{taken[k] * 1e3:.1f}" for k in ("median", "p20", "p80")),
-            *("" if r is None else f"{r:.2f}" for r in ratios),
+            *(cell for cells in ratios for cell in cells),
             *("-" if wrong else f"{facts[kind][who]:.0%}" for kind in kinds),
             "" if memory is None else f"{memory * 1e-6:.0f}", f"{facts['first_call_s'][who]:.2f}",
             *([f"{facts['last_loss'][who]:.4f}"] if "last_loss" in facts else []),
             "[red]impossible[/red]" if wrong else "",
         )  # fmt: skip
     return shown
+
+
+def ratio_cells(facts: Mapping[str, Any], who: str, other: str) -> tuple[str, str, str]:
+    """Median, p20 and p80 of how many times as fast as another side it is."""
+    middle, ends = facts["ratio"].get(who, {}).get(other), facts["ratio_p20_p80"].get(who, {}).get(other)
+    return ("", "", "") if middle is None else (f"{middle:.2f}", f"{ends[0]:.2f}", f"{ends[1]:.2f}")
 
 
 def show(facts: Mapping[str, Any], opponents: Sequence[str]) -> None:
@@ -115,4 +130,5 @@ def report(document: dict[str, Any], opponents: Sequence[str], json_file: Path |
         "the work that it does itself, padding and whole head included",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+    say_quiet(document["disturbance"])
     return 0 if document["ok"] else 1

@@ -32,10 +32,12 @@ from minibert.cli.options import (
 from minibert.cli.report import markdown, tables, verdict
 from minibert.errors import UserError
 from minibert.kernels import Op
-from minibert.lab.compare.compare import Comparison, Extras, compare, on_cpu
+from minibert.lab.compare.compare import compare
+from minibert.lab.compare.records import Comparison, Extras, on_cpu
 from minibert.lab.conform.own_kernels import HELP, load_kernels, refuse_uncalled
 from minibert.lab.measure.energy import open_meter
 from minibert.lab.measure.prices import Prices, read_prices
+from minibert.lab.measure.quiet import warning
 from minibert.model.config import BertConfig
 
 if TYPE_CHECKING:
@@ -113,6 +115,8 @@ def compare_command(
     for table in tables(found, console):
         console.print(table)
     console.print(verdict(found), highlight=False, soft_wrap=True)
+    if said := warning(found.disturbance):
+        console.print(f"[yellow]{said}[/yellow]", highlight=False, soft_wrap=True)
     if extras is not None:
         _write_facts(found, kernels, described, extras, priced, json_file, report, others)
     if markdown_file is not None:

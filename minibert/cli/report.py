@@ -11,7 +11,8 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from minibert.cli.options import plain_table
-from minibert.lab.compare.compare import STAGES, Comparison, OpRecord, Run, rate
+from minibert.lab.compare.records import STAGES, Comparison, OpRecord, Run, rate
+from minibert.lab.measure.quiet import Spread, load_words, warning
 
 
 class Rows(NamedTuple):
@@ -30,7 +31,7 @@ def _speed(found: Comparison, runs: list[Run]) -> Rows:
         if run.backend.emulated:
             header += [f"{run.backend.name} by", "not GPU speed: ms"]
             continue
-        ratio = [] if run is reference else [f"x {reference.backend.name}"]
+        ratio = [] if run is reference else [f"x {reference.backend.name}", "p20", "p80"]
         header += [f"{run.backend.name} by", "ms", *ratio, "share", "GFLOP/s", "GB/s"]
     rows = []
     for op in sorted(reference.ops, key=lambda op: -reference.ops[op].median_seconds):
@@ -41,7 +42,7 @@ def _speed(found: Comparison, runs: list[Run]) -> Rows:
             if run.backend.emulated:
                 row += [run.backend.by(op), f"{seconds * 1e3:.0f}"]
                 continue
-            ratio = [] if run is reference else [f"{_ratio(reference.ops[op].median_seconds, seconds):.2f}"]
+            ratio = [] if run is reference else _speed_cells(found.speed(run, op))
             row += [
                 run.backend.by(op), f"{seconds * 1e3:.3f}", *ratio, f"{seconds / run.step_seconds:.1%}",
                 f"{rate(record.cost.flops, seconds):.1f}", f"{rate(record.cost.bytes, seconds):.1f}",
@@ -52,7 +53,7 @@ def _speed(found: Comparison, runs: list[Run]) -> Rows:
         if run.backend.emulated:
             total += ["", f"{run.step_seconds * 1e3:.0f}"]
             continue
-        ratio = [] if run is reference else [f"{_ratio(reference.step_seconds, run.step_seconds):.2f}"]
+        ratio = [] if run is reference else _speed_cells(found.speed(run))
         work = [r.cost for r in run.ops.values()]
         total += [
             "", f"{run.step_seconds * 1e3:.3f}", *ratio, "100.0%",
@@ -60,6 +61,10 @@ def _speed(found: Comparison, runs: list[Run]) -> Rows:
             f"{rate(sum(c.bytes for c in work), run.step_seconds):.1f}",
         ]  # fmt: skip
     return Rows("Speed: one training step, medians", header, [*rows, total])
+
+
+def _speed_cells(speed: Spread | None) -> list[str]:
+    return ["-"] * 3 if speed is None else [f"{part:.2f}" for part in speed]
 
 
 def _errors(found: Comparison, runs: list[Run]) -> Rows:
@@ -149,13 +154,15 @@ def verdict(found: Comparison) -> str:
     if not others:
         return passed
     speeds = [
-        f"{run.backend.name} {_ratio(reference.step_seconds, run.step_seconds):.2f}x {reference.backend.name}"
+        f"{run.backend.name} {speed.median:.2f}x {reference.backend.name} (p20 {speed.p20:.2f}, p80 {speed.p80:.2f})"
         for run in others
-        if not run.backend.emulated
+        if (speed := found.speed(run)) is not None
     ]
     apart = max(found.loss_distance(run) for run in others)
     passed += f"; losses within {apart:.1g} of each other"
-    return f"{passed}; speed of a step: {', '.join(speeds)}" if speeds else passed
+    if not speeds:
+        return passed
+    return f"{passed}; speed of a step: {', '.join(speeds)}; {load_words(found.disturbance)}"
 
 
 def markdown(found: Comparison, config: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
@@ -166,7 +173,10 @@ def markdown(found: Comparison, config: Mapping[str, Any], machine: Mapping[str,
     for rows in (section(found, found.runs) for section in (SECTIONS if found.timed else (_errors,))):
         lines += ["", f"## {rows.title}", "", _line(rows.header), _line(["---"] * len(rows.header))]
         lines += [_line(row) for row in rows.rows]
-    return "\n".join([*lines, "", _plain(verdict(found)), ""])
+    lines += ["", _plain(verdict(found))]
+    if said := warning(found.disturbance):
+        lines += ["", said]
+    return "\n".join([*lines, ""])
 
 
 def _line(cells: list[str]) -> str:
@@ -175,7 +185,3 @@ def _line(cells: list[str]) -> str:
 
 def _plain(text: str) -> str:
     return re.sub(r"\[/?(green|red|bold)?\]", "", text)
-
-
-def _ratio(a: float, b: float) -> float:
-    return a / b if b > 0 else float("nan")

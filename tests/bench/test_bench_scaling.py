@@ -17,12 +17,13 @@ from rich.console import Console
 from bench import scaling as command
 from bench.timing import harness
 from bench.timing.batches import forward_flops
+from bench.timing.sides import say_quiet
 from minibert import backends
 from minibert.backends import Backend
 from minibert.errors import UserError
 from minibert.kernels import OPS
 from minibert.kernels.array_module import numpy_module
-from minibert.lab.measure import scaling
+from minibert.lab.measure import quiet, scaling
 from minibert.lab.measure.growth import crossovers, growth
 from minibert.lab.measure.scaling import UNITS, Base, Point, Side, measure
 from minibert.model.config import BertConfig
@@ -347,12 +348,14 @@ def test_the_command_shows_and_writes_what_it_found(
 def test_what_else_ran_on_the_machine_is_told(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
     found = measure([backends.get("numpy")], {"batch": (1, 2)}, TINY, 3)
     curve = found["axes"]["batch"]["backends"]["numpy"]
-    curve["p20"], curve["p80"] = [1.0, 1.0], [1.1, 1.2]
-    command.show(found)
-    assert "times p20" not in capsys.readouterr().out
-    curve["p80"] = [1.1, 2.0]
-    command.show(found)
-    assert "p80 is up to 2.0 times p20" in capsys.readouterr().out
+    load = quiet.Load()
+    load.average = None  # whatever runs beside this test
+    curve["all"] = [[1.0, 1.0, 1.1], [1.0, 1.2, 1.2]]
+    say_quiet(load.disturbance(1, command.turns(found)))
+    assert "not quiet" not in capsys.readouterr().out
+    curve["all"][1] = [1.0, 1.5, 2.0]
+    say_quiet(load.disturbance(1, command.turns(found)))
+    assert "not quiet: p20 to p80 of batch 2 on numpy is 40% of its median" in capsys.readouterr().out
 
 
 def test_which_axes_and_which_base_sizes() -> None:

@@ -1,1 +1,2 @@
-"""Every backend on one training step: compare runs and judges it, facts turns it into a document for JSON and page."""
+"""Every backend on one training step: compare runs and judges it, records holds what it found, facts turns that into a
+document for JSON and page."""

@@ -9,14 +9,12 @@ What only a report shows is measured when `Extras` are asked for: the machine's 
 
 from __future__ import annotations
 
+import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
-from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -24,147 +22,20 @@ from minibert.backends.base import Backend, Kernel
 from minibert.data.batching import PackedBatch
 from minibert.errors import UserError
 from minibert.kernels.op import Array, Op, outputs
-from minibert.kernels.readings import Cost, cost
+from minibert.lab.compare.records import STAGES, TRAINING, Comparison, Extras, Moment, OpRecord, Run
 from minibert.lab.conform.judge import Judgement
 from minibert.lab.lockstep.assess import Assessment, assess
 from minibert.lab.measure.energy import Meter, Reading
+from minibert.lab.measure.quiet import Load
+from minibert.lab.measure.roofline import Work, work_of
 from minibert.model.tensor import no_grad
 from minibert.train.optim import AdamW, parameter_groups
 
-if TYPE_CHECKING:
-    from minibert.lab.measure.peaks import Peaks
-
 JUDGED_PER_SIGNATURE = 2  # calls of one op on equal shapes that are judged: later layers repeat the first
-STAGES = ("preprocess", "forward", "backward", "optimiser", "inference")
-TRAINING = ("forward", "backward", "optimiser")
 
 MakeModel = Callable[[Backend], Any]
 MakeBatch = Callable[[], PackedBatch]
 Signature = tuple[Any, ...]
-
-
-@dataclass
-class OpRecord:
-    """One op on one backend: what one step spends on it, and the worst of its judged calls."""
-
-    op: Op
-    calls: int = 0  # in one step
-    cost: Cost = field(default_factory=lambda: Cost(0, 0))  # of one step
-    seconds: list[float] = field(default_factory=list)  # of each step
-    judgements: list[Judgement] = field(default_factory=list)
-    ulps: Counter[str] = field(default_factory=Counter)  # elements of the judged calls by error (`assess`)
-
-    @property
-    def median_seconds(self) -> float:
-        return median(self.seconds) if self.seconds else 0.0
-
-    def worst(self, measure: str) -> float | None:
-        return max((getattr(j, measure) for j in self.judgements), default=None)
-
-    @property
-    def failures(self) -> list[Judgement]:
-        """Calls that left their bound, or of which an infinite bound says nothing."""
-        return [j for j in self.judgements if not j.ok or j.unbounded]
-
-
-class Moment(NamedTuple):
-    """Memory at the end of one call of an op."""
-
-    seconds: float  # since the step began; following the memory slows it
-    live_bytes: int  # above what was there when it began
-    stage: str
-    op: str
-
-
-class Stage(NamedTuple):
-    """One stage on one backend: the median over steps, and the peak memory above what stood before it."""
-
-    seconds: float
-    peak_bytes: int
-
-
-@dataclass
-class Run:
-    """One backend's part of the comparison."""
-
-    backend: Backend
-    ops: dict[Op, OpRecord] = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
-    times: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in STAGES})
-    peaks: dict[str, int] = field(default_factory=dict)
-    weights: dict[str, np.ndarray] = field(default_factory=dict)  # after the last step
-    joules: dict[str, list[float | None]] = field(default_factory=dict)  # by stage and of the "step", of each step
-    memory: list[Moment] = field(default_factory=list)  # of one training step
-    launch_seconds: float | None = None  # what a call of an op costs by itself
-
-    @property
-    def stages(self) -> dict[str, Stage]:
-        return {name: Stage(median(self.times[name]), self.peaks[name]) for name in STAGES}
-
-    @property
-    def step_seconds(self) -> float:
-        return sum(median(self.times[name]) for name in TRAINING)
-
-    def record(self, op: Op) -> OpRecord:
-        return self.ops.setdefault(op, OpRecord(op))
-
-    @cached_property
-    def on_cpu(self) -> bool:
-        return on_cpu(self.backend)
-
-
-def on_cpu(backend: Backend) -> bool:
-    """Whether what the CPU can do is what limits this backend."""
-    return not backend.emulated and isinstance(backend.asarray(np.zeros(1)), np.ndarray)
-
-
-@dataclass
-class Extras:
-    """What a report shows beside the comparison: ask for it by handing one to `compare`, which fills it in."""
-
-    dtype: str = "float32"  # of the arrays, for the peaks
-    meter: Meter | None = None  # of energy
-    peaks: Peaks | None = None  # of the CPU, measured where a backend runs on it
-    seconds: dict[str, float] = field(default_factory=dict)  # what measuring each part took
-
-    @contextmanager
-    def taking(self, part: str) -> Iterator[None]:
-        """Add the time of a block to that of a part."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
-
-
-@dataclass
-class Comparison:
-    """What `compare` found. The first run is the reference."""
-
-    runs: list[Run]
-    batch: PackedBatch
-    samples: int
-    timed: bool = True  # False where a wrong op made training break down: there is nothing to time
-    extras: Extras | None = None
-
-    @property
-    def failures(self) -> list[tuple[Run, OpRecord, Judgement]]:
-        return [(run, r, j) for run in self.runs for r in run.ops.values() for j in r.failures]
-
-    @property
-    def ok(self) -> bool:
-        return not self.failures
-
-    def loss_distance(self, run: Run) -> float:
-        """The largest relative difference of a loss from the reference's."""
-        reference = self.runs[0].losses
-        return max(abs(a - b) / abs(b) for a, b in zip(run.losses, reference, strict=True))
-
-    def weight_distance(self, run: Run) -> float:
-        """||w - w_reference|| / ||w_reference|| over all weights, after the last step."""
-        reference = self.runs[0].weights
-        apart = sum(float(np.sum((run.weights[k].astype(np.float64) - w) ** 2)) for k, w in reference.items())
-        return float(np.sqrt(apart / sum(float(np.sum(w.astype(np.float64) ** 2)) for w in reference.values())))
 
 
 def compare(
@@ -184,7 +55,8 @@ def compare(
     inputs that none of them has seen. With `extras` it also measures what they say.
     """
     runs = [Run(backend) for backend in compared]
-    batch = make_batch()
+    batch, load = make_batch(), Load()
+    found = Comparison(runs, batch, len(batch.cu_seqlens) - 1, extras=extras)
     with ExitStack() as stack:
         for run in runs[1:] or runs:
             stack.enter_context(run.backend.using(dict(kernels or {})))
@@ -193,21 +65,22 @@ def compare(
             progress(f"{run.backend.name}: making the model")
             trainers.append(_Trainer(run, make_model(run.backend), batch, learning_rate))
         try:
-            _run_all(runs, trainers, make_batch, steps, progress, extras)
+            _run_all(found, trainers, make_batch, steps, progress, load)
         except Exception as error:
             if not any(record.failures for run in runs for record in run.ops.values()):
                 if isinstance(error, FloatingPointError):
                     raise UserError(f"{error}: are the weights finite?") from error
                 raise
             # an op that was judged wrong has made training break down: that is the verdict
-            return Comparison(runs, batch, len(batch.cu_seqlens) - 1, timed=False, extras=extras)
-    return Comparison(runs, batch, len(batch.cu_seqlens) - 1, extras=extras)
+            return replace(found, timed=False)
+    return found
 
 
 def _run_all(
-    runs: list[Run], trainers: list[_Trainer], make_batch: MakeBatch, steps: int, progress: Callable[[str], None],
-    extras: Extras | None,
+    found: Comparison, trainers: list[_Trainer], make_batch: MakeBatch, steps: int, progress: Callable[[str], None],
+    load: Load,
 ) -> None:  # fmt: skip
+    runs, extras = found.runs, found.extras
     for run, trainer in zip(runs, trainers, strict=True):
         progress(f"{run.backend.name}: step 1 of {steps}" + (", judging every op" if run is runs[0] else ""))
         with ExitStack() as stack:
@@ -216,14 +89,15 @@ def _run_all(
                 stack.enter_context(run.backend.watched_by(_judging(runs)))
             trainer.step()
         trainer.infer()
-    if extras is not None:
-        progress("the machine's peaks")
-        with extras.taking("peaks"):
-            _measure_peaks(runs, extras)
+    _measure_peaks(runs, extras, progress)
     for number in range(2, steps + 1):
         for run, trainer in zip(runs, trainers, strict=True):  # in turn, so that a slow minute slows all alike
             progress(f"{run.backend.name}: step {number} of {steps}")
             _timed(run, trainer, make_batch, extras.meter if extras else None)
+    threads = max(run.backend.num_threads() for run in runs)
+    taken = {run.backend.name: run.seconds() for run in runs if not run.backend.emulated}
+    found.disturbance = load.disturbance(threads, taken)
+    _measure_peaks(runs, extras, progress)
     for run, trainer in zip(runs, trainers, strict=True):
         progress(f"{run.backend.name}: memory")
         run.weights = trainer.model.state_dict()
@@ -280,15 +154,23 @@ class _Trainer:
         yield from zip(STAGES, (make_batch, self.forward, self.backward, self.optimise, self.infer), strict=True)
 
 
-def _measure_peaks(runs: list[Run], extras: Extras) -> None:
-    """What the CPU can do, where a backend runs on it, and what a call costs on each backend."""
-    from minibert.lab.measure.peaks import launch_seconds, measure_peaks  # it compiles kernels
+def _measure_peaks(runs: list[Run], extras: Extras | None, progress: Callable[[str], None]) -> None:
+    """What the CPU can do, where a backend runs on it, and what a call costs on each backend.
 
-    if any(run.on_cpu for run in runs):
-        extras.peaks = measure_peaks(extras.dtype)
-    for run in runs:
-        if not run.backend.emulated:
-            run.launch_seconds = launch_seconds(run.backend)
+    Before and after the steps that are timed, the better of both: other work on the machine can only lower them.
+    """
+    if extras is None:
+        return
+    from minibert.lab.measure.peaks import better, launch_seconds, measure_peaks  # it compiles kernels
+
+    progress("the machine's peaks")
+    with extras.taking("peaks"):
+        if any(run.on_cpu for run in runs):
+            measured = measure_peaks(extras.dtype)
+            extras.peaks = measured if extras.peaks is None else better(extras.peaks, measured)
+        for run in runs:
+            if not run.backend.emulated:
+                run.launch_seconds = min(launch_seconds(run.backend), run.launch_seconds or math.inf)
 
 
 def _timed(run: Run, trainer: _Trainer, make_batch: MakeBatch, meter: Meter | None) -> None:
@@ -353,17 +235,16 @@ def _signature(op: Op, arrays: tuple[Array, ...], params: Mapping[str, Any]) -> 
 
 
 def _counter(run: Run) -> Any:
-    """A watcher that counts the calls of one step and their cost."""
-    costs: dict[Signature, Cost] = {}
+    """A watcher that counts the calls of one step and their work."""
+    known: dict[Signature, Work] = {}
 
     def count(op: Op, arrays: tuple[Array, ...], params: Mapping[str, Any], call: Callable[[], Any]) -> Any:
-        signature = _signature(op, arrays, params)
-        if signature not in costs:
-            costs[signature] = cost(op, *map(run.backend.numpy, arrays), **params)
-        record = run.record(op)
-        record.calls += 1
-        record.cost = Cost(record.cost.flops + costs[signature].flops, record.cost.bytes + costs[signature].bytes)
-        return call()
+        signature, result = _signature(op, arrays, params), call()
+        if signature not in known:
+            given, made = ([run.backend.numpy(a) for a in these] for these in (arrays, outputs(result)))
+            known[signature] = work_of(op, given, params, made)
+        run.record(op).works[known[signature]] += 1
+        return result
 
     return count
 
@@ -402,8 +283,3 @@ def _judge(runs: list[Run], op: Op, inputs: tuple[np.ndarray, ...], params: Mapp
         for (record, _), assessment in zip(same, judged, strict=True):
             record.judgements.append(assessment.judgement)
             record.ulps.update(assessment.ulps)
-
-
-def rate(amount: float, seconds: float) -> float:
-    """Billions a second; 0 where nothing was done or no time was seen to pass."""
-    return amount / seconds / 1e9 if seconds > 0 else 0.0

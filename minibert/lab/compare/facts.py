@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from minibert import __version__
-from minibert.lab.compare.compare import Comparison, OpRecord, Run, rate
+from minibert.lab.compare.records import Comparison, OpRecord, Run, rate
 from minibert.lab.lockstep.assess import LEAST_BUCKET, MOST_BUCKET
 from minibert.lab.measure.prices import Prices
+from minibert.lab.measure.quiet import Spread
+from minibert.lab.measure.roofline import IMPOSSIBLE, floor, note
 
 LIBRARIES = ("numpy", "scipy", "numba", "cupy-cuda12x", "cupy-cuda13x")
 BUCKETS = ("0", *(f"2^{k}" for k in range(LEAST_BUCKET, MOST_BUCKET + 1)), "not finite")
@@ -31,7 +33,10 @@ def facts(
     """The comparison as plain data. What is called `ms` are medians over the timed steps, in milliseconds.
 
     `predicted_ms` is the least that the op takes under the machine's peaks, and `limit` which of them sets it;
-    `limit_share` is that over the median, above 1 where the data fit a cache. `prices` and `scaling` (the document of
+    `limit_share` is that over the median, and `note` says what it is above 1 (`lab.measure.roofline.NOTES`): of an
+    impossible one nothing is derived. `ratio`, of ops and stages and in `speed` of whole steps, is how many times as
+    fast as the reference they are: median, p20 and p80 of the steps, which took turns; `disturbance` is the load, and
+    why the machine was not quiet (`lab.measure.quiet`). `prices` and `scaling` (the document of
     `minibert.lab.measure.scaling.measure`) are put in as they are asked for.
     """
     timed = found.runs if found.timed else []
@@ -47,6 +52,8 @@ def facts(
         "emulated": [run.backend.name for run in found.runs if run.backend.emulated],
         "ops": [_op(found, run, record) for run in found.runs for record in run.ops.values()],
         "stages": [row for run in timed for row in _stages(found, run)],
+        "speed": {run.backend.name: _ratio(found.speed(run)) for run in timed[1:]},
+        "disturbance": dict(found.disturbance),
         "loss": {run.backend.name: [_finite(loss) for loss in run.losses] for run in found.runs},
         "distance": {name: {k: _finite(v) for k, v in both.items()} for name, both in apart.items()},
         "peaks": {run.backend.name: _peaks(found, run) for run in found.runs},
@@ -70,7 +77,8 @@ def versions() -> dict[str, str]:
 
 
 def _op(found: Comparison, run: Run, record: OpRecord) -> dict[str, Any]:
-    timed, seconds = found.timed, record.median_seconds
+    timed, seconds, limit = found.timed, record.median_seconds, _limit(found, run, record)
+    rated = timed and limit["note"] != IMPOSSIBLE
     return {
         "op": record.op.name,
         "backend": run.backend.name,
@@ -82,9 +90,10 @@ def _op(found: Comparison, run: Run, record: OpRecord) -> dict[str, Any]:
         "ms": seconds * 1e3 if timed else None,
         "seconds": list(record.seconds) if timed else [],
         "share": seconds / run.step_seconds if timed else None,
-        "gflops": rate(record.cost.flops, seconds) if timed else None,
-        "gbps": rate(record.cost.bytes, seconds) if timed else None,
-        **_limit(found, run, record),
+        "ratio": _ratio(found.speed(run, record.op)),
+        "gflops": rate(record.cost.flops, seconds) if rated else None,
+        "gbps": rate(record.cost.bytes, seconds) if rated else None,
+        **limit,
         **{name: _finite(record.worst(name)) for name in ("ulp_max", "err_over_us", "bound_share")},
         "ulps": {bucket: record.ulps[bucket] for bucket in BUCKETS if record.ulps[bucket]},
         "ok": not record.failures,
@@ -94,12 +103,13 @@ def _op(found: Comparison, run: Run, record: OpRecord) -> dict[str, Any]:
 def _limit(found: Comparison, run: Run, record: OpRecord) -> dict[str, Any]:
     """The roofline's time of the op in one step."""
     if found.extras is None or found.extras.peaks is None or run.launch_seconds is None or not run.on_cpu:
-        return {"predicted_ms": None, "limit": None, "limit_share": None}
-    from minibert.lab.measure.peaks import floor  # the module compiles kernels
-
-    least = floor(record.cost, found.extras.peaks, run.launch_seconds, record.calls)
-    share = least.seconds / record.median_seconds if found.timed and record.median_seconds > 0 else None
-    return {"predicted_ms": least.seconds * 1e3, "limit": least.limit, "limit_share": share}
+        return {"predicted_ms": None, "limit": None, "limit_share": None, "note": ""}
+    peaks, launch, seconds = found.extras.peaks, run.launch_seconds, record.median_seconds
+    least = floor(record.cost, peaks, launch, record.calls)
+    known = found.timed and seconds > 0
+    said = note(record.works, seconds, peaks, launch) if known else ""
+    share = least.seconds / seconds if known and said != IMPOSSIBLE else None
+    return {"predicted_ms": least.seconds * 1e3, "limit": least.limit, "limit_share": share, "note": said}
 
 
 def _peaks(found: Comparison, run: Run) -> dict[str, Any] | None:
@@ -116,6 +126,7 @@ def _stages(found: Comparison, run: Run) -> list[dict[str, Any]]:
             "ms_per_sample": stage.seconds * 1e3 / found.samples,
             "ms_per_token": stage.seconds * 1e3 / len(found.batch.input_ids),
             "seconds": list(run.times[name]),
+            "ratio": _ratio(found.speed(run, name)),
             "peak_bytes": stage.peak_bytes,
             "energy_j": _joules(run, name),
         }
@@ -170,6 +181,10 @@ def _cost(found: Comparison, run: Run, prices: Prices | None) -> dict[str, Any]:
         "basis": step.basis,
         "inference_basis": inference if isinstance(inference, str) else inference.basis,
     }
+
+
+def _ratio(found: Spread | None) -> dict[str, float] | None:
+    return None if found is None else found._asdict()
 
 
 def _finite(value: float | None) -> float | None:

@@ -1,8 +1,4 @@
-"""What this machine can do, measured in this run: the ceilings of the roofline, and what an op must take under them.
-
-The roofline: an op that needs so many flops and moves so many bytes takes at least the longer of both times (Williams,
-Waterman, Patterson, *Roofline: an insightful visual performance model*, CACM 2009), and at least what a call costs.
-"""
+"""What this machine can do, measured in this run: the ceilings of the roofline (`lab.measure.roofline`)."""
 
 from __future__ import annotations
 
@@ -18,7 +14,6 @@ from minibert.backends import Backend
 from minibert.kernels import OPS
 from minibert.kernels.cpu.jit import inline, jit
 from minibert.kernels.cpu.threads import num_threads, run_rows
-from minibert.kernels.readings import Cost
 
 PRODUCTS = ((1024, 1024, 1024), (2048, 2048, 2048), (1024, 1536, 384), (1024, 30522, 384))  # (M, N, K)
 ARRAY_BYTES = 1 << 27  # many times any cache
@@ -43,22 +38,6 @@ class Peaks(NamedTuple):
     @property
     def limit_gflops(self) -> float:
         return max(self.gflops, self.fma_gflops)
-
-
-class Floor(NamedTuple):
-    """The least time that an op can take, and what sets it."""
-
-    seconds: float
-    limit: str  # "arithmetic", "memory" or "launch"
-
-
-def floor(work: Cost, peaks: Peaks, launch_seconds: float = 0.0, calls: int = 1) -> Floor:
-    """The roofline's time of this work, done in so many calls of which each costs `launch_seconds` of itself."""
-    return max(
-        Floor(work.flops / peaks.limit_gflops * 1e-9, "arithmetic"),
-        Floor(work.bytes / peaks.gbps * 1e-9, "memory"),
-        Floor(calls * launch_seconds, "launch"),
-    )
 
 
 def better(first: Peaks, second: Peaks) -> Peaks:

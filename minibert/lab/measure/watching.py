@@ -94,7 +94,7 @@ def _timed(op: Op, backend: Backend, peaks: Peaks | None) -> tuple[float, float 
     work = cost(op, *host, **params)
     if peaks is None:
         return seconds, None
-    from minibert.lab.measure.peaks import floor  # it compiles kernels
+    from minibert.lab.measure.roofline import floor
 
     return seconds, floor(work, peaks).seconds / seconds
 

@@ -14,7 +14,7 @@ from minibert import backends
 from minibert.cli import main
 from minibert.data import SHIPPED_VOCABULARY
 from minibert.kernels import OPS
-from minibert.lab.compare import compare
+from minibert.lab.compare import records
 
 pytestmark = pytest.mark.usefixtures("smaller_tiny")
 SMALL = ["--config", "tiny", "--tokens", "200", "--max-seq-length", "48", "--steps", "3"]
@@ -33,6 +33,7 @@ def facts(smaller_tiny: None, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """What one small comparison wrote."""
     folder = tmp_path_factory.mktemp("compare")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minibert.lab.measure.peaks.ROUNDS", 2)  # they need not be the best
         files = ["--json", str(folder / "facts.json"), "--markdown", str(folder / "page.md")]
         assert run(patch, "compare", *SMALL, *files) == 0
     return json.loads((folder / "facts.json").read_text()) | {"page": (folder / "page.md").read_text()}
@@ -49,7 +50,7 @@ def test_the_json_holds_the_facts(facts: dict[str, Any]) -> None:
         set(["stage", "backend", "ms_per_sample", "ms_per_token", "peak_bytes"]) <= set(row) for row in facts["stages"]
     )
     for name in names:
-        assert {row["stage"] for row in facts["stages"] if row["backend"] == name} == set(compare.STAGES)
+        assert {row["stage"] for row in facts["stages"] if row["backend"] == name} == set(records.STAGES)
         assert len(facts["loss"][name]) == 3
 
 
@@ -207,8 +208,10 @@ def test_a_checkpoint_is_compared_with_its_own_tokenizer(
 
 
 def test_float64_and_one_backend_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("minibert.lab.measure.quiet.Load.disturbance", lambda *_: {"why": ["a test says so"]})
     assert run(monkeypatch, "compare", *SMALL, "--backends", "numpy", "--dtype", "float64") == 0
-    assert "float64" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "float64" in out and "the machine was not quiet: a test says so. Measure again" in out
 
 
 @pytest.mark.parametrize(

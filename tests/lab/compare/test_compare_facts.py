@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from math import ceil, log2
@@ -20,14 +21,18 @@ from minibert.backends import Backend
 from minibert.backends.cuda.backend import CudaBackend
 from minibert.cli import main
 from minibert.cli.compare import NEEDED
+from minibert.cli.report import markdown, verdict
 from minibert.errors import UserError
 from minibert.kernels import OPS
 from minibert.kernels.array_module import numpy_module
-from minibert.lab.compare.compare import STAGES, TRAINING, Comparison, Extras, compare
+from minibert.lab.compare.compare import compare
 from minibert.lab.compare.facts import BROKE_DOWN, NO_METER, PLAYED, facts
+from minibert.lab.compare.records import STAGES, TRAINING, Comparison, Extras
 from minibert.lab.measure.energy import Counter, Meter, Source
 from minibert.lab.measure.peaks import Peaks
 from minibert.lab.measure.prices import Prices
+from minibert.lab.measure.roofline import CACHE, IMPOSSIBLE
+from minibert.lab.measure.roofline import LAUNCH as LAUNCHED
 from tests.small_steps import NUMBA, NUMPY, TINY, maker, tiny_batch
 
 pytestmark = pytest.mark.usefixtures("smaller_tiny")
@@ -105,8 +110,12 @@ def test_the_limit_of_an_op_follows_from_its_work_and_the_peaks(document: dict[s
         times = {"arithmetic": row["flops"] / 50e9, "memory": row["bytes"] / 10e9, "launch": row["calls"] * LAUNCH}
         assert row["predicted_ms"] == pytest.approx(max(times.values()) * 1e3)
         assert times[row["limit"]] == max(times.values())
-        assert row["limit_share"] == pytest.approx(row["predicted_ms"] / row["ms"])
         limits.add(row["limit"])
+        if row["note"] == IMPOSSIBLE:
+            assert row["limit_share"] is row["gflops"] is row["gbps"] is None, "no figure is made of it"
+            continue
+        assert row["limit_share"] == pytest.approx(row["predicted_ms"] / row["ms"])
+        assert (row["note"] in (CACHE, LAUNCHED)) is (row["limit_share"] > 1)
     assert {"memory", "launch"} <= limits
     assert document["peaks"]["numba"] == {**PEAKS._asdict(), "launch_s": LAUNCH}
     assert document["peaks"]["played"] is None
@@ -154,6 +163,30 @@ def test_live_memory_falls_as_well_as_it_rises() -> None:
         assert 8_000_000 <= live() < 8_100_000
         del kept
         assert live() < 10_000
+
+
+def test_a_ratio_is_of_steps_that_took_turns_and_has_its_spread(document: dict[str, Any], found: Comparison) -> None:
+    seconds = {(r["backend"], r["stage"]): np.array(r["seconds"]) for r in document["stages"]}
+    numpy, numba = (sum(seconds[name, stage] for stage in TRAINING) for name in ("numpy", "numba"))
+    assert document["speed"] == {
+        "numba": dict(zip(("p20", "median", "p80"), np.percentile(numpy / numba, [20, 50, 80]), strict=True)),
+        "played": None,
+    }
+    for row in (*document["stages"], *document["ops"]):
+        if row["backend"] == "numba":
+            assert row["ratio"]["p20"] <= row["ratio"]["median"] <= row["ratio"]["p80"]
+        else:
+            assert row["ratio"] is None
+    assert set(document["disturbance"]) == {"load", "others", "cores", "why"}
+    quiet = replace(found, disturbance={"load": 0.1, "others": 0.02, "cores": 2, "why": []})
+    speed = document["speed"]["numba"]
+    said = f"numba {speed['median']:.2f}x numpy (p20 {speed['p20']:.2f}, p80 {speed['p80']:.2f}); load 0.10 on 2 cores"
+    assert said in verdict(quiet)
+    table, *_ = (line for line in markdown(quiet, {"name": "", "summary": ""}, {}).splitlines() if "x numpy |" in line)
+    assert "| x numpy | p20 | p80 |" in table
+    assert "not quiet" not in markdown(quiet, {"name": "", "summary": ""}, {})
+    busy = replace(found, disturbance={"load": 3.0, "others": 1.5, "cores": 2, "why": ["a test says so"]})
+    assert "the machine was not quiet: a test says so." in markdown(busy, {"name": "", "summary": ""}, {})
 
 
 def test_joules_are_means_over_the_timed_steps(document: dict[str, Any]) -> None:
@@ -297,7 +330,7 @@ def test_a_report_is_a_folder_with_a_page_and_its_facts(
         document["scaling"] == {"what": "work, in float32", "axes": {}}
         and document["cost"]["numba"]["currency"] == "USD"
     )
-    assert laboratory.measured == [(["numpy", "numba"], threads)] and laboratory.dtypes == ["float32"]
+    assert laboratory.measured == [(["numpy", "numba"], threads)] and laboratory.dtypes == ["float32"] * 2
     last = capsys.readouterr().out.splitlines()[-1]
     pattern = r" \(peaks [\d.]+ s, memory over time [\d.]+ s, crossovers [\d.]+ s, page [\d.]+ s\)"
     assert re.fullmatch(re.escape(f"report: {folder / 'index.html'}") + pattern, last)
@@ -308,7 +341,7 @@ def test_one_backend_and_float64_have_reports_too(
     laboratory: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     assert run(monkeypatch, "--backends", place, "--dtype", "float64", "--report", str(tmp_path)) == 0
-    assert laboratory.dtypes == ["float64"], "peaks are those of the arrays' dtype"
+    assert laboratory.dtypes == ["float64"] * 2, "peaks are those of the arrays' dtype, before and after"
     ((_, document, _),) = laboratory.pages
     assert document["peaks"][place] and all(row["limit"] for row in document["ops"])
 
