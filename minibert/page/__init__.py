@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minibert.errors import UserError
+from minibert.lab.measure.quiet import load_words, warning
+from minibert.lab.measure.roofline import NOTES
 from minibert.page import wording
 from minibert.page.cards import card
 from minibert.page.curves import WIDE, crossovers, roofline
@@ -39,7 +41,7 @@ class Column(NamedTuple):
 COLUMNS = (
     Column("ms", "time", "of one training step"),
     Column("share", "of step", "share of the step's time", True),
-    Column("limit_share", "of limit", "the roofline's time over the measured; above 100 %: the data fit a cache", True),
+    Column("limit_share", "of limit", "the roofline's time over the measured; above 100 % the note says why", True),
     Column("bound_share", "of bound", "largest error over what the formula allows any evaluation in this dtype", True),
     Column("err_over_us", "err/uS", "largest error in roundoffs of the sum of absolute terms"),
     Column("ulp_max", "max ulp", "largest error in units in the last place"),
@@ -86,13 +88,15 @@ def render(facts: Facts, others: Sequence[Recorded] = ()) -> str:
     )
     environment.filters["drawn"] = Markup  # figures alone: their text is escaped where it is put in
     environment.globals |= {
-        name: getattr(wording, name) for name in ("milliseconds", "megabytes", "percent", "significant", "times")
+        name: getattr(wording, name) for name in ("milliseconds", "megabytes", "percent", "significant")
     }
     with drawn_for_the_page():
         shown = {**_figures(facts), "cards": [card(one, i, facts) for i, one in enumerate(others)]}
     return environment.from_string(_own("page.html.jinja")).render(
         facts=facts, style=Markup(_own("style.css")), script=Markup(script), digest=digest,
-        headline=wording.headline(facts), tiles=_tiles(facts), spent=wording.spent(facts), about=wording,
+        headline=wording.headline(facts), tiles=_tiles(facts), about=wording,
+        spent=wording.spent(facts), unspent=dict(wording.unspent(facts)),
+        load=load_words(facts.disturbance), warning=wording.sentence(warning(facts.disturbance)), notes=_notes(facts),
         columns=COLUMNS, op_rows=[(row, _cells(row)) for row in _ordered(facts)], first_order=_first_order(facts),
         colours={b.name: b.colour for b in facts.backends}, stage_names=STAGES,
         versions=mapping(facts.document.get("versions")), **shown,
@@ -125,6 +129,12 @@ def _ordered(facts: Facts) -> list[OpRow]:
     if _first_order(facts) == "ms":
         return sorted(facts.ops, key=lambda row: -(row.ms or 0.0))
     return sorted(facts.ops, key=lambda row: -row.severity)
+
+
+def _notes(facts: Facts) -> str:
+    """What the notes in the table mean, of those that are there."""
+    met = {row.note for row in facts.ops}
+    return "; ".join(f"{word}: {meaning}" for word, meaning in NOTES.items() if word in met)
 
 
 def _cells(row: OpRow) -> list[Cell]:

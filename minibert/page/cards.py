@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from minibert.lab.measure.quiet import load_words, ratio, warning
 from minibert.page.curves import crossovers
-from minibert.page.facts import NOT_GPU_SPEED, STAGES, STEP, Facts, listed, mapping, number, rows
+from minibert.page.facts import NOT_GPU_SPEED, STAGES, STEP, Facts, disturbance, listed, mapping, number, numbers, rows
 from minibert.page.figures import stage_times
 from minibert.page.recorded import KINDS, Recorded
 from minibert.page.svg import Drawing
@@ -22,6 +23,7 @@ from minibert.page.wording import (
     milliseconds,
     percent,
     place_words,
+    sentence,
     significant,
     times,
     whole,
@@ -63,6 +65,9 @@ def card(recorded: Recorded, index: int, ours: Facts) -> Card:
         recorded.name, KINDS[recorded.kind], place_words(mapping(about.get("machine"))), date_words(about.get("date"))
     )
     SHOW[recorded.kind](made, facts, f"r{index}")
+    quiet = disturbance(facts)
+    if quiet["load"] is not None:
+        made.lines.append(f"Measured at {load_words(quiet)}. {sentence(warning(quiet))}".strip())
     if recorded.kind == "compare":
         made.lines += _side_by_side(Facts(facts), ours)
     return made
@@ -163,19 +168,31 @@ def _measures(made: Card, document: Mapping[str, Any], name: str) -> None:
         spent = {who: number(mapping(taken).get("median")) for who, taken in mapping(facts.get("seconds")).items()}
         impossible = mapping(facts.get("impossible")) or {str(who): "" for who in listed(facts.get("impossible"))}
         held = mapping(facts.get("peak_bytes"))
-        fastest = min((s for who, s in spent.items() if s and who not in impossible), default=None)
+        possible = {who: s for who, s in spent.items() if s and who not in impossible}
+        fastest = min(possible, key=lambda who: possible[who], default="")
+        turns = {who: numbers(mapping(taken).get("all")) for who, taken in mapping(facts.get("seconds")).items()}
         cells = [
             (
                 who,
                 "impossible" if who in impossible else milliseconds(None if s is None else s * 1e3),
-                times(s, fastest) if s and fastest and who not in impossible else MISSING,
+                _beside(turns[who], turns[fastest]) if who in possible and who != fastest else MISSING,
                 megabytes(number(held.get(who))),
             )
             for who, s in spent.items()
         ]  # fmt: skip
         made.tables.append(
-            Table(str(facts.get("what") or key), ("side", "median", "of the fastest", "peak memory"), cells)
+            Table(
+                str(facts.get("what") or key),
+                ("side", "median", "times the fastest (p20 to p80)", "peak memory"),
+                cells,
+            )
         )
+
+
+def _beside(slower: list[float], faster: list[float]) -> str:
+    """How many times as long one took as the other, in turns; nothing where each turn's time is not known."""
+    found = ratio(slower, faster) if len(slower) == len(faster) else None
+    return MISSING if found is None else f"{times(found.median)} ({significant(found.p20)} to {significant(found.p80)})"
 
 
 def _scaling(made: Card, document: Mapping[str, Any], name: str) -> None:

@@ -60,14 +60,19 @@ def roofline(facts: Facts, width: float = WIDTH) -> Drawing | None:
     axes.set_ylim(low, high)
     for owner, peaks in roofs:
         _draw_roof(axes, owner, peaks, left, right, low)
+    above = any((row.limit_share or 0.0) > 1 for _, row, _, _ in points)
     biggest = max((row.share or 0.0) for _, row, _, _ in points) or 1.0
     for owner, row, intensity, rate in points:
         near = "" if row.limit_share is None else f"; {percent(row.limit_share)} of what {row.limit} allows"
+        near += f" ({row.note})" if row.note else ""
         said = f"{row.op} on {owner.name}: {significant(rate)} GFLOP/s, {significant(intensity)} flops a byte{near}"
+        hollow = (row.limit_share or 0.0) > 1
         size = 5 + 8 * math.sqrt((row.share or 0.0) / biggest)
         axes.plot(
             [intensity], [rate], marker=MARKERS[owner.colour], markersize=size, color=colour(owner), alpha=0.78,
-            markeredgecolor=TOKENS["paper"], markeredgewidth=0.7, linestyle="none", gid=tips.gid(said, owner.colour),
+            markerfacecolor="none" if hollow else colour(owner), linestyle="none",
+            markeredgecolor=colour(owner) if hollow else TOKENS["paper"], markeredgewidth=1.3 if hollow else 0.7,
+            gid=tips.gid(said, owner.colour),
         )  # fmt: skip
     plain_ticks(axes.xaxis, left, right)
     plain_ticks(axes.yaxis, low, high)
@@ -79,6 +84,7 @@ def roofline(facts: Facts, width: float = WIDTH) -> Drawing | None:
     caption = (
         "A point is an op; its size is its share of the step. Lines: the machine's measured bandwidth, its best "
         "matrix product, its multiply-adds in registers. "
+        f"{'Hollow: faster than its limit, the table says why. ' if above else ''}"
         f"Ops below {LEAST_SHARE * 100:g}% of a step are in the table alone."
     )
     return Drawing(name, "Roofline", inline(figure, name, "Roofline", said, tips), caption)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minibert.page.facts import Contestant, Facts, OpRow
-from minibert.page.figures import DASHES, MARKERS, SHOWN, WIDTH, colour
+from minibert.page.figures import DASHES, MARKERS, SHOWN, WIDTH, colour, label, make_room
 from minibert.page.svg import TOKENS, Drawing, Tips, inline, new_figure
 from minibert.page.wording import brief, percent, power_of_ten, power_of_two, significant
 
@@ -98,7 +98,7 @@ def nearest_to_bound(facts: Facts, name: str = "bounds") -> Drawing | None:
     shown = list(worst.values())[:SHOWN]
     if not shown:
         return None
-    owners, tips, said = {b.name: b for b in facts.backends}, Tips(), []
+    owners, tips, said, labels = {b.name: b for b in facts.backends}, Tips(), [], []
     figure = new_figure(WIDTH, 40 + 37.0 * len(shown))
     axes = figure.subplots()
     end = min(FARTHEST, max(1.0, *(row.severity for row in shown)))
@@ -109,14 +109,14 @@ def nearest_to_bound(facts: Facts, name: str = "bounds") -> Drawing | None:
         ink = colour(owner) if row.ok else TOKENS["bad"]
         axes.barh(at, min(share, end), 0.42, color=ink).patches[0].set_gid(tips.gid(words, owner.colour))
         axes.text(0, at - 0.27, brief(f"{row.op}, {row.backend}"), va="bottom", color=TOKENS["text"])
-        axes.text(end * 1.03, at, far, va="center", color=TOKENS["text"])
+        labels.append(label(axes, end, at, far))
         said.append(words)
     axes.axvline(1, color=TOKENS["text"], linewidth=1, linestyle=(0, (2, 2)))
-    axes.set_xlim(0, end * 1.22)
     axes.set_ylim(len(shown) - 0.6, -0.9)
     axes.set_yticks([])
     axes.set_xticks([0, 0.5, 1], ["0", "50%", "bound"])
     axes.spines[["left", "bottom"]].set_visible(False)
+    make_room(figure, axes, labels)
     title = "Nearest to their error bound"
     text = inline(figure, name, title, "; ".join(said), tips)
     return Drawing(name, title, text, "Largest error of any element over what the formula allows it.")

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from minibert.lab.measure.quiet import Spread, ratio
+
 STEP = ("forward", "backward", "optimiser")  # the stages of a training step
 STAGES = ("preprocess", *STEP, "inference")
 # A backend keeps its colour on every page; others take the places that are left.
@@ -30,8 +32,7 @@ class StageTime(NamedTuple):
     stage: str
     backend: str
     ms: float | None
-    least: float | None  # of the timed steps
-    most: float | None
+    each: list[float]  # milliseconds per sample of the timed steps, in their order
     us_per_token: float | None
     peak_bytes: float | None
     energy_j: float | None
@@ -55,6 +56,7 @@ class OpRow(NamedTuple):
     predicted_ms: float | None
     limit: str
     limit_share: float | None
+    note: str  # one of minibert.lab.measure.roofline's, "unexplained" where a share above 1 has none, or empty
     ulp_max: float | None
     err_over_us: float | None
     bound_share: float | None
@@ -102,6 +104,21 @@ def colours(names: Iterable[str]) -> dict[str, int]:
     return given
 
 
+class Faster(NamedTuple):
+    """A backend, and how many times as fast as another it is."""
+
+    name: str
+    times: Spread
+
+
+def disturbance(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The load that a document of any of our commands was measured at, as `minibert.lab.measure.quiet` reads it."""
+    given, machine = mapping(document.get("disturbance")), mapping(document.get("machine"))
+    found = {name: number(given.get(name, machine.get(name))) for name in ("load", "others", "cores")}
+    cores = found["cores"]
+    return {**found, "cores": None if cores is None else round(cores), "why": list(map(str, listed(given.get("why"))))}
+
+
 class Facts:
     """The document that `minibert compare --json` writes."""
 
@@ -131,6 +148,10 @@ class Facts:
         measured = {row.backend for row in self.stages}
         return [b for b in self.backends if not b.emulated and b.name in measured]
 
+    @property
+    def timed_steps(self) -> int:
+        return max((len(row.each) for row in self.stages), default=0)
+
     @cached_property
     def emulated(self) -> set[str]:
         return {b.name for b in self.backends if b.emulated}
@@ -150,8 +171,7 @@ class Facts:
             found.append(
                 StageTime(
                     str(row.get("stage")), str(row.get("backend")), number(row.get("ms_per_sample")),
-                    min(seconds, default=None), max(seconds, default=None),
-                    None if per_token is None else per_token * 1e3,
+                    seconds, None if per_token is None else per_token * 1e3,
                     number(row.get("peak_bytes")), number(row.get("energy_j")),
                 )
             )  # fmt: skip
@@ -165,6 +185,25 @@ class Facts:
         found = [row.ms for name in STEP if (row := self.stage(name, backend)) is not None and row.ms is not None]
         return sum(found) if len(found) == len(STEP) else None
 
+    def ratio(self, faster: str, slower: str, stage: str = "") -> Spread | None:
+        """How many times as fast one backend is as another, in a stage or, without its name, in a training step.
+
+        None where the times of each step are not known: how far such a figure spreads is part of it.
+        """
+        ours, theirs = (self._each(name, stage) for name in (faster, slower))
+        return ratio(theirs, ours) if len(ours) == len(theirs) else None
+
+    def _each(self, backend: str, stage: str) -> list[float]:
+        found = [row.each for name in ([stage] if stage else STEP) if (row := self.stage(name, backend)) is not None]
+        whole = len(found) == (1 if stage else len(STEP)) and len({len(each) for each in found}) == 1
+        return [sum(parts) for parts in zip(*found, strict=True)] if whole else []
+
+    def fastest(self, stage: str = "") -> Faster | None:
+        """Of the backends beside the first, the one that is fastest beside it."""
+        reference, *others = [b.name for b in self.timed] or [""]
+        found = [Faster(name, r) for name in others if (r := self.ratio(name, reference, stage)) is not None]
+        return max(found, key=lambda one: one.times.median, default=None)
+
     @cached_property
     def ops(self) -> list[OpRow]:
         found = []
@@ -173,13 +212,15 @@ class Facts:
             if backend not in self.names:
                 continue
             spent = {} if backend in self.emulated else row
+            share = number(spent.get("limit_share"))
+            note = str(spent.get("note") or ("unexplained" if share is not None and share > 1 else ""))
             found.append(
                 OpRow(
                     str(row.get("op")), backend, str(row.get("by", "")), row.get("ok") is True,
                     number(row.get("calls")), number(row.get("judged")),
                     number(spent.get("ms")), number(spent.get("share")), number(spent.get("gflops")),
                     number(spent.get("gbps")), number(row.get("flops")), number(row.get("bytes")),
-                    number(spent.get("predicted_ms")), str(spent.get("limit") or ""), number(spent.get("limit_share")),
+                    number(spent.get("predicted_ms")), str(spent.get("limit") or ""), share, note,
                     number(row.get("ulp_max")), number(row.get("err_over_us")), number(row.get("bound_share")),
                     {k: x for k, v in mapping(row.get("ulps")).items() if (x := number(v)) is not None},
                 )
@@ -210,6 +251,10 @@ class Facts:
             if points:
                 found[b.name] = points
         return found
+
+    @cached_property
+    def disturbance(self) -> dict[str, Any]:
+        return disturbance(self.document)
 
     @property
     def scaling(self) -> Mapping[str, Any]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import html
 import io
+import logging
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,6 +22,10 @@ NAMES = ("text", "muted", "grid", "band", "paper", "bad", *(f"b{place}" for plac
 TOKENS = {name: f"#0101{i + 1:02x}" for i, name in enumerate(NAMES)}
 POINTS = 72.0  # units of the SVG in matplotlib's inch
 FONT_SIZE = 12.0  # units; a figure of 350 units is shown on 329 pixels of a phone
+
+
+# What matplotlib has to say, of its cache of fonts for example, is for who listens, not for a terminal.
+logging.getLogger("matplotlib").addHandler(logging.NullHandler())
 
 
 class Drawing(NamedTuple):
@@ -55,7 +61,8 @@ def drawn_for_the_page() -> Iterator[None]:
         "ytick.minor.size": 0, "grid.color": TOKENS["grid"], "grid.linewidth": 0.7, "lines.linewidth": 1.8,
         "figure.facecolor": "none", "savefig.facecolor": "none", "text.parse_math": False,
     }  # fmt: skip
-    with matplotlib().rc_context(settings):
+    with matplotlib().rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has fonts of its own
         yield
 
 

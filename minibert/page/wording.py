@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from minibert.lab.measure.quiet import load_words
 from minibert.page.facts import STEP, Facts, mapping, number, numbers
 
 MISSING = "–"
+UNAVAILABLE = "unavailable"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 ALMOST = 0.9995  # from here on three digits round up to 1
 LONGEST_NAME = 34  # characters
@@ -79,12 +81,17 @@ def percent(value: float | None) -> str:
     return f"{value * 100:.1f}%" if value >= 0.001 or not value else f"{significant(value * 100)}%"
 
 
-def times(slower: float, faster: float) -> str:
-    return f"{significant(slower / faster)}×"
+def times(ratio: float) -> str:
+    return f"{significant(ratio)}×"
 
 
 def count(amount: int, what: str) -> str:
     return f"{amount} {what}" if amount == 1 else f"{amount} {what}s"
+
+
+def sentence(text: str) -> str:
+    """Words that begin with a small letter and have no full stop, as one."""
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def joined(names: list[str]) -> str:
@@ -107,17 +114,21 @@ def headline(facts: Facts) -> Headline:
     apart = facts.largest_distance("loss")
     if apart is not None:
         below += f" Losses are within {significant(apart, 2)} of each other." if apart else " Losses are equal."
+    other = facts.fastest()
+    if other is not None:
+        reference, turned = facts.timed[0].name, facts.ratio(facts.timed[0].name, other.name)
+        slower = other.times.median < 1 and turned is not None
+        ratio = turned if slower and turned is not None else other.times
+        below += (
+            f" The {times(ratio.median)} is the median of {count(facts.timed_steps, 'step')} taken in turns "
+            f"(p20 {times(ratio.p20)}, p80 {times(ratio.p80)}), at {load_words(facts.disturbance)}."
+        )
+        return Headline(
+            f"{other.name} trains the same BERT as {reference}, and {'takes' if slower else 'is'} ",
+            times(ratio.median), " as long." if slower else " as fast.", below,
+        )  # fmt: skip
     speeds = {b.name: ms for b in facts.timed if (ms := facts.step_ms(b.name))}
     reference = names[0] if names else ""
-    others = {name: ms for name, ms in speeds.items() if name != reference}
-    if reference in speeds and others:
-        name = min(others, key=lambda n: others[n])
-        faster = others[name] <= speeds[reference]
-        figure = times(speeds[reference], others[name]) if faster else times(others[name], speeds[reference])
-        said = " as fast." if faster else " as long."
-        return Headline(
-            f"{name} trains the same BERT as {reference}, and {'is' if faster else 'takes'} ", figure, said, below
-        )
     if speeds and len(names) == 1:
         return Headline(
             f"A training step on {reference} takes ", milliseconds(speeds[reference]), " a sequence.", below
@@ -142,17 +153,12 @@ def about_stages(facts: Facts) -> str:
     return "; ".join(said) + "." if said else ""
 
 
-def gain(facts: Facts, stage: str = "") -> str:
-    """How much longer the reference takes than the fastest, in a stage or, without its name, in a training step."""
-    spent = {}
-    for b in facts.timed:
-        row = facts.stage(stage, b.name) if stage else None
-        taken = facts.step_ms(b.name) if not stage else row.ms if row else None
-        if taken:
-            spent[b.name] = taken
-    first, *others = facts.timed
-    others = [b for b in others if b.name in spent]
-    return times(spent[first.name], min(spent[b.name] for b in others)) if others and first.name in spent else MISSING
+def gain(facts: Facts, stage: str = "") -> tuple[str, str]:
+    """How many times as fast as the first the fastest other is, in a stage or a training step; and from p20 to p80."""
+    other = facts.fastest(stage)
+    if other is None:
+        return MISSING, ""
+    return times(other.times.median), f"{significant(other.times.p20)}–{significant(other.times.p80)}"
 
 
 def about_roof(facts: Facts) -> str:
@@ -245,11 +251,21 @@ def spent(facts: Facts) -> list[Spent]:
         found.append(
             Spent(
                 b.name, b.colour,
-                "unavailable" if joules is None else f"{significant(joules)} J",
+                UNAVAILABLE if joules is None else f"{significant(joules)} J",
                 MISSING if per_token is None else f"{significant(per_token * 1e3)} mJ",
                 why if joules is None else str(energy.get("source") or ""),
-                "unavailable" if amount is None else f"{significant(amount)} {price.get('currency', '')}".strip(),
+                UNAVAILABLE if amount is None else f"{significant(amount)} {price.get('currency', '')}".strip(),
                 no_price if amount is None else str(price.get("basis") or ""),
             )
         )  # fmt: skip
     return found
+
+
+def unspent(facts: Facts) -> list[tuple[str, str]]:
+    """What of energy and cost no backend has, and why."""
+    found, shown = spent(facts), []
+    if all(row.joules == UNAVAILABLE for row in found):
+        shown.append(("energy of a step", "; ".join(dict.fromkeys(row.source for row in found))))
+    if all(row.cost == UNAVAILABLE for row in found):
+        shown.append(("cost of tokens", "; ".join(dict.fromkeys(row.basis for row in found))))
+    return [(what, f"{UNAVAILABLE}: {why}" if why else UNAVAILABLE) for what, why in shown]

@@ -4,64 +4,25 @@ from __future__ import annotations
 
 import builtins
 import json
+import logging
 import re
-from collections.abc import Callable, Mapping
-from html.parser import HTMLParser
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from bench.gpu_check.report import Outcome, Report
 from minibert.errors import UserError
-from minibert.model.checkpoint import write_arrays
-from minibert.page import Recorded, read_recorded, wording, write_page
-from minibert.page.facts import COLOURS, PLACES, Facts, colours
-from tests.page_facts import minibert, small_facts
+from minibert.lab.measure.quiet import load_words
+from minibert.lab.measure.roofline import NOTES
+from minibert.page import Recorded, wording, write_page
+from minibert.page.facts import COLOURS, PLACES, STEP, Facts, colours
+from tests.page_facts import TIME, Page, small_facts, with_steps, written
 
 pytest.importorskip("matplotlib", reason="the page is drawn with matplotlib: pip install 'minibert[report]'")
 pytest.importorskip("jinja2", reason="the page is laid out with jinja2: pip install 'minibert[report]'")
-
-VOID = {"meta", "link", "br", "img", "input", "hr"}
-TIME = re.compile(r"\d\s?(?:ns|µs|ms|s|GFLOP/s|GB/s|tokens/s)\b")
-
-
-class Page(HTMLParser):
-    """The page's elements, and the text of each section; an element that is not closed is an error."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.section = ""
-        self.said: dict[str, str] = {}
-        self.feed(text)
-        assert not self.open, f"not closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        named = dict(attrs)
-        self.tags.append((tag, named))
-        self.ids += [named["id"]] if named.get("id") else []
-        self.section = (named.get("id") or "") if tag in ("section", "footer") else self.section
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("style", "script"):
-            self.said[self.section] = f"{self.said.get(self.section, '')} {data}"
-
-
-def written(folder: Path, facts: Mapping[str, Any], *others: Recorded) -> str:
-    return write_page(folder, facts, others).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +79,15 @@ def test_no_colour_or_font_of_matplotlib_is_left(page: str) -> None:
 
 def test_the_headline_has_the_verdict_and_the_largest_number(page: str) -> None:
     facts = Facts(small_facts())
-    reference, other = facts.step_ms("numpy"), facts.step_ms("numba")
-    assert reference is not None and other is not None
-    ratio = max(reference, other) / min(reference, other)
+    seconds = {(row.backend, row.stage): np.array(row.each) for row in facts.stages}
+    numpy, numba = (sum(seconds[name, stage] for stage in STEP) for name in ("numpy", "numba"))
+    pairs = numpy / numba if np.median(numpy / numba) >= 1 else numba / numpy
+    p20, ratio, p80 = np.percentile(pairs, [20, 50, 80])
     heard = re.search(r"<h1>(.*?)</h1>", page)
     assert heard is not None
     assert f"<em>{wording.significant(ratio)}×</em>" in heard[1]
+    below = f"The {wording.times(ratio)} is the median of 2 steps taken in turns (p20 {wording.times(p20)}, p80 "
+    assert f"{below}{wording.times(p80)}), at {load_words(facts.disturbance)}." in page
     assert "PASS" in page and "FAIL" not in page
 
 
@@ -142,9 +106,16 @@ def test_what_is_unavailable_is_said_with_its_reason(tmp_path: Path) -> None:
     facts = small_facts(figures=False)
     facts["energy"] = {"source": None, "why": "no meter here", "joules_per_step": {"numpy": None, "numba": None}}
     facts["cost"] = {"numpy": {"unavailable": "no price of it"}, "numba": {"unavailable": "no price of it"}}
-    said = Page(written(tmp_path, facts)).said["spent"]
-    assert said.count("unavailable") == 4
-    assert said.count("no meter here") == said.count("no price of it") == 2
+    said = Page(written(tmp_path, facts)).said
+    assert "spent" not in said, "a line is enough"
+    assert (
+        said["footer"].count("unavailable: no meter here") == said["footer"].count("unavailable: no price of it") == 1
+    )
+    facts["cost"]["numpy"] = {"per_million_tokens": 0.125, "currency": "EUR", "basis": "0.10 EUR an hour"}
+    said = Page(written(tmp_path, facts)).said
+    assert "0.125 EUR" in said["spent"] and "no price of it" in said["spent"]
+    assert "energy" not in said["spent"].replace("Energy and cost", "")
+    assert said["footer"].count("no meter here") == 1 and "price" not in said["footer"]
 
 
 def test_energy_and_cost_are_shown_where_they_were_read(tmp_path: Path) -> None:
@@ -212,8 +183,9 @@ MISSING = {
     "stages": ("stages", "No stage was timed"),
     "loss": ("errors", "No loss was recorded"),
     "memory": ("stages", "Memory over time was not measured"),
-    "energy": ("spent", "not measured"),
-    "cost": ("spent", "no price given"),
+    "energy": ("footer", "energy of a step unavailable: not measured"),
+    "cost": ("footer", "cost of tokens unavailable: no price given"),
+    "disturbance": ("footer", "measured at load not known"),
     "scaling": ("scaling", "Time against size was not measured"),
 }
 
@@ -223,7 +195,7 @@ def test_a_part_that_is_missing_is_left_out(without: str, tmp_path: Path) -> Non
     facts = small_facts(ulps=False)
     del facts[without]
     said = Page(written(tmp_path, facts)).said
-    section, words = MISSING.get(without, ("spent", "unavailable"))
+    section, words = MISSING.get(without, ("footer", "unavailable"))
     assert words in said[section]
 
 
@@ -242,137 +214,73 @@ def test_an_older_document_makes_a_page(tmp_path: Path) -> None:
     kept = ("op", "backend", "by", "calls", "judged", "ms", "share", "gflops", "gbps", "bound_share", "ok")
     facts["ops"] = [{k: row[k] for k in kept} for row in new["ops"]]
     facts["stages"] = [{k: row[k] for k in row if k not in ("seconds", "energy_j")} for row in new["stages"]]
-    said = Page(written(tmp_path, facts)).said
+    for row in facts["ops"]:
+        row["limit_share"] = 2.8
+    page = written(tmp_path, facts)
+    said = Page(page).said
     assert "not measured" in said["near"] and "not measured" in said["errors"]
+    assert " as fast" not in page, "how far it spreads is not known"
+    assert said["ops"].count("280.0% unexplained") == len(facts["ops"])
+
+
+def test_shares_above_the_limit_are_marked(tmp_path: Path) -> None:
+    facts = small_facts(ulps=False)
+    marked = [(2.81, "cache"), (None, "impossible"), (1.02, "launch"), *[(0.5, "")] * len(facts["ops"])]
+    for row, (share, note) in zip(facts["ops"], marked, strict=False):
+        row |= {"limit": "memory", "limit_share": share, "note": note}
+    page = written(tmp_path, facts)
+    said = " ".join(Page(page).said["ops"].split())
+    assert "281.0% cache" in said and "102.0% launch" in said and "50.0% memory" in said and "– impossible" in said
+    for word in ("cache", "impossible", "launch"):
+        assert f"{word}: {NOTES[word]}" in said
+    assert "view:" not in said and page.count("Hollow: ") == 1
+
+
+def test_a_machine_that_was_not_quiet_is_told(tmp_path: Path) -> None:
+    facts = small_facts(figures=False)
+    facts["disturbance"] = {"load": 0.25, "others": 0.01, "cores": 2, "why": []}
+    quiet = written(tmp_path, facts)
+    assert "not quiet" not in quiet
+    assert "load 0.25 on 2 cores, 0.01 of them busy with other programs" in Page(quiet).said["footer"]
+    facts["disturbance"]["why"] = ["a program <b>ran</b>", "another too"]
+    busy = written(tmp_path, facts, Recorded("other.json", "compare", facts))
+    said = "The machine was not quiet: a program &lt;b&gt;ran&lt;/b&gt;; another too. Measure again when it is"
+    assert f'<p class="warning">{said}' in busy and f"busy with other programs. {said}" in busy
+
+
+def test_one_slow_step_leaves_figures_their_scale_and_the_terminal_silent(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    documents = [with_steps(small_facts(ulps=False), times) for times in (1.0, 50.0)]
+    for facts in documents:
+        facts["scaling"]["axes"]["批次"] = facts["scaling"]["axes"].pop("batch")  # which its own fonts have not
+    capfd.readouterr()  # the first that asks for facts measures them
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pages = [written(tmp_path, facts) for facts in documents]
+    assert caplog.records == [] and capfd.readouterr() == ("", "")
+    assert "批次" in pages[0] and logging.getLogger("matplotlib").handlers, "or its log would be printed"
+    even, slow = ([reach(path) for path in re.findall(r"<path d=\"([^\"]+)\"", drawing(text))] for text in pages)
+    assert even and max(slow) <= 1.2 * max(even)
+    assert ["An arrow: it goes on" in text for text in pages] == [False, True]
+    longest = wording.milliseconds(50 * Facts(documents[0]).stages[-1].each[0])
+    assert f"to {longest}</title>" in pages[1], "pointed at, the bar tells it"
+
+
+def drawing(page: str) -> str:
+    """The figure of the stages' times."""
+    found = re.search(r'<figure[^>]*id="figure-stages">.*?</figure>', page, flags=re.DOTALL)
+    assert found is not None
+    return found[0]
+
+
+def reach(path: str) -> float:
+    """How far right a path goes."""
+    return max(float(x) for x in re.findall(r"[ML] ([-\d.]+) ", path))
 
 
 def test_two_pages_of_the_same_document_are_the_same(page: str, tmp_path: Path) -> None:
     assert written(tmp_path, small_facts()) == page
-
-
-# ---------------------------------------------------------------------------------------------------------- elsewhere
-
-
-def test_a_recorded_comparison_is_labelled(tmp_path: Path) -> None:
-    facts = small_facts(ulps=False)
-    facts["machine"] = {"processor": "Another CPU", "cores": 64}
-    facts["date"] = "2026-01-02T03:04:05+00:00"
-    (tmp_path / "theirs.json").write_text(json.dumps(facts))
-    recorded = read_recorded(tmp_path / "theirs.json")
-    assert (recorded.name, recorded.kind) == ("theirs.json", "compare")
-    said = Page(written(tmp_path, small_facts(ulps=False), recorded)).said["recorded"]
-    assert "Another CPU, 64 cores" in said
-    assert "2026-01-02 03:04 UTC" in said
-    assert "theirs.json" in said
-    assert "The same work as on this page" in said
-
-
-def test_a_trace_is_read(tmp_path: Path) -> None:
-    trace = tmp_path / "numpy.safetensors"
-    assert minibert("diff", "numpy", "--tokens", "40", "--max-seq-length", "16", "--record", str(trace)) == 0
-    recorded = read_recorded(trace)
-    assert recorded.kind == "trace"
-    said = Page(written(tmp_path, small_facts(figures=False), recorded)).said["recorded"]
-    calls = len(recorded.facts["calls"])
-    assert f"{calls} calls of ops" in said
-    assert str(recorded.facts["facts"]["machine"]["processor"]) in said
-
-
-def gpu_check(emulated: bool) -> dict[str, Any]:
-    """A document as `make gpu-check` writes it, of a device that does not exist."""
-    report = Report(
-        "emulator", "Synthetic GPU", "2026-03-04T05:06:07+00:00", "abc1234", "make gpu-check", 500.0, emulated
-    )
-    host = {"host": {"processor": "Synthetic CPU", "cores": 3}, "backend": "a synthetic driver"}
-    share = {"checks": 102, "inputs": 501, "failed": 0, "largest_bound_share": 0.5, "of": "add", "bound_share": {}}
-    row = {"op": "gelu", "mode": "float32", "size": "B 8, T 128", "ms": 0.0432, "share": 0.87, "bound_by": "bytes"}
-    step = {"ms": 12.3, "tokens_per_s": 81234.0, "mfu": 0.41, "peak_memory": 1e9}
-    group = {"batch": 8, "length": 128, "mode": "bfloat16", "results": {"ours, graph": step}}
-    figures: dict[str, dict[str, Any]] = {
-        "machine": host, "conformance": {"dtypes": {"float32": share}}, "kernels": {"rows": [row]},
-        "steps": {"groups": [group]},
-    }  # fmt: skip
-    report.parts = [Outcome(name, f"the part {name}", True, "ok", figures=f) for name, f in figures.items()]
-    report.ok = True
-    document: dict[str, Any] = json.loads(json.dumps(report.document()))
-    return document
-
-
-@pytest.mark.parametrize("emulated", [True, False])
-def test_a_gpu_check_shows_times_of_a_gpu_alone(emulated: bool, tmp_path: Path) -> None:
-    (tmp_path / "gpu.json").write_text(json.dumps(gpu_check(emulated)))
-    recorded = read_recorded(tmp_path / "gpu.json")
-    assert recorded.kind == "gpu-check"
-    said = Page(written(tmp_path, small_facts(figures=False), recorded)).said["recorded"]
-    assert "Synthetic GPU on Synthetic CPU, 3 cores" in said and "2026-03-04 05:06 UTC" in said
-    assert "the part conformance" in said and "50.0%" in said
-    assert ("plays another machine: no times" in said) is emulated
-    for time in ("12.3 ms", "81,234", "41.0%", "43.2 µs", "87.0%"):
-        assert (time in said) is not emulated
-    assert bool(TIME.search(said)) is not emulated
-
-
-SIDES = {
-    "numba": {"median": 0.002, "p20": 0.0019, "p80": 0.0021},
-    "torch": {"median": 0.004, "p20": 0.004, "p80": 0.005},
-}
-MEASURE = {"what": "packed: real text", "refused": "", "impossible": [], "seconds": SIDES, "peak_bytes": {"numba": 5e6}}
-ABOUT = {"machine": {"processor": "Synthetic CPU", "cores": 3}, "date": "2026-02-03T04:05:06Z", "ok": True, "peaks": {}}
-BENCHES: dict[str, dict[str, Any]] = {
-    "bench.step": {**ABOUT, "settings": {"config": "tiny"}, "measures": {"packed": MEASURE}},
-    "bench.infer": {**ABOUT, "settings": {"config": "tiny", "logits": False}, "measures": {"packed": MEASURE}},
-    "bench.ops": {**ABOUT, "settings": {"batch": 8}, "ops": [{"op": "gelu", "backend": "numba", "ms": 2.0}]},
-    "bench.scaling": {
-        **ABOUT,
-        "scaling": {
-            "what": "synthetic",
-            "axes": {
-                "batch": {
-                    "sizes": [1, 2, 4], "unit": "sequences",
-                    "backends": {"numba": {"seconds": [2e-3, None, 3e-3], "p20": [2e-3] * 3, "p80": [3e-3] * 3}},
-                    "crossovers": [],
-                }
-            },
-        },
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", BENCHES)
-def test_documents_of_the_benches_are_read(kind: str, tmp_path: Path) -> None:
-    (tmp_path / "bench.json").write_text(json.dumps(BENCHES[kind]))
-    recorded = read_recorded(tmp_path / "bench.json")
-    assert recorded.kind == kind
-    page = written(tmp_path, small_facts(figures=False), recorded)
-    said = Page(page).said["recorded"]
-    assert "Synthetic CPU, 3 cores" in said and "2026-02-03 04:05 UTC" in said
-    assert ('id="figure-r0-scaling-0"' if kind == "bench.scaling" else "2.00 ms") in page
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("a.json", "{", "cannot be read"),
-        ("a.json", "[1, 2]", "got another"),
-        ("a.json", '{"ops": []}', "got another"),
-        ("a.safetensors", "nothing", "a.safetensors"),
-        ("gone.json", None, "there is no such file"),
-    ],
-)
-def test_another_file_is_refused_in_one_line(name: str, content: str | None, said: str, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=said) as error:
-        read_recorded(tmp_path / name)
-    assert "\n" not in str(error.value)
-
-
-def test_weights_are_no_trace(tmp_path: Path) -> None:
-    import numpy as np
-
-    write_arrays(tmp_path / "model.safetensors", {"w": np.zeros(3, np.float32)}, {})
-    with pytest.raises(UserError, match="another safetensors file"):
-        read_recorded(tmp_path / "model.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------------------- pieces

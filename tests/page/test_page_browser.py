@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from minibert.page import Recorded, write_page
-from tests.page_facts import small_facts
+from tests.page_facts import small_facts, with_steps
 
 for library in ("matplotlib", "jinja2"):
     pytest.importorskip(library, reason=f"the page needs {library}: pip install 'minibert[report]'")
@@ -94,6 +94,34 @@ def test_text_in_figures_can_be_read(browser: Any, address: str, size: tuple[int
         )
         assert len(sizes) > 100
         assert min(sizes) >= SMALLEST_TEXT
+
+
+@pytest.fixture(scope="module")
+def hard(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One slow step, a result that is not finite, and figures of many digits, as long as they come."""
+    facts = with_steps(small_facts(ulps=False), 50.0)
+    facts["ops"][0] |= {"ok": False, "bound_share": None}
+    for row in facts["ops"]:
+        row["ms"], row["predicted_ms"] = 999.4, 0.001
+    for row in facts["stages"]:
+        row["ms_per_sample"], row["peak_bytes"] = 1234.5e3, 999.9e6
+    return write_page(tmp_path_factory.mktemp("hard"), facts, [Recorded("hard.json", "compare", facts)]).as_uri()
+
+
+WHERE = """texts => texts.filter(text => text.checkVisibility()).flatMap(text => {
+    const box = text.getBoundingClientRect(), card = text.closest(".card").getBoundingClientRect();
+    const inside = box.left >= card.left && box.right <= card.right && box.top >= card.top && box.bottom <= card.bottom;
+    return inside ? [] : [`${text.textContent}: ${box.left} to ${box.right} in ${card.left} to ${card.right}`];
+})"""
+
+
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_labels_stay_within_their_card(browser: Any, address: str, hard: str, size: tuple[int, int]) -> None:
+    for page in (address, hard):
+        with Seen(browser, page, size) as seen:
+            assert seen.page.locator("svg.figure text").count() > 60
+            assert seen.page.eval_on_selector_all("svg.figure text", WHERE) == []
+            assert seen.page.evaluate("document.documentElement.scrollWidth") <= size[0]
 
 
 def test_dark_is_dark(browser: Any, address: str) -> None:
