@@ -16,7 +16,7 @@ from minibert.page.wording import brief, megabytes, milliseconds
 WIDTH = 350.0
 SHOWN = 8  # ops in a figure of the worst
 LONGEST_LINE = 1.1  # of the longest bar
-BESIDE, EDGE = 4, 3  # units between a bar and its label, and between that and the figure's edge
+BESIDE, EDGE = 6, 3  # units between a bar and its label, and between that and the figure's edge
 MARKERS = "osD^vPXh"
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (2, 1.4)), (0, (6, 1.5, 1.5, 1.5)), "-", "--", "-.", ":")
 
@@ -48,7 +48,7 @@ def stage_times(facts: Facts, name: str = "stages") -> Drawing | None:
     if any(row.each for row in facts.stages):
         caption += " The thin line spans the timed steps."
     if any(max(row.each) > _cut(facts, _ms) for row in facts.stages if row.each):
-        caption += " An arrow: it goes on, a step was that much slower."
+        caption += " An arrow: it goes on, to a step that was much slower."
     return _stage_bars(facts, name, "Time per sample by stage", _ms, milliseconds, lambda row: row.each, caption)
 
 
