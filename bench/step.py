@@ -13,25 +13,16 @@ inputs not seen, after it, loss and gradient norm without dropout are compared; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from bench.peers import torch_bert as torch_peer
-from bench.timing import frame, harness, sides
-from bench.timing.batches import (
-    LEARNING_RATE,
-    MAX_GRAD_NORM,
-    WEIGHT_DECAY,
-    Batch,
-    dense_batch,
-    random_weights,
-    smallest,
-    work,
-)
+from bench.timing import frame, harness
+from bench.timing.batches import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Batch, dense_batch, work
 from minibert import backends
 from minibert.backends import Backend
-from minibert.model.bert import BertForMaskedLM
 from minibert.model.config import BertConfig
 from minibert.train.optim import AdamW, parameter_groups
 
@@ -54,13 +45,12 @@ class Task(frame.Task):
         return super().batches(measure, seed)
 
 
-class OurTraining:
+class OurTraining(frame.Ours):
     """minibert's model and optimiser on one backend."""
 
     def __init__(self, config: BertConfig, weights: torch_peer.Weights, backend: Backend) -> None:
-        self.name, self.library, self.backend, self.weights = backend.name, "minibert", backend, weights
-        self.model = BertForMaskedLM(config, backend, "float32", initialise=False)
-        self.model.load_state_dict(dict(weights))
+        super().__init__(config, weights, backend)
+        self.weights = weights
         self.model.train()
         groups = parameter_groups(self.model, WEIGHT_DECAY)
         self.optimizer = AdamW(groups, lr=LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM)
@@ -95,91 +85,46 @@ class OurTraining:
         self.model.load_state_dict(dict(self.weights))
 
 
-def side(name: str, task: Task, weights: torch_peer.Weights) -> Any:
+def side(name: str, task: Task, weights: torch_peer.Weights, example: Batch) -> Any:
     """The side of this name: a backend of ours, "torch" or "torch.compile"."""
     if name in OPPONENTS:
         return torch_peer.TorchTraining(task.config, weights, task.threads, compiled=name == "torch.compile")
     return OurTraining(task.config, weights, backends.get(name))
 
 
-def one_step(spec: dict[str, Any]) -> Callable[[], Any]:
-    """For `harness.peak_bytes`: what makes one step of one side, made anew."""
-    task = Task.again(spec)
-    backends.set_deterministic(task.deterministic)
-    one = side(spec["side"], task, random_weights(task.config, task.seed))
-    one.weights = {}  # kept for `reload` alone
-    if isinstance(one, OurTraining):
-        one.backend.release_memory()  # of the weights it was given a copy of, which torch gives back by itself
-    prepared = [one.prepare(b) for b in task.batches(spec["measure"], task.seed)]
-    return lambda: [one.step(p) for p in prepared]
+def turn(one: Any, prepared: Any) -> float:
+    return float(one.step(prepared))
 
 
-# ----------------------------------------------------------------------------------------------------------- a measure
-
-
-def measure(
-    name: str, task: Task, ours: list[str], opponents: list[str], rounds: int, progress: frame.Progress
-) -> dict[str, Any]:
-    """Time one training step against PyTorch's."""
-    weights = random_weights(task.config, task.seed)
-    seen, unseen = task.batches(name, task.seed), task.batches(name, task.seed + 1)[:1]
-    quiet: dict[str, list[float]] = {}
-
-    def make(who: str) -> Any:
-        new = side(who, task, weights)
-        prepared = new.prepare(seen[0])
-        quiet[who] = [*new.quiet(prepared, update=True), new.quiet(prepared)[0]]
-        return new
-
-    def on_nothing(who: str) -> Callable[[], Any]:
-        small = smallest(task.config)
-        one = side(who, replace(task, config=small), random_weights(small))
-        prepared = one.prepare(dense_batch(small, 1, 2, task.seed))
-        return lambda: one.step(prepared)
-
-    made, skipped = frame.make_sides((*ours, *opponents), ours, make, progress)
-    facts: dict[str, Any] = {"what": MEASURES[name], **sides.described(seen), "skipped": skipped}
-    facts["without_dropout"] = {
-        who: dict(zip(("loss", "gradient_norm", "loss_after_update"), values, strict=True))
-        for who, values in quiet.items()
-    }
-    facts["libraries"] = {one.name: one.library for one in made}
-    facts["refused"] = harness.apart(quiet, SAME)
-    if facts["refused"]:
-        return facts
-    last: dict[str, float] = {}
-    contestants = [contestant(one, name, task, seen, last) for one in made]
-    harness.interleaved(contestants, rounds, progress)
-    progress("verifying on inputs not seen")
-    for one in made:
-        one.reload()
-    fresh = {one.name: list(one.quiet(one.prepare(unseen[0]))) for one in made}
-    facts["fresh_without_dropout"] = {
-        who: dict(zip(("loss", "gradient_norm"), values, strict=True)) for who, values in fresh.items()
-    }
-    facts["refused"] = harness.apart(fresh, SAME)
-    if facts["refused"]:
-        return facts
-    facts["last_loss"] = last
-    facts |= frame.timed(contestants, made, ours, lambda one: one.step(one.prepare(seen[0])), on_nothing)
-    return facts
-
-
-def contestant(one: Any, name: str, task: Task, batches: list[Batch], last: dict[str, float]) -> harness.Contestant:
-    """One side as the harness times it. Three times the forward pass: the backward has two products for each of its."""
-    prepared = [one.prepare(b) for b in batches]
-    theirs = one.name in OPPONENTS
-
-    def call() -> None:
-        for p in prepared:
-            last[one.name] = one.step(p)
-
+def flops(task: Task, batch: Batch, theirs: bool) -> int:
+    """Of a step. Three times the forward pass: the backward has two products for each of its."""
     head = "every" if theirs else "predicted"  # with a loss on every position the same
-    flops = 3 * sum(work(task.config, b, theirs, head) for b in batches) // len(batches)
-    return harness.Contestant(one.name, call, flops, len(batches))
+    return 3 * work(task.config, batch, theirs, head)
 
 
-BENCH = frame.Bench("step", MEASURES, OPPONENTS, Task, measure, "bench.step:one_step")
+def found(one: Any, batch: Batch, timed: bool) -> Sequence[float]:
+    """Loss and gradient norm by the weights of the beginning; before the timing, the loss after an update too."""
+    prepared = one.prepare(batch)
+    if timed:
+        one.reload()
+        return one.quiet(prepared)
+    return [*one.quiet(prepared, update=True), one.quiet(prepared)[0]]
+
+
+def judge(facts: dict[str, Any], each: Mapping[str, Sequence[float]], timed: bool) -> None:
+    """Without dropout all sides must find the same."""
+    names = ("loss", "gradient_norm", *(() if timed else ("loss_after_update",)))
+    facts["fresh_without_dropout" if timed else "without_dropout"] = {
+        who: dict(zip(names, values, strict=True)) for who, values in each.items()
+    }
+    facts["refused"] = harness.apart(each, SAME)
+
+
+BENCH = frame.Bench(
+    "step", "Time one training step against PyTorch's.", MEASURES, OPPONENTS, Task, side, turn, flops, found, judge,
+    worker="bench.step:one_step",
+)  # fmt: skip
+measure, one_step = partial(frame.measure, BENCH), partial(frame.peak, BENCH)
 bench = frame.command(BENCH)
 
 if __name__ == "__main__":

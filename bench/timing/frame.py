@@ -1,4 +1,4 @@
-"""The frame of `bench.step` and `bench.infer`: options, who takes part, what is written. Each adds what is its own.
+"""The frame of `bench.step` and `bench.infer`: options, sides and turns, what is written. Each adds what is its own.
 
 A side is anything with `name`, `library` and `prepare(batch)`; what it does with a prepared batch is the command's.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -17,12 +16,14 @@ import typer
 
 from bench.peers import torch_bert as torch_peer
 from bench.timing import harness, sides
-from bench.timing.batches import SEQUENCES, Batch, dense_batch, text_batches
+from bench.timing.batches import SEQUENCES, Batch, dense_batch, random_weights, smallest, text_batches
 from bench.timing.figures import refuse_other_csv
-from minibert.backends import MOST_THREADS, determinism
+from minibert import backends
+from minibert.backends import MOST_THREADS, Backend, determinism
 from minibert.cli.options import DETERMINISTIC_HELP, notes, refuse_unwritable
 from minibert.errors import UserError
 from minibert.lab.measure import quiet
+from minibert.model.bert import BertForMaskedLM
 from minibert.model.config import BertConfig
 
 TEXT_BATCHES = 4  # one after the other in each turn, so that a figure does not hang on one mix of lengths
@@ -81,14 +82,29 @@ class Options:
 
 @dataclass(frozen=True)
 class Bench:
-    """What is a command's own."""
+    """What is a command's own. A batch is prepared by its side before a turn begins."""
 
     name: str
+    about: str  # in a line
     measures: Mapping[str, str]
     opponents: Sequence[str]
     task: type[Task]  # its fields beyond those of Task are options of the same names
-    measure: Callable[[str, Any, list[str], list[str], int, Progress], dict[str, Any]]
-    worker: str  # MODULE:FUNCTION that makes what the child of `harness.peak_bytes` runs
+    side: Callable[[str, Any, torch_peer.Weights, Batch], Any]  # of this name; raises whatever its library raises
+    turn: Callable[[Any, Any], float | None]  # of a side, on what it prepared; the loss, where there is one
+    flops: Callable[[Any, Batch, bool], int]  # of a turn on a batch, for one of ours or (True) for an opponent
+    found: Callable[[Any, Batch, bool], Any]  # by a side before the timing or (True) after it: alike for all sides
+    judge: Callable[[dict[str, Any], Mapping[str, Any], bool], None]  # adds to the facts what was found, and "refused"
+    worker: str  # MODULE:FUNCTION, a partial of `peak`: what the child of `harness.peak_bytes` runs
+    shortest: float = 0.0  # seconds that a turn lasts: quick ones are repeated in it
+
+
+class Ours:
+    """minibert's model on one backend: a side, but for what it does with a batch."""
+
+    def __init__(self, config: BertConfig, weights: torch_peer.Weights, backend: Backend) -> None:
+        self.name, self.library, self.backend = backend.name, "minibert", backend
+        self.model = BertForMaskedLM(config, backend, "float32", initialise=False)
+        self.model.load_state_dict(dict(weights))
 
 
 def command(bench: Bench, options: type[Options] = Options) -> Callable[..., int]:
@@ -103,7 +119,7 @@ def command(bench: Bench, options: type[Options] = Options) -> Callable[..., int
     ]
     run_with.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     run_with.__doc__ = (
-        f"{bench.measure.__doc__}\n\n--measures: {', '.join(bench.measures)}. --vs: {', '.join(bench.opponents)}. "
+        f"{bench.about}\n\n--measures: {', '.join(bench.measures)}. --vs: {', '.join(bench.opponents)}. "
         "Exit status 1 if a figure is impossible or the work differs."
     )
     return run_with
@@ -130,7 +146,7 @@ def run(bench: Bench, options: Options) -> int:
 
     def one(name: str, progress: Progress) -> dict[str, Any]:
         with determinism(task.deterministic):  # not around the peaks: BLAS reaches them on all its threads
-            facts = bench.measure(name, task, [p.name for p in places], opponents, options.rounds, progress)
+            facts = measure(bench, name, task, [p.name for p in places], opponents, options.rounds, progress)
         gc.collect()
         spec = {"measure": name, "threads": task.threads, "config": task.config.to_dict(), "task": task.given}
         harness.add_memory(facts, bench.worker, spec, progress if options.memory else None)
@@ -176,13 +192,79 @@ def make_sides(
     return made, skipped
 
 
-def timed(
-    contestants: Sequence[harness.Contestant], made: Sequence[Any], ours: Sequence[str], once: Callable[[Any], Any],
-    on_nothing: Callable[[str], Callable[[], Any]],
-) -> dict[str, Any]:  # fmt: skip
-    """What the harness found, and what `once(side)` costs beside its work on each of ours."""
-    overhead = {
-        one.name: harness.overhead(one.backend, partial(once, one), on_nothing(one.name))
-        for one in made if one.name in ours
-    }  # fmt: skip
-    return {**harness.compared(contestants, ours), "overhead": overhead}
+def measure(
+    bench: Bench, name: str, task: Task, ours: Sequence[str], opponents: Sequence[str], rounds: int, progress: Progress
+) -> dict[str, Any]:
+    """Time every side on one measure. Where they do not find the same, before or after, that is all that is told."""
+    weights = random_weights(task.config, task.seed)
+    seen, unseen = task.batches(name, task.seed), task.batches(name, task.seed + 1)[0]
+    found: dict[str, Any] = {}
+
+    def make(who: str) -> Any:
+        side = bench.side(who, task, weights, seen[0])
+        found[who] = bench.found(side, seen[0], False)
+        return side
+
+    made, skipped = make_sides((*ours, *opponents), ours, make, progress)
+    facts: dict[str, Any] = {"what": bench.measures[name], **sides.described(seen), "skipped": skipped}
+    facts["libraries"] = {side.name: side.library for side in made}
+    bench.judge(facts, found, False)
+    if facts["refused"]:
+        return facts
+    found.clear()
+    losses: dict[str, float] = {}
+    contestants = [contestant(bench, side, task, seen, losses) for side in made]
+    harness.interleaved(contestants, rounds, progress)
+    progress("verifying on inputs not seen")
+    bench.judge(facts, {side.name: bench.found(side, unseen, True) for side in made}, True)
+    if facts["refused"]:
+        return facts
+    if losses:
+        facts["last_loss"] = losses
+    overhead = {side.name: overhead_of(bench, side, task, seen[0]) for side in made if side.name in ours}
+    return {**facts, **harness.compared(contestants, ours), "overhead": overhead}
+
+
+def contestant(
+    bench: Bench, side: Any, task: Task, batches: Sequence[Batch], losses: dict[str, float]
+) -> harness.Contestant:
+    """One side as the harness times it; `losses` keeps the last of each."""
+    prepared = [side.prepare(b) for b in batches]
+    flops = sum(bench.flops(task, b, side.name in bench.opponents) for b in batches) // len(batches)
+
+    def call() -> None:
+        for p in prepared:
+            loss = bench.turn(side, p)
+            if loss is not None:
+                losses[side.name] = loss
+
+    return harness.Contestant(side.name, call, flops, len(batches), bench.shortest)
+
+
+def overhead_of(bench: Bench, side: Any, task: Task, batch: Batch) -> dict[str, Any]:
+    """What one of ours takes beside its work: the same turn at the smallest sizes."""
+    small = smallest(task.config)
+    on_nothing = dense_batch(small, 1, 2, task.seed)
+    tiny = bench.side(side.name, replace(task, config=small), random_weights(small), on_nothing)
+    prepared = tiny.prepare(on_nothing)
+    return harness.overhead(
+        side.backend, lambda: bench.turn(side, side.prepare(batch)), lambda: bench.turn(tiny, prepared)
+    )
+
+
+def peak(bench: Bench, spec: Mapping[str, Any]) -> Callable[[], Any]:
+    """For `harness.peak_bytes`: what makes a turn of one side, made anew, on each batch."""
+    task = bench.task.again(spec)
+    backends.set_deterministic(task.deterministic)
+    batches = task.batches(spec["measure"], task.seed)
+    side = bench.side(spec["side"], task, random_weights(task.config, task.seed), batches[0])
+    side.weights = {}  # kept for `reload` alone
+    if isinstance(side, Ours):
+        side.backend.release_memory()  # of the weights it was given a copy of, which torch gives back by itself
+    prepared = [side.prepare(b) for b in batches]
+
+    def call() -> None:
+        for p in prepared:
+            bench.turn(side, p)
+
+    return call

@@ -286,7 +286,7 @@ def peak_bytes(worker: str, spec: Mapping[str, Any]) -> tuple[int | None, str]:
     """
     if not Path("/proc/self/status").is_file():
         return None, "not measured: this system does not say how much memory a process holds"
-    folder = str(Path(__file__).resolve().parents[1])
+    folder = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "bench.timing.harness", worker, json.dumps(spec)]
     try:

@@ -3,12 +3,13 @@
 //
 // A block of 4 warps works on ROWS x KEYS or ROWS x QUERIES scores, 16 rows a warp. Scores and sums stay in registers,
 // as D fragments (gpu_ptx.cuh): of the 8 columns of part n a lane holds [n][0] and [n][1], columns 2 (lane % 4) and the
-// next of row lane / 4, and [n][2] and [n][3], the same columns of row lane / 4 + 8.
+// next of row lane / 4, and [n][2] and [n][3], the same columns of row lane / 4 + 8. Tiles of columns are copied while
+// those before them are worked on.
 //
 // The arrays' elements are exact as operands, and their products are summed in float32. Probabilities and gradients of
 // scores are float32, and operands of the next product: each is rounded to TERMS numbers of 16 bits that sum to it. One
-// is what flash attention keeps, and what the formula calls `stored`. Two in float16, or three in bfloat16, would lose no
-// digit of float32; in products, forward takes then 3 or 4 instead of 2, and backward 10 or 13 instead of 7.
+// is what flash attention keeps, and what the formula calls `stored`. Two in float16, or three in bfloat16, would lose
+// no digit of float32; in products, forward takes then 3 or 4 instead of 2, and backward 10 or 13 instead of 7.
 #pragma once
 
 #include "attention/gpu_work.cuh"
@@ -16,20 +17,32 @@
 
 using Element = Storage;  // __half or __nv_bfloat16
 
-template <class T> constexpr bool is_float16 = false;
-template <> constexpr bool is_float16<__half> = true;
-
 constexpr int TERMS = 1;  // see above
-constexpr int THREADS = 128;
-constexpr int ROWS = 64;
+constexpr int THREADS_A_ROW = 4;
+constexpr int ROWS_A_THREAD = 2;
 constexpr int KEYS = HEAD_SIZE > 64 ? 32 : 64;  // columns where rows are queries; fewer where registers are fewer
 constexpr int QUERIES = 32;                     // columns where rows are keys
+constexpr int STAGES = 2;                       // tiles of columns at a time
 constexpr int SIZE_PARTS = HEAD_SIZE / 8;
+constexpr int SIZE_A_THREAD = HEAD_SIZE / THREADS_A_ROW;  // elements of an output row
 constexpr int PITCH = HEAD_SIZE + 8;  // an odd number of 16 bytes: eight rows that follow one another share no bank
+constexpr int SCRATCH = 0;            // weights of a product stay in registers
+
+template <int COLUMNS> using Scores = float[COLUMNS / 8][4];  // of this thread
+using Sums = float[SIZE_PARTS][4];
+
+// Column j of the thread's row i.
+template <int PARTS> __device__ __forceinline__ float& at(float (&x)[PARTS][4], int i, int j) {
+    return x[j / 2][2 * i + j % 2];
+}
+
+// Where they lie in their tile.
+__device__ __forceinline__ int row_of(int i) { return warp_row() + threadIdx.x % WARP / 4 + 8 * i; }
+__device__ __forceinline__ int column_of(int j) { return j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2; }
 
 // `count` rows of one head, `stride` elements apart -> a tile of TILE_ROWS; what the sequence or the head lacks is 0.
 // In packs the tile has come when the group of copies that is committed next has.
-template <int TILE_ROWS>
+template <int TILE_ROWS, bool>  // rows and columns lie alike
 __device__ __forceinline__ void load_tile(Element* tile, const Storage* source, long long stride, int count, int size,
                                           bool packs) {
     constexpr int PACK_SIZE = 16 / sizeof(Element), PACKS_A_ROW = HEAD_SIZE / PACK_SIZE;
@@ -52,11 +65,13 @@ __device__ __forceinline__ void load_tile(Element* tile, const Storage* source, 
     }
 }
 
-// scores = a b': `a` at the warp's first row, the first `count` rows of `b` are real (the scores of others may be 0).
+__device__ __forceinline__ void load_number(float* to, const float* from) { copy_async<4>(to, from, true); }
+
+// scores = a b', of which the first `count` columns are real (the scores of others may be 0).
 template <int PARTS>
 __device__ __forceinline__ void dot_rows(const Element* a, const Element* b, int count, float (&scores)[PARTS][4]) {
     const int lane = threadIdx.x % WARP;
-    a += lane % 16 * PITCH + lane / 16 * 8;
+    a += (warp_row() + lane % 16) * PITCH + lane / 16 * 8;
     b += (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8;
 #pragma unroll
     for (int n = 0; n < PARTS; ++n) scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0;
@@ -87,8 +102,8 @@ __device__ __forceinline__ void take_apart(float low, float high, unsigned (&ter
 
 // sums += weights b, over the first `count` rows of `b`; weights of others must be 0.
 template <int PARTS>
-__device__ __forceinline__ void add_weighted(const float (&weights)[PARTS][4], const Element* b, int count,
-                                             float (&sums)[SIZE_PARTS][4]) {
+__device__ __forceinline__ void add_weighted(const float (&weights)[PARTS][4], const Element* b, int count, float*,
+                                             Sums& sums) {
     const int lane = threadIdx.x % WARP;
     b += lane % 16 * PITCH + lane / 16 * 8;
 #pragma unroll
@@ -112,7 +127,7 @@ __device__ __forceinline__ void add_weighted(const float (&weights)[PARTS][4], c
     }
 }
 
-__device__ __forceinline__ void clear(float (&sums)[SIZE_PARTS][4]) {
+__device__ __forceinline__ void clear(Sums& sums) {
 #pragma unroll
     for (int n = 0; n < SIZE_PARTS; ++n) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0;
 }
@@ -128,53 +143,18 @@ __device__ __forceinline__ float row_max(float x) {
     return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
 }
 
-// float16 has few exponents: weights of any size are multiplied in units of a power of two for each row, which makes
-// the largest so far 2^14 to 2^15. `sums`, in the unit so far, follow. bfloat16 has the exponents of float32.
-constexpr float SMALLEST_UNIT = 0x1p-100f;
-
-template <int PARTS>
-__device__ __forceinline__ void scale_to_unit(float (&weights)[PARTS][4], float (&unit)[2],
-                                              float (&sums)[SIZE_PARTS][4]) {
-    if constexpr (is_float16<Element>) {
+// Rows of which the tile has `rows`, row i times factor[i], to memory: `out` at the tile's first row and column, of an
+// array that begins on a multiple of 4 bytes.
+__device__ __forceinline__ void store_rows(Storage* out, long long stride, int rows, int size, const Sums& sums,
+                                           const float (&factor)[ROWS_A_THREAD]) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float largest = 0;
-#pragma unroll
-            for (int n = 0; n < PARTS; ++n) {
-                largest = fmaxf(largest, fmaxf(fabsf(weights[n][2 * half]), fabsf(weights[n][2 * half + 1])));
-            }
-            const float power = __uint_as_float(__float_as_uint(row_max(largest)) & 0x7f800000u);
-            const float next = fmaxf(unit[half], power * 0x1p-14f);
-            const float shrink = unit[half] / next, grow = 1 / next;
-            unit[half] = next;
-#pragma unroll
-            for (int n = 0; n < SIZE_PARTS; ++n) {
-                sums[n][2 * half] *= shrink;
-                sums[n][2 * half + 1] *= shrink;
-            }
-#pragma unroll
-            for (int n = 0; n < PARTS; ++n) {
-                weights[n][2 * half] *= grow;
-                weights[n][2 * half + 1] *= grow;
-            }
-        }
-    }
-}
-
-// The rows that the warp has (`rows` in all), times `factor`, to memory: `out` at the warp's first row, of an array
-// that begins on a multiple of 4 bytes.
-__device__ __forceinline__ void store_rows(Storage* out, long long stride, int rows, int size,
-                                           const float (&sums)[SIZE_PARTS][4], const float (&factor)[2]) {
-    const int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = lane / 4 + 8 * half;
-        if (row >= rows) continue;
+    for (int i = 0; i < ROWS_A_THREAD; ++i) {
+        if (row_of(i) >= rows) continue;
 #pragma unroll
         for (int n = 0; n < SIZE_PARTS; ++n) {
-            const int column = 8 * n + lane % 4 * 2;
-            const float left = sums[n][2 * half] * factor[half], right = sums[n][2 * half + 1] * factor[half];
-            Storage* to = out + row * stride + column;
+            const int column = column_of(2 * n);
+            const float left = sums[n][2 * i] * factor[i], right = sums[n][2 * i + 1] * factor[i];
+            Storage* to = out + row_of(i) * stride + column;
             if (size % 2 == 0) {
                 if (column < size) *reinterpret_cast<unsigned*>(to) = round_pair<Element>(left, right);
             } else {
@@ -187,43 +167,51 @@ __device__ __forceinline__ void store_rows(Storage* out, long long stride, int r
 
 // ---------------------------------------------------------------------------------------------------------- dropout
 
-// Which of 4 keys a query keeps, as bits.
-__device__ __forceinline__ unsigned keep_bits(const Dropout& dropout, unsigned query, int quad) {
-    bool keep[4];
-    keep_four(dropout, query, quad, keep);
-    return keep[0] | keep[1] << 1 | keep[2] << 2 | keep[3] << 3;
-}
+// Which scores of this thread are kept. Rows are queries: bit 4 n + odd of bits[i] tells of column 2 n + odd of row i.
+struct KeptKeys {
+    unsigned bits[2];
+    __device__ __forceinline__ bool operator()(int i, int j) const { return bits[i] >> (j / 2 * 4 + j % 2) & 1; }
+};
 
-// Rows are queries, from `row` of the sequence on, columns are keys from `start` on: bit 4 n + i of keep[half] tells of
-// scores[n][2 half + i]. Two lanes share the random words of two rows: each draws those of one.
-__device__ __forceinline__ void keep_keys(const Dropout& dropout, const Work& work, int heads, int row, int start,
-                                          int count, unsigned (&keep)[2]) {
-    const int lane = threadIdx.x % WARP, odd = lane % 2;
-    const unsigned query = query_of(work, row + lane / 4 + 8 * odd, heads);
+// Rows are keys: bit 4 n of bits[2 i + odd] tells of column 2 n + odd of row i.
+struct KeptQueries {
+    unsigned bits[4];
+    __device__ __forceinline__ bool operator()(int i, int j) const { return bits[2 * i + j % 2] >> j / 2 * 4 & 1; }
+};
+
+// Rows are queries, columns are keys from `start` of the sequence on, the first `count` of them real. Two lanes share
+// the random words of two rows: each draws those of one.
+__device__ __forceinline__ KeptKeys keep_keys(const Dropout& dropout, const Work& work, int heads, int start,
+                                              int count) {
+    if (dropout.drop == 0) return {ALL_LANES, ALL_LANES};
+    const int odd = threadIdx.x % 2, quad = start / 4 + threadIdx.x % 4 / 2;
+    const unsigned query = query_of(work, work.start + row_of(odd), heads);
     unsigned mine = 0;
 #pragma unroll
     for (int n = 0; n < KEYS / 8; ++n) {
-        if (n * 8 < count) mine |= keep_bits(dropout, query, start / 4 + 2 * n + lane % 4 / 2) << 4 * n;
+        if (n * 8 < count) mine |= keep_bits(dropout, query, quad + 2 * n) << 4 * n;
     }
     const unsigned other = __shfl_xor_sync(ALL_LANES, mine, 1);
-    keep[0] = (odd ? other : mine) >> 2 * odd;
-    keep[1] = (odd ? mine : other) >> 2 * odd;
+    return {(odd ? other : mine) >> 2 * odd, (odd ? mine : other) >> 2 * odd};
 }
 
-// Rows are keys, columns are queries: bit 4 n of keep[i] tells of scores[n][i]. Four lanes share the random words of
-// four keys against four queries: each draws those of one query.
-__device__ __forceinline__ void keep_queries(const Dropout& dropout, const Work& work, int heads, int row, int start,
-                                             int count, unsigned (&keep)[4]) {
+// Rows are keys, columns are queries from `start` of the sequence on, the first `count` of them real. Four lanes share
+// the random words of four keys against four queries: each draws those of one query.
+__device__ __forceinline__ KeptQueries keep_queries(const Dropout& dropout, const Work& work, int heads, int start,
+                                                    int count) {
+    if (dropout.drop == 0) return {ALL_LANES, ALL_LANES, ALL_LANES, ALL_LANES};
     const int lane = threadIdx.x % WARP, key = lane / 4, half = key % 4 / 2, odd = key % 2;
-    const int quad = row / 4 + 2 * half + key / 4;
+    const int quad = (work.start + warp_row()) / 4 + 2 * half + key / 4;
     unsigned mine = 0;
 #pragma unroll
     for (int n = 0; n < QUERIES / 8; ++n) {
-        const unsigned query = query_of(work, start + 8 * n + lane % 4 * 2 + odd, heads);
+        const unsigned query = query_of(work, start + column_of(2 * n) + odd, heads);
         if (n * 8 < count) mine |= keep_bits(dropout, query, quad) << 4 * n;
     }
+    KeptQueries kept;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        keep[i] = __shfl_sync(ALL_LANES, mine, (key / 4 * 4 + i) * 4 + lane % 4) >> key % 4;
+        kept.bits[i] = __shfl_sync(ALL_LANES, mine, (key / 4 * 4 + i) * 4 + lane % 4) >> key % 4;
     }
+    return kept;
 }

@@ -7,6 +7,15 @@
 #define HEAD_SIZE 64  // what a head is padded to
 #endif
 
+constexpr int THREADS = 128;  // of a block
+constexpr int ROWS = 64;      // of a tile
+
+template <class T> constexpr bool is_float16 = false;
+template <> constexpr bool is_float16<__half> = true;
+
+// The first row of the tile that a warp works on.
+__device__ __forceinline__ int warp_row() { return threadIdx.x / WARP * (ROWS / (THREADS / WARP)); }
+
 // A tile of the rows of one sequence and head.
 struct Work {
     int first;   // packed row at which the sequence begins
@@ -44,11 +53,10 @@ __device__ __forceinline__ unsigned query_of(const Work& work, int place, int he
     return static_cast<unsigned>(work.first + place) * heads + work.head;
 }
 
-__device__ __forceinline__ void keep_four(const Dropout& dropout, unsigned query, int quad, bool (&keep)[4]) {
-    unsigned block = query * static_cast<unsigned>(dropout.quads) + static_cast<unsigned>(quad);
-    uint4 words = philox(dropout.seed, dropout.stream, dropout.step, dropout.layer, block);
-    keep[0] = words.x >= dropout.drop;
-    keep[1] = words.y >= dropout.drop;
-    keep[2] = words.z >= dropout.drop;
-    keep[3] = words.w >= dropout.drop;
+// Which of keys 4 quad .. 4 quad + 3 a query keeps, as bits.
+__device__ __forceinline__ unsigned keep_bits(const Dropout& dropout, unsigned query, int quad) {
+    const unsigned block = query * static_cast<unsigned>(dropout.quads) + static_cast<unsigned>(quad);
+    const uint4 words = philox(dropout.seed, dropout.stream, dropout.step, dropout.layer, block);
+    return (words.x >= dropout.drop) | (words.y >= dropout.drop) << 1 | (words.z >= dropout.drop) << 2 |
+           (words.w >= dropout.drop) << 3;
 }

@@ -76,7 +76,7 @@ FAULTS = (
     Fault(
         "too little dynamic shared memory", "attention/gpu.py", "attention_grad",
         "+ ROWS * (columns + 4) + 2 * columns)", "+ ROWS * (columns + 4))",
-        "out of bounds", at="log_sums[slot_of(threadIdx.x)] =", where="attention/gpu.cu",
+        "out of bounds", at="load_number(to, call.lse", where="attention/gpu_flash.cuh",
     ),
     Fault(
         "memory is given back before its kernel has run", "adamw/gpu.py", "square_norm",
@@ -87,8 +87,8 @@ FAULTS = (
     ),
     # ---------------------------------------------------------------------------------------------- uninitialised
     Fault(
-        "both tiles are copied to one place", "attention/gpu_tensor_core.cu", "attention_grad",
-        "place = next / QUERIES % 2;", "place = 0;",
+        "both tiles are copied to one place", "attention/gpu_flash.cuh", "attention_grad",
+        "place = next / COLUMNS % STAGES;", "place = 0;",
         "uninitialised read", at="load_matrices(y, b + n * 8 * PITCH + d);", where="attention/gpu_fragment.cuh",
         dtype="float16",
     ),
@@ -170,9 +170,9 @@ FAULTS = (
         "race", at="float p = param[at], m = exp_avg[at], v = exp_avg_sq[at];",
     ),
     Fault(
-        "the next tile comes before the last is read", "attention/gpu.cu", "attention",
-        "__syncthreads();  // before the next tile, or the next item's queries, take the place of these", "",
-        "race", at="add_weighted(shares + row0 * SCORE_PITCH, values + lane * 4, columns, sums);",
+        "the next tile comes before the last is read", "attention/gpu_flash.cuh", "attention",
+        "__syncthreads();  // before the next tile, or the next item's rows, take the place of these", "",
+        "race", at="Scores<KEYS> scores;\n        dot_rows(tiles.rows, tiles.columns, columns, scores);",
     ),
     # ------------------------------------------------------------------------------------- races between blocks
     Fault(
@@ -197,8 +197,8 @@ FAULTS = (
         "wrong warp mask",
     ),
     Fault(
-        "lanes that were not named wait too", "attention/gpu.cu", "attention_grad",
-        "lane, share);\n                __syncwarp();", "lane, share);\n                __syncwarp(0x0000ffffu);",
+        "lanes that were not named wait too", "attention/gpu_tile.cuh", "attention_grad",
+        "    __syncwarp();  // what the others read is there", "    __syncwarp(0x0000ffffu);",
         "wrong warp mask",
     ),
     Fault(

@@ -138,8 +138,8 @@ WRONG = (
         "follows_formula",
     ),
     Fault(
-        "values of the first tile for all keys", "attention/gpu.cu", "attention",
-        "values + lane * 4, columns, sums);", "values + lane * 4, start > 0 ? 0 : columns, sums);",
+        "values of the first tile for all keys", "attention/gpu_flash.cuh", "attention",
+        "KEYS * PITCH, columns, tiles.scratch, sums);", "KEYS * PITCH, start > 0 ? 0 : columns, tiles.scratch, sums);",
         "follows_formula",
     ),
     Fault(
