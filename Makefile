@@ -1,17 +1,21 @@
-# make demo | test | lint | bench | gpu-check | clean        make test ARGS="-k softmax -x"        make demo PYTHON=python3.12
+# make demo | test | test-fast | lint | bench | gpu-check | clean        make test ARGS="-k softmax -x"        make demo PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
 ARGS :=
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint style types bench gpu-check clean
+.PHONY: demo test test-fast lint style types bench gpu-check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/minibert compare $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(ARGS)
+
+# Every room and every op on NumPy and Numba, in less than a minute once the kernels are compiled.
+test-fast: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m fast $(ARGS)
 
 lint: style types
 

@@ -1,15 +1,59 @@
-"""What every test shares: the repository's folder, repeatable hypothesis runs, and the reason parity tests skip."""
+"""What every test shares: the repository's folder, repeatable hypothesis runs, which tests are fast, and the reason
+parity tests skip."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from types import CodeType
 
 import hypothesis
 import pytest
 
+from minibert.backends import Backend
+
 ROOT = Path(__file__).resolve().parent.parent
+
+# What `make test-fast` leaves out, each for what stands above it: modules, and as MODULE::NAME single tests of others,
+# or all of their tests that use a fixture or call a function. What is not here is fast: whoever adds a test that takes
+# seconds names it.
+SLOW = frozenset(
+    f"tests/{name}"
+    for names in (
+        # CUDA that is compiled, by g++ for the emulator or by NVRTC
+        "backends/test_cublaslt.py backends/test_cuda_backend.py backends/test_cuda_matmul.py",
+        "backends/test_cuda_products.py backends/test_cuda_streams.py backends/test_cupy_driver.py",
+        "backends/test_emulator.py backends/test_emulator_toolchain.py backends/test_nvrtc.py",
+        "cli/test_kernel_budget.py kernels/test_barriers.py kernels/test_gpu_elementwise.py kernels/test_gpu_linear.py",
+        "kernels/test_gpu_loss_and_update.py kernels/test_planted_faults.py kernels/test_planted_launches.py",
+        "train/test_cuda_training.py test_docs_cuda.py",
+        # measurements
+        "bench/test_bench.py bench/test_bench_ablation.py bench/test_bench_ops.py bench/test_bench_scaling.py",
+        "bench/test_gpu_check.py bench/test_gpu_check_measures.py lab/compare/test_compare.py model/test_memory.py",
+        # processes of their own, installations, a browser
+        "backends/test_deterministic.py cli/test_watch.py lab/conform/test_conformance.py page/test_page_browser.py",
+        "test_docs.py test_fast.py test_wheel.py kernels/test_overlap.py kernels/test_regression.py",
+        # every mistake that can be made in a formula or a kernel
+        "kernels/test_formula_mutation.py kernels/test_mutation.py kernels/test_random_formulas.py",
+        # kernels compiled in many ways, or on many threads
+        "kernels/test_cpu_microkernel.py kernels/test_cpu_product.py kernels/test_cpu_threads.py",
+        "kernels/test_vectorised.py kernels/test_cpu_math.py::test_float32_stays_within_its_ulp_over_all_bit_patterns",
+        # runs of many steps, drawings of whole pages
+        "lab/lockstep/test_bisect.py lab/lockstep/test_diff.py lab/lockstep/test_diff_sides.py",
+        "model/test_foreign_checkpoints.py model/test_parity.py data/test_tokenizer_parity.py",
+        "model/test_recompute.py::test_a_model_that_forgets_until_backward_has_the_same_gradients",
+        "page/test_page.py::page page/test_page.py::small_facts page/test_page_recorded.py::small_facts",
+        "lab/compare/test_compare_facts.py::test_the_page_is_made_of_what_was_found",
+        "lab/compare/test_compare_facts.py::test_a_report_is_a_folder_with_a_page_and_its_facts",
+        "lab/compare/test_compare_facts.py::test_crossovers_are_those_of_a_kernel_of_ones_own",
+        "lab/compare/test_compare_facts.py::test_json_alone_needs_no_page_and_measures_no_crossovers",
+        "train/test_train.py::test_interrupt_saves_and_resume_goes_on train/test_train.py::test_loss_falls",
+        "train/test_train.py::test_backends_agree_with_dropout_on",
+    )
+    for name in names.split()
+)
+SLOW_BACKENDS = {"emulator", "cupy"}  # as a test's parameters name them
 
 # The same inputs on every run; no deadline, since the first call of a kernel compiles it.
 hypothesis.settings.register_profile("minibert", deadline=None, derandomize=True, print_blob=True)
@@ -31,8 +75,36 @@ def smaller_tiny() -> Iterator[None]:
         yield
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip parity tests, with the reason and the remedy, where their libraries are not installed."""
+def names_in(code: CodeType) -> Iterator[str]:
+    """What a function calls by name, in its comprehensions too."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from names_in(constant)
+
+
+def is_fast(item: pytest.Function) -> bool:
+    """Whether `make test-fast` runs a test."""
+    module = item.path.relative_to(ROOT).as_posix()
+    names = item.originalname, *item.fixturenames, *names_in(item.function.__code__)
+    slow = SLOW & {module, *(f"{module}::{name}" for name in names)}
+    given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    on = {value.name if isinstance(value, Backend) else value for value in given if isinstance(value, str | Backend)}
+    return not slow and not on & SLOW_BACKENDS and item.get_closest_marker("parity") is None
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m fast`, what is slow as a whole is not even imported."""
+    inside = config.option.markexpr == "fast" and collection_path.is_relative_to(ROOT)
+    return True if inside and collection_path.relative_to(ROOT).as_posix() in SLOW else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Mark what is fast; skip parity tests, with the reason and the remedy, where their libraries are not installed."""
+    for item in items:
+        if is_fast(item):
+            item.add_marker("fast")
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if not missing:
         return
