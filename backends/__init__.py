@@ -17,7 +17,7 @@ from typing import NamedTuple
 from minibert.backends import blas
 from minibert.backends.base import Backend, BackendUnavailable
 from minibert.backends.blas import deterministic
-from minibert.errors import UserError
+from minibert.errors import UserError, pip_install
 
 __all__ = [
     "MOST_THREADS", "Backend", "BackendUnavailable", "Status", "available", "determinism", "deterministic", "get",
@@ -31,7 +31,7 @@ BUILT_IN = {
     "cupy": "minibert.backends.cuda.cupy_backend",
     "emulator": "minibert.backends.emulator.backend",
 }
-REMEDY = {"numba": "pip install numba scipy"}
+REMEDY = {"numba": pip_install("numba", "scipy")}
 THREADS = "MINIBERT_NUM_THREADS"
 MOST_THREADS = 1024  # more is a slip of the keyboard
 
@@ -126,7 +126,7 @@ def set_deterministic(on: bool) -> None:
     if on and blas.blas_threads() is None:
         raise BackendUnavailable(
             "the deterministic mode needs the OpenBLAS of NumPy's wheel, whose threads can be set, and this NumPy has "
-            "another BLAS: pip install --force-reinstall numpy"
+            f"another BLAS: {pip_install('--force-reinstall', 'numpy')}"
         )
     blas.set_deterministic(on)
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from minibert.backends.blas import blas_threads, set_blas_threads
+from minibert.errors import pip_install
 from minibert.kernels.adjoining import adjoining
 from minibert.kernels.op import Array, Op, outputs
 
@@ -31,7 +32,7 @@ def dtype_of(name: str) -> np.dtype[Any]:
         try:
             import_module("ml_dtypes")  # tells NumPy of it
         except ImportError:
-            raise BackendUnavailable("bfloat16 arrays need ml_dtypes: pip install ml_dtypes") from None
+            raise BackendUnavailable(f"bfloat16 arrays need ml_dtypes: {pip_install('ml_dtypes')}") from None
     return np.dtype(name)
 
 

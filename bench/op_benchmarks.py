@@ -15,6 +15,7 @@ import pytest
 
 from bench.timing.op_timing import Inputs, aligned, of_one, peaks_of
 from minibert import backends
+from minibert.errors import pip_install
 from minibert.kernels import OPS, Op
 from minibert.kernels.op import BertSize
 from minibert.kernels.readings import cost
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 try:
     import pytest_benchmark  # noqa: F401
 except ImportError:
-    pytest.skip("pytest-benchmark is not installed; pip install 'minibert[bench]'", allow_module_level=True)
+    pytest.skip(f"pytest-benchmark is not installed; {pip_install('[bench]')}", allow_module_level=True)
 
 ROUNDS = 9
 

@@ -1,7 +1,10 @@
-"""What is the user's to mend (the command line prints an error in one line and exits with 2), or to know of."""
+"""What is the user's to mend (the command line prints an error in one line, exit code 2), to know of, or to install."""
 
 import sys
 import warnings
+from shlex import quote
+
+DISTRIBUTION = "minibert-lab"  # on the package index `minibert` is somebody else's package
 
 
 class UserError(ValueError):
@@ -14,3 +17,11 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "minibert":
         depth, frame = depth + 1, frame.f_back
     warnings.warn(message, stacklevel=depth + 1)
+
+
+def pip_install(*what: str) -> str:
+    """The command that installs extras of this package, as in `pip_install("[report]")`, or other packages.
+
+    Whatever advises to install something takes its words from here.
+    """
+    return " ".join(["pip install", *(quote(f"{DISTRIBUTION}{one}" if one.startswith("[") else one) for one in what)])

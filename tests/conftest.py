@@ -108,7 +108,9 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if not missing:
         return
-    skip = pytest.mark.skip(reason=f"needs {' and '.join(missing)}: pip install 'minibert[parity]'")
+    from minibert.errors import pip_install
+
+    skip = pytest.mark.skip(reason=f"needs {' and '.join(missing)}: {pip_install('[parity]')}")
     for item in items:
         if item.get_closest_marker("parity"):
             item.add_marker(skip)

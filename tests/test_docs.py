@@ -11,12 +11,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from minibert import backends
 from minibert.backends.cuda import nvrtc
+from minibert.errors import DISTRIBUTION, pip_install
 from minibert.kernels import OPS
 from minibert.lab.conform.check import check
 from minibert.moved import MOVED
@@ -140,3 +142,51 @@ def test_files_and_commands_that_documents_name_exist(root: Path, document: str)
     used = set(re.findall(r"(?:^|`|bin/)minibert (?!is )([a-z]+)", text, flags=re.MULTILINE))
     assert used
     assert used <= commands
+
+
+def advising_strangers_code(text: str) -> list[str]:
+    """What advises to install `minibert`, which on the package index is somebody else's package."""
+    return re.findall(r"minibert\\?\[[a-z][^\]]*\]|\bpip install [^\n`]*?(?<![-./\w])minibert(?![-./\w])", text)
+
+
+def test_advising_strangers_code_is_seen() -> None:
+    assert advising_strangers_code("`pip install 'minibert[cuda12]'` or `'minibert[cuda13]'`") != []
+    assert advising_strangers_code("run pip install minibert\nand go on") == ["pip install minibert"]
+    assert advising_strangers_code("pip install 'minibert-lab[cuda12]' for `minibert compare`") == []
+
+
+def test_whatever_is_advised_to_be_installed_is_ours(root: Path) -> None:
+    paths = [root / "README.md", root / "CONTRIBUTING.md", root / "Makefile", *(root / "docs").glob("*.md")]
+    paths += sources(root, "minibert", "backends", "kernels", "bench", "tests")
+    for path in paths:
+        if path != Path(__file__):
+            assert advising_strangers_code(path.read_text(encoding="utf-8")) == [], path
+    assert f"pip install '{DISTRIBUTION}[" in (root / "README.md").read_text(encoding="utf-8")
+    assert tomllib.loads((root / "pyproject.toml").read_text())["project"]["name"] == DISTRIBUTION
+
+
+def test_one_place_writes_what_to_install(root: Path) -> None:
+    """Strings of the code, and the reasons of skipped tests; what tests expect to read stands in their own words."""
+
+    def strings(node: ast.AST) -> str:
+        return "\n".join(
+            one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and type(one.value) is str
+        )
+
+    def shown(node: ast.AST) -> bool:
+        skips = isinstance(node, ast.Call) and ast.unparse(node.func).endswith("skip")
+        return skips or (isinstance(node, ast.keyword) and node.arg == "reason")
+
+    trees = {path: ast.parse(path.read_text()) for path in sources(root, "minibert", "backends", "kernels", "bench")}
+    found = [path for path, tree in trees.items() if "pip install" in strings(tree)]
+    for path in sources(root, "tests"):
+        parts = (node for node in ast.walk(ast.parse(path.read_text())) if shown(node))
+        found += [path for node in parts if "pip install" in strings(node)]
+    assert found == [root / "minibert" / "errors.py"]
+    assert pip_install("[report,bench]", "torch") == "pip install 'minibert-lab[report,bench]' torch"
+    assert pip_install("nvidia-cublas==13.*") == "pip install 'nvidia-cublas==13.*'"
+
+
+def sources(root: Path, *folders: str) -> list[Path]:
+    paths = (path for folder in folders for path in (root / folder).rglob("*.py"))
+    return sorted(path for path in paths if "__pycache__" not in path.parts)

@@ -84,6 +84,7 @@ def test_the_wheel_holds_every_file_once(wheel: Path, root: Path) -> None:
 def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     read = {Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name}
+    assert wheel.name.startswith("minibert_lab-") and "\nName: minibert-lab\n" in read["METADATA"]
     assert read["top_level.txt"].split() == ["minibert"]
     assert "minibert = minibert.cli:main" in read["entry_points.txt"]
     assert "MIT License" in read["LICENSE"]

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 from minibert.backends.base import BackendUnavailable
 from minibert.backends.cuda.driver import ALIGNMENT, Matrix, Product
+from minibert.errors import pip_install
 
 WORKSPACE = 32 * 2**20  # bytes for each stream: what NVIDIA advises for Hopper
 BIAS_ALIGNMENT = 16  # bytes: what an epilogue's vector loads assume, unchecked
@@ -118,8 +119,8 @@ def load(major: int) -> Any:
             return declare(ctypes.CDLL(candidate))
         except (OSError, AttributeError) as error:
             reason = str(error)
-    wheel = "nvidia-cublas-cu12" if major == 12 else f'"nvidia-cublas=={major}.*"'
-    raise BackendUnavailable(f"matrix products need {name} ({reason}): pip install {wheel}")
+    wheel = "nvidia-cublas-cu12" if major == 12 else f"nvidia-cublas=={major}.*"
+    raise BackendUnavailable(f"matrix products need {name} ({reason}): {pip_install(wheel)}")
 
 
 def declare(library: Any) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 from minibert.backends.base import BackendUnavailable
 from minibert.backends.cuda import cublaslt, matmul, nvrtc
 from minibert.backends.cuda.driver import DeviceMemoryExhausted, Event, Graph, Product, Stream
-from minibert.errors import UserError
+from minibert.errors import UserError, pip_install
 from minibert.kernels.gpu.launch import STORAGE, WAVES, CudaKernel
 
 OLDEST = 80  # compute capability: the kernels copy asynchronously and multiply bfloat16 on tensor cores
@@ -97,8 +97,8 @@ def _dotted(version: int) -> str:
 
 def _extra(driver: int | None) -> str:
     if driver is None or driver < 12000:
-        return "pip install 'minibert[cuda12]' or, with a driver of CUDA 13, 'minibert[cuda13]'"
-    return f"pip install 'minibert[cuda{min(driver // 1000, 13)}]'"
+        return f"{pip_install('[cuda12]')} or, with a driver of CUDA 13, {pip_install('[cuda13]')}"
+    return pip_install(f"[cuda{min(driver // 1000, 13)}]")
 
 
 # -------------------------------------------------------------------------------------------------------- the driver

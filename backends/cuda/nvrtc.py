@@ -24,12 +24,11 @@ from typing import Any, NamedTuple
 
 from minibert import kernels
 from minibert.backends.base import BackendUnavailable
-from minibert.errors import UserError
+from minibert.errors import UserError, pip_install
 
 KERNELS = Path(kernels.__file__).resolve().parent
 FLAGS = ("-std=c++17", "-lineinfo", "--ptxas-options=-v")  # and nothing that makes arithmetic less accurate
 HEADERS = ("cuda_fp16.h", "cuda_bf16.h")
-REMEDY = "pip install 'minibert[nvrtc]'"
 CACHE_DAYS = 30  # code that nothing has asked for so long is removed
 MOST_MESSAGES = 5  # errors of one compilation that are shown
 
@@ -116,7 +115,8 @@ def toolkit(newest: int | None = None) -> Toolkit:
         if newest is None or major.value <= newest:
             return Toolkit(library, path, (major.value, minor.value), include)
         problems.append(f"{path} is of CUDA {major.value}, and the driver loads code up to CUDA {newest}")
-    raise BackendUnavailable(f"CUDA kernels cannot be compiled: {'; '.join(problems) or 'no NVRTC here'}; {REMEDY}")
+    why = "; ".join(problems) or "no NVRTC here"
+    raise BackendUnavailable(f"CUDA kernels cannot be compiled: {why}; {pip_install('[nvrtc]')}")
 
 
 def _places() -> Iterator[tuple[Path, tuple[Path, ...]]]:

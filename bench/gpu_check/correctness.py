@@ -16,6 +16,7 @@ import numpy as np
 from bench.gpu_check.part import Failed, Run, Skipped
 from bench.gpu_check.run import ROOT
 from minibert.backends.base import dtype_of
+from minibert.errors import pip_install
 from minibert.kernels import OPS
 from minibert.kernels.op import BertSize, outputs
 from minibert.lab.conform.check import CheckResult, planned, run_check
@@ -278,7 +279,7 @@ def parity(run: Run) -> None:
     needed = ("torch", "transformers", "pytest", "hypothesis")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise Skipped(f"not installed: {', '.join(missing)}")
+        raise Skipped(f"not installed: {', '.join(missing)}: {pip_install('[test,parity]')}")
     if run.settings.tiny:
         raise Skipped("left to `make test` where nothing is measured")
     marked = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.parity" in p.read_text(encoding="utf-8")]

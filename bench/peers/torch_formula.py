@@ -15,6 +15,7 @@ import numpy as np
 
 from bench.peers.torch_bert import missing
 from minibert.backends import BackendUnavailable
+from minibert.errors import pip_install
 from minibert.kernels import Op
 from minibert.kernels.op import Array
 
@@ -50,7 +51,7 @@ class TorchFormula:
     def __init__(self, threads: int) -> None:
         """Raises BackendUnavailable where torch is not installed."""
         if missing():
-            raise BackendUnavailable(f"--vs torch: {missing()}; pip install torch, or leave it out")
+            raise BackendUnavailable(f"--vs torch: {missing()}; {pip_install('torch')}, or leave it out")
         self.xp = TorchModule()
         self.xp.torch.set_num_threads(threads)
 

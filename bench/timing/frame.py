@@ -21,7 +21,7 @@ from bench.timing.figures import refuse_other_csv
 from minibert import backends
 from minibert.backends import MOST_THREADS, Backend, determinism
 from minibert.cli.options import DETERMINISTIC_HELP, notes, refuse_unwritable
-from minibert.errors import UserError
+from minibert.errors import UserError, pip_install
 from minibert.lab.measure import quiet
 from minibert.model.bert import BertForMaskedLM
 from minibert.model.config import BertConfig
@@ -134,9 +134,7 @@ def run(bench: Bench, options: Options) -> int:
     refuse_unwritable(options.json_file, options.csv_file)
     refuse_other_csv(options.csv_file)
     if {"torch", "torch.compile"} & set(opponents) and torch_peer.missing():
-        raise UserError(
-            f"--vs {options.versus}: {torch_peer.missing()}; pip install torch transformers, or leave it out"
-        )
+        raise UserError(f"--vs {options.versus}: {torch_peer.missing()}; {pip_install('[parity]')}, or leave it out")
     task = task_of(bench, options)
     places = harness.cpu_backends(options.names, task.threads)
     load = quiet.Load()

@@ -13,7 +13,7 @@ from rich.table import Table
 from minibert.backends.cuda import nvrtc
 from minibert.backends.cuda.nvrtc import Resources
 from minibert.cli.options import plain_table
-from minibert.errors import UserError
+from minibert.errors import UserError, pip_install
 
 BUDGET = nvrtc.KERNELS.parent / "bench" / "kernel_budget.json"  # in a clone; an installed package has none
 REFRESH = "minibert kernels build --update-budget --markdown docs/kernels.md"
@@ -204,7 +204,7 @@ def markdown(rows: Iterable[Row], archs: Sequence[str], version: str) -> str:
         "# CUDA kernels: what each takes of a GPU", "",
         f"Compiled by NVRTC {version} without a GPU; no figure here was measured on one. Refreshed, together with the",
         "budget `bench/kernel_budget.json` that `minibert kernels build` holds every kernel to, by", "",
-        "    pip install -e '.[nvrtc]'", f"    {REFRESH}", "",
+        f"    {pip_install('-e', '.[nvrtc]')}", f"    {REFRESH}", "",
         "- threads: of a block.",
         "- registers: of a thread. They are handed out by eights, so the budget is rounded up to eights.",
         "- warps: the most that a multiprocessor holds, as far as registers and static shared memory allow; dynamic",

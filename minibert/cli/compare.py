@@ -30,7 +30,7 @@ from minibert.cli.options import (
     set_products,
 )
 from minibert.cli.report import markdown, tables, verdict
-from minibert.errors import UserError
+from minibert.errors import UserError, pip_install
 from minibert.kernels import Op
 from minibert.lab.compare.compare import compare
 from minibert.lab.compare.records import Comparison, Extras, on_cpu
@@ -130,7 +130,7 @@ def _read_others(report: Path | None, recorded: list[Path]) -> list[Recorded]:
         return []
     missing = [library for library in NEEDED if find_spec(library) is None]
     if missing:
-        raise BackendUnavailable(f"--report needs {' and '.join(missing)}: pip install 'minibert[report]'")
+        raise BackendUnavailable(f"--report needs {' and '.join(missing)}: {pip_install('[report]')}")
     from minibert.page import read_recorded
 
     return [read_recorded(path) for path in recorded]

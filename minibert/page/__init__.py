@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minibert.errors import UserError
+from minibert.errors import UserError, pip_install
 from minibert.lab.measure.quiet import load_words, warning
 from minibert.lab.measure.roofline import NOTES
 from minibert.page import wording
@@ -80,7 +80,7 @@ def render(facts: Facts, others: Sequence[Recorded] = ()) -> str:
         import jinja2
         from markupsafe import Markup
     except ImportError as error:
-        raise UserError("--report is laid out with jinja2: pip install 'minibert[report]'") from error
+        raise UserError(f"--report is laid out with jinja2: {pip_install('[report]')}") from error
     script = _own("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = jinja2.Environment(

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from minibert.errors import UserError
+from minibert.errors import UserError, pip_install
 from minibert.page.facts import PLACES
 
 NAMES = ("text", "muted", "grid", "band", "paper", "bad", *(f"b{place}" for place in range(PLACES)))
@@ -44,7 +44,7 @@ def matplotlib() -> Any:
         import matplotlib.backends.backend_agg  # pyplot would look for a screen
         import matplotlib.figure
     except ImportError as error:
-        raise UserError("--report draws with matplotlib: pip install 'minibert[report]'") from error
+        raise UserError(f"--report draws with matplotlib: {pip_install('[report]')}") from error
     return matplotlib
 
 

@@ -203,7 +203,7 @@ def test_alignment_is_the_power_of_two_that_divides_an_address() -> None:
 
 def test_a_library_that_is_not_there_is_named_with_the_wheel_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cublaslt, "find_spec", lambda name: None)
-    with pytest.raises(BackendUnavailable, match=r"libcublasLt\.so\.99 .*pip install \"nvidia-cublas==99\.\*\""):
+    with pytest.raises(BackendUnavailable, match=r"libcublasLt\.so\.99 .*pip install 'nvidia-cublas==99\.\*'"):
         cublaslt.load(99)
 
 

@@ -84,7 +84,7 @@ def test_without_cupy_the_extra_that_fits_the_driver_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
     monkeypatch.setattr(cupy_driver, "driver_version", lambda: driver)
-    assert re.match(rf"CuPy is not installed: pip install 'minibert\[{extra}\]'", refused())
+    assert re.match(rf"CuPy is not installed: pip install 'minibert-lab\[{extra}\]'", refused())
 
 
 def test_a_cupy_that_does_not_load_is_told_from_one_that_is_missing(
@@ -105,7 +105,7 @@ def test_a_driver_older_than_cupy_names_both_versions_and_both_ways_out(cupy: Fa
     cupy.cuda.runtime.built = 13020
     said = refused()
     assert "driver is of CUDA 12.4" in said and "built for CUDA 13.2" in said and "driver of CUDA 13.0 or newer" in said
-    assert "minibert[cuda12]" in said
+    assert "minibert-lab[cuda12]" in said
 
 
 @pytest.mark.parametrize("status, said", [(35, "too old for CUDA 12.9"), (100, "no GPU"), (999, "cudaError999")])

@@ -17,6 +17,7 @@ import pytest
 from minibert.backends.emulator import toolchain
 from minibert.backends.emulator.findings import Finding, TrafficLine
 from minibert.backends.emulator.process import EmulatorCrash
+from minibert.errors import pip_install
 from tests.emulator_device import KERNELS, SCHEDULES, Device, marked, needs_compiler
 
 pytestmark = needs_compiler
@@ -252,7 +253,7 @@ def test_wmma(device: Device) -> None:
 
 
 def test_rounding_to_16_bits(device: Device) -> None:
-    ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 for NumPy: pip install ml_dtypes")
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason=f"bfloat16 for NumPy: {pip_install('ml_dtypes')}")
     bits = np.random.default_rng(2).integers(0, 1 << 32, 20_000, dtype="u8").astype("u4")
     halves = np.arange(1 << 16, dtype="u2").view("f2").astype("f4")
     between = (halves[1:31743] + halves[:31742]) / 2  # ties

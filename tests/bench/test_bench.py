@@ -297,7 +297,7 @@ def test_without_torch_a_comparison_with_it_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(torch_peer, "missing", lambda: "torch is not installed")
     assert run(step, monkeypatch, "--vs", "torch") == 2
-    assert "pip install torch" in capsys.readouterr().err
+    assert "pip install 'minibert-lab[parity]'" in capsys.readouterr().err
 
 
 def test_an_opponent_that_cannot_run_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

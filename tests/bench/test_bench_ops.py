@@ -264,7 +264,7 @@ def test_without_pytest_benchmark_the_benchmarks_are_skipped_with_what_to_instal
     (tmp_path / "pytest_benchmark.py").write_text("raise ImportError('as if it were not installed')\n")
     path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = pytest_in_a_child("bench/op_benchmarks.py", **path)
-    assert "pip install 'minibert[bench]'" in done.stdout and "1 skipped" in done.stdout, done.stdout + done.stderr
+    assert "pip install 'minibert-lab[bench]'" in done.stdout and "1 skipped" in done.stdout, done.stdout + done.stderr
 
 
 def pytest_in_a_child(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

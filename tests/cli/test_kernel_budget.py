@@ -92,7 +92,7 @@ def use_family(monkeypatch: pytest.MonkeyPatch, folder: Path, source: str, launc
 def test_without_nvrtc_the_command_says_what_to_install(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "_places", lambda: iter(()))
     nvrtc.toolkit.cache_clear()
-    assert nvrtc.available() == "CUDA kernels cannot be compiled: no NVRTC here; pip install 'minibert[nvrtc]'"
+    assert nvrtc.available() == "CUDA kernels cannot be compiled: no NVRTC here; pip install 'minibert-lab[nvrtc]'"
     code, out, err = command()
     assert (code, out) == (2, "")
     assert err == f"error: {nvrtc.available()}\n"

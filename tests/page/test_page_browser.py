@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from minibert.errors import pip_install
 from minibert.page import Recorded, write_page
 from tests.page_facts import small_facts, with_steps
 
 for library in ("matplotlib", "jinja2"):
-    pytest.importorskip(library, reason=f"the page needs {library}: pip install 'minibert[report]'")
-sync_api = pytest.importorskip("playwright.sync_api", reason="drives the browser: pip install playwright")
+    pytest.importorskip(library, reason=f"the page needs {library}: {pip_install('[report]')}")
+sync_api = pytest.importorskip("playwright.sync_api", reason=f"drives the browser: {pip_install('playwright')}")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 

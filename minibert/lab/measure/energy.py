@@ -16,6 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minibert.errors import pip_install
+
 POWERCAP = Path("/sys/class/powercap")
 
 
@@ -154,7 +156,7 @@ def nvml() -> Source:
     try:
         library = import_module("pynvml")
     except ImportError:
-        return Source((), "NVML: pynvml is not installed: pip install nvidia-ml-py")
+        return Source((), f"NVML: pynvml is not installed: {pip_install('nvidia-ml-py')}")
     try:
         library.nvmlInit()
         gpu = _gpu(library)

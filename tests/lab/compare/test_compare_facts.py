@@ -417,7 +417,7 @@ def test_a_page_without_its_libraries_says_what_to_install(
 ) -> None:
     monkeypatch.setattr("minibert.cli.compare.NEEDED", ("json", "no_such_library"))
     assert run(monkeypatch, "--report", str(tmp_path / "new")) == 2
-    assert "--report needs no_such_library: pip install 'minibert[report]'" in capsys.readouterr().err
+    assert "--report needs no_such_library: pip install 'minibert-lab[report]'" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
