@@ -12,16 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import NamedTuple
 
 from minibert.backends import blas
 from minibert.backends.base import Backend, BackendUnavailable
 from minibert.backends.blas import deterministic
+from minibert.backends.own import own_backend
 from minibert.errors import UserError, pip_install
 
 __all__ = [
     "MOST_THREADS", "Backend", "BackendUnavailable", "Status", "available", "determinism", "deterministic", "get",
-    "names", "set_deterministic", "set_num_threads", "usual",
+    "names", "set_deterministic", "set_num_threads", "spec_of", "usual",
 ]  # fmt: skip
 
 GROUP = "minibert.backends"
@@ -57,21 +59,44 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Backend:
-    """The backend called `name`; its library is imported here, on first use, and nowhere else.
+    """The backend called `name`, or one of your own by FILE.py:NAME or package.module:NAME.
+
+    Its library is imported here, on first use, and nowhere else. One of your own is known by its own name from then on.
 
     Raises UserError for a name that is not known and BackendUnavailable where it cannot run.
     """
-    if name not in _loaded:
-        found = _load(name)
+    key = _absolute(name)
+    if key not in _loaded:
+        found = _load(key)
         if os.environ.get(THREADS, "").strip():
             found.set_num_threads(_threads(os.environ[THREADS], f"${THREADS}"))
-        _loaded[name] = found
-    return _loaded[name]
+        _loaded[key] = found
+        if ":" in key:
+            _loaded[found.name] = found
+    return _loaded[key]
+
+
+def spec_of(backend: Backend) -> str:
+    """What `get` gives this backend for, in any process and folder: its name, or where it is defined."""
+    specs = [key for key, one in _loaded.items() if one is backend and ":" in key]
+    return specs[0] if specs else backend.name
+
+
+def _absolute(name: str) -> str:
+    file, colon, attribute = name.rpartition(":")
+    return f"{Path(file).resolve()}:{attribute}" if colon and file.endswith(".py") else name
 
 
 def _load(name: str) -> Backend:
+    if ":" in name:
+        own = own_backend(name)
+        if own.name in names():
+            raise UserError(f"backend {name} calls itself {own.name!r}, as another does: give it a name of its own")
+        return own
     if name not in names():
-        raise UserError(f"no backend is called {name!r}: choose one of {', '.join(names())}")
+        raise UserError(
+            f"no backend is called {name!r}: choose one of {', '.join(names())}, or name your own as FILE.py:NAME"
+        )
     try:
         found = import_module(BUILT_IN[name]).backend if name in BUILT_IN else _third_party()[name].load()
     except BackendUnavailable as error:

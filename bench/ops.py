@@ -28,7 +28,7 @@ from bench.timing import harness, sides
 from bench.timing.figures import add_to_csv, refuse_other_csv
 from bench.timing.op_timing import Timing, peaks_of, timings
 from minibert.backends import Backend
-from minibert.cli.options import chosen_backends, console, notes, plain_table, refuse_unwritable
+from minibert.cli.options import BACKENDS, OWN_HELP, chosen_backends, console, notes, plain_table, refuse_unwritable
 from minibert.errors import UserError
 from minibert.kernels import OPS, Op
 from minibert.kernels.op import BertSize
@@ -44,7 +44,7 @@ OPPONENTS = ("torch",)
 
 def bench(
     ops: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Which ops; default: all.")] = None,
-    names: Annotated[str, typer.Option("--backends", help="a,b; default: all that run here.")] = "",
+    names: Annotated[str, typer.Option(*BACKENDS, help=f"a,b; default: all that run here. {OWN_HELP}")] = "",
     versus: Annotated[str, typer.Option("--vs", help="torch: the same formulas there; default: nobody.")] = "",
     batch: Annotated[int, typer.Option(min=1)] = 8,
     length: Annotated[int, typer.Option(min=1)] = 128,
@@ -86,7 +86,7 @@ def chosen_places(names: str, threads: int | None) -> list[Backend]:
     played = [place.name for place in places if place.emulated]
     if played:
         raise UserError(
-            f"--backends: {', '.join(played)} plays another machine, and its times are no machine's: leave it out"
+            f"--backend: {', '.join(played)} plays another machine, and its times are no machine's: leave it out"
         )
     return places
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from bench.timing.figures import add_to_csv, refuse_other_csv
 from bench.timing.harness import among, cores, fingerprint, run_main
 from bench.timing.sides import say_quiet, say_where
-from minibert.cli.options import chosen_backends, console, notes, plain_table, refuse_unwritable
+from minibert.cli.options import BACKENDS, OWN_HELP, chosen_backends, console, notes, plain_table, refuse_unwritable
 from minibert.errors import UserError
 from minibert.lab.measure import quiet
 from minibert.lab.measure.scaling import AXES, FEWEST_ROUNDS, QUICK_AXES, UNITS, WORK, Base, measure, thread_counts
@@ -169,7 +169,7 @@ def turns(found: Mapping[str, Any]) -> dict[str, list[float]]:
 
 
 def bench(
-    names: Annotated[str, typer.Option("--backends", help="a,b; default: all that run here.")] = "",
+    names: Annotated[str, typer.Option(*BACKENDS, help=f"a,b; default: all that run here. {OWN_HELP}")] = "",
     axes: Annotated[str, typer.Option(help=f"Some of {','.join(UNITS)}; default: all.")] = "",
     batch: Annotated[str, typer.Option(help=AXIS_HELP)] = "",
     length: Annotated[str, typer.Option(help=AXIS_HELP)] = "",

@@ -91,7 +91,7 @@ def pytest_configure(config: pytest.Config) -> None:
                 raise pytest.UsageError(f"{name} says nothing without --backend or --kernel: give one")
         return
     try:
-        config.stash[SUITE] = read_suite(option, config.invocation_params.dir)
+        config.stash[SUITE] = read_suite(option)
     except (UserError, BackendUnavailable) as error:
         raise pytest.UsageError(" ".join(str(error).split())) from None  # one line, whatever others' code says
 

@@ -20,7 +20,7 @@ from bench.timing.batches import SEQUENCES, Batch, dense_batch, random_weights, 
 from bench.timing.figures import refuse_other_csv
 from minibert import backends
 from minibert.backends import MOST_THREADS, Backend, determinism
-from minibert.cli.options import DETERMINISTIC_HELP, notes, refuse_unwritable
+from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP, notes, refuse_unwritable
 from minibert.errors import UserError, pip_install
 from minibert.lab.measure import quiet
 from minibert.model.bert import BertForMaskedLM
@@ -54,7 +54,9 @@ class Task:
 
     @classmethod
     def again(cls, spec: Mapping[str, Any]) -> Any:
-        """The task that a child process was told of."""
+        """The task that a child process was told of; it gets to know the backends that its user wrote."""
+        for name in spec["backends"]:
+            backends.get(name)
         return cls(**{**spec["task"], "config": BertConfig.from_dict(spec["config"])})
 
 
@@ -65,7 +67,7 @@ class Options:
     config: Annotated[str, typer.Option(help="tiny, mini, minilm, small, medium or base.")] = "minilm"
     batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 8
     length: Annotated[int, typer.Option(min=8, help="Tokens of a sequence; of real text, at the most.")] = 128
-    names: Annotated[str, typer.Option("--backends", help="a,b: ours.")] = "numba"
+    names: Annotated[str, typer.Option(*BACKENDS, help=f"a,b: ours. {OWN_HELP}")] = "numba"
     versus: Annotated[str, typer.Option("--vs", help="Whom to compare with, a,b; default: nobody.")] = ""
     measures: Annotated[str, typer.Option(help="Which measures, a,b; default: all.")] = ""
     sequences: Annotated[str, typer.Option(help="Real text as pretraining has it (filled), or sentences.")] = "filled"
@@ -147,6 +149,7 @@ def run(bench: Bench, options: Options) -> int:
             facts = measure(bench, name, task, [p.name for p in places], opponents, options.rounds, progress)
         gc.collect()
         spec = {"measure": name, "threads": task.threads, "config": task.config.to_dict(), "task": task.given}
+        spec["backends"] = [backends.spec_of(place) for place in places]
         harness.add_memory(facts, bench.worker, spec, progress if options.memory else None)
         return facts
 

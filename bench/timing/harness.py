@@ -217,7 +217,7 @@ def cpu_backends(names: str, threads: int) -> list[Backend]:
     for place in places:
         if place.emulated or not isinstance(place.asarray(np.zeros(1)), np.ndarray):
             raise UserError(
-                f"--backends: {place.name} is no backend of the CPU, which this measures; for a GPU: make gpu-check"
+                f"--backend: {place.name} is no backend of the CPU, which this measures; for a GPU: make gpu-check"
             )
     return places
 

@@ -3,7 +3,7 @@
 Loshchilov and Hutter, "Decoupled weight decay regularization" (2019), algorithm 2; m^ = m / (1 - b1^t) and
 v^ = v / (1 - b2^t). One flat call for all parameters of a group; p, m and v are updated in place. s, a 0-d array,
 scales the gradient: it carries the clipping by global norm (Pascanu et al. 2013), min(1, max_norm / norm).
-adamw_shadow: the same, and `shadow`, the weights as the model uses them (in 16 bits on a GPU), becomes the new p.
+adamw_shadow: p, m, v = adamw(p, g, m, v, s), shadow = p as the model uses it (in 16 bits on a GPU), all in place.
 square_norm: sum x^2; clip_scale: s = min(1, max_norm / sqrt(square norm)).
 """
 

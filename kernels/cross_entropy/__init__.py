@@ -1,8 +1,9 @@
 """cross_entropy: loss = mean over rows of log sum exp(z) - z[label]; keeps dz = (softmax(z) - onehot) / rows.
 
 A row whose label is `IGNORED` counts for nothing: the mean is over the others (0 where there is none), and its dz is 0.
-linear_cross_entropy: the same of z = x W' + b: decoder and loss in one op, so that the logits live once, and are
-overwritten by their gradient. Shapes: z (M, V), labels (M,) in [0, V) or IGNORED, x (M, C), W (V, C), b (V,); loss ().
+linear_cross_entropy: loss = mean over rows of log sum exp(z) - z[label], z = x W' + b: decoder and loss in one op, so
+that the logits live once, and are overwritten by their gradient.
+Shapes: z (M, V), labels (M,) in [0, V) or IGNORED, x (M, C), W (V, C), b (V,); loss ().
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """embedding: y[n] = word[input_ids[n]] + position[position_ids[n]] + token_type[token_type_ids[n]].
 
 Devlin et al., "BERT" (2019), figure 2. gather_rows: y[k] = x[index[k]]; scatter_rows: y[i] = sum of x[k] over
-index[k] == i, the adjoint of the former and so the gradient of an embedding table. Rows at the index `skip` are left
-out of both (the padding row of a table gets no gradient). add_rows: total[i] += the same sum, in place, so that a table
-which has a gradient already (tied to the decoder) is touched at the rows of the batch alone.
+index[k] == i, the adjoint of gather_rows and so the gradient of an embedding table. Rows at the index `skip` are left
+out of both (the padding row of a table gets no gradient). add_rows: total[i] += sum of x[k] over index[k] == i, in
+place, so that a table which has a gradient already (tied to the decoder) is touched at the rows of the batch alone.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """layer_norm: y = (x - mean) rstd w + b over the last axis; keeps mean and rstd = 1 / sqrt(var + eps).
 
-add_layer_norm: the same of z = dropout(x) + residual, the end of every BERT block; keeps z, mean and rstd.
+add_layer_norm: y = (z - mean) rstd w + b over the last axis, z = dropout(x) + residual, the end of every BERT block;
+keeps z, and its mean and rstd.
 Ba, Kiros, Hinton, "Layer normalization" (2016), equation 4. Shapes: x (N, C), w and b (C,), mean and rstd (N,).
 
 layer_norm_grad: n = (x - mean) rstd, h = g w: dx = (h - mean h - n mean(h n)) rstd, dw = sum g n, db = sum g.
-add_layer_norm_grad: the same at z gives dresidual, dw and db, and dx = dropout(dresidual).
+add_layer_norm_grad: n = (z - mean) rstd, h = g w: dresidual = (h - mean h - n mean(h n)) rstd, dx = dropout(dresidual),
+dw = sum g n, db = sum g.
 """
 
 from __future__ import annotations

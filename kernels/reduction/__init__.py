@@ -1,4 +1,7 @@
-"""reduce_sum: the sum over axes (`axis=None`: all of them); broadcast: x laid out over new axes, its adjoint."""
+"""reduce_sum: the sum of x over axes (`axis=None`: all of them).
+
+broadcast: x laid out over new axes, the adjoint of reduce_sum.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from minibert import __version__
 from minibert.backends import BackendUnavailable
 from minibert.errors import UserError
 
@@ -17,11 +18,23 @@ UsageMistake: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="minibert",
-    help="A BERT written from the ground up, compared op by op across backends.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"minibert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def minibert(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    """A BERT written from the ground up, compared op by op across backends."""
 
 
 def main() -> None:

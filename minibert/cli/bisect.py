@@ -14,8 +14,9 @@ from rich.text import Text
 from minibert import backends
 from minibert.cli import app, sides
 from minibert.cli.compiling import show_compiling
-from minibert.cli.diff_report import facts, finite, table, verdict
+from minibert.cli.diff_report import MEANINGS, facts, finite, table, verdict
 from minibert.cli.inputs import step_inputs
+from minibert.cli.legend import ULP_HELP, show
 from minibert.cli.options import console, machine, notes, refuse_unwritable
 from minibert.errors import UserError
 from minibert.lab.conform.own_kernels import load_kernels, refuse_uncalled, refuse_untriable
@@ -26,7 +27,7 @@ from minibert.lab.lockstep.trace import Recording
 
 @app.command("bisect")
 def bisect_command(
-    a: str = typer.Argument(help="A backend, as numpy: the side that trains."),
+    a: str = typer.Argument(help="A backend, as numpy or FILE.py:NAME: the side that trains."),
     b: str | None = typer.Argument(
         None, help="Another, which repeats each step. Default: A again, with what --kernel and --b-... make of it."
     ),
@@ -43,6 +44,7 @@ def bisect_command(
     products: sides.Products = "float32",
     threads: sides.Threads = None,
     seed: sides.Seed = 0,
+    ulp: bool = typer.Option(False, "--ulp", help=ULP_HELP),
     json_file: Path | None = typer.Option(None, "--json", help="Write what was found to this JSON file."),
 ) -> int:
     """Find the first step of a training run, in it the op, and of that the element, that leaves its error bound.
@@ -80,7 +82,7 @@ def bisect_command(
     for name, side in (("A", first), ("B", second)):
         console.print(f"{name}: {sides.described(side)}", highlight=False, soft_wrap=True)
     if run.first is not None:
-        console.print(table(run.found, False, console.width, "the worst"))
+        show(table(run.found, False, console.width, "the worst", ulp), MEANINGS)
         if case is None:
             console.print(
                 "run again by itself, the call is right: it hangs on what ran before it, or gives other results each "

@@ -168,6 +168,13 @@ def write_budget(path: Path, budget: Budget, version: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ showing
 
 
+MEANINGS = {
+    "variant": "storage type and constants", "threads": "of a block", "registers": "of a thread",
+    "warps": "that a multiprocessor holds at most", "shared": "bytes of a block", "stack": "bytes of a thread",
+    "spilled": "bytes that no register was left for",
+}  # fmt: skip
+
+
 def _header(archs: Sequence[str]) -> list[str]:
     figures = ("registers", "warps", "shared", "stack", "spilled")
     return ["kernel", "variant", "threads", *(f"{arch} {figures[0]}" if i == 0 else f for arch in archs

@@ -22,6 +22,7 @@ from minibert.cli import app
 from minibert.cli.budget import (
     ANY_STORAGE,
     BUDGET,
+    MEANINGS,
     Row,
     budgeted,
     differences,
@@ -35,6 +36,7 @@ from minibert.cli.budget import (
     write,
     write_budget,
 )
+from minibert.cli.legend import show
 from minibert.cli.options import console, notes, refuse_unwritable
 from minibert.errors import UserError
 from minibert.kernels.gpu.launch import STORAGE, CudaFile, CudaKernel, families
@@ -117,7 +119,7 @@ def build_command(
         say(f"{budget_file} has no budget for {', '.join(unknown)}: only spills are judged there")
 
     if assembled:
-        console.print(table(rows, assembled))
+        show(table(rows, assembled), MEANINGS)
     if markdown_file is not None:
         write(markdown_file, markdown(rows, assembled, version))
     if json_file is not None:

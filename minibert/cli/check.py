@@ -17,11 +17,22 @@ from minibert.cli.emulator import (
     GDB_HELP,
     SANITIZE_HELP,
     SCHEDULES_HELP,
+    TRAFFIC_COLUMNS,
     TRAFFIC_HELP,
     emulator_options,
     traffic_table,
 )
-from minibert.cli.options import PRODUCTS_HELP, chosen_backends, console, notes, plain_table, set_products
+from minibert.cli.legend import ULP_HELP, show
+from minibert.cli.options import (
+    BACKENDS,
+    OWN_HELP,
+    PRODUCTS_HELP,
+    chosen_backends,
+    console,
+    fitted_table,
+    notes,
+    set_products,
+)
 from minibert.errors import UserError
 from minibert.kernels import OPS
 from minibert.lab.conform.check import CheckResult, check, find_op
@@ -32,7 +43,7 @@ from minibert.lab.conform.own_kernels import HELP, load_kernels, refuse_untriabl
 def check_command(
     names: list[str] = typer.Argument(None, metavar="[OP ...]", help="Ops to check; all of them if none is named."),
     backend: str = typer.Option(
-        None, "--backend", "--backends", help="Backends to check, as in numpy,numba; default: all."
+        None, *BACKENDS, help=f"Backends to check, as in numpy,numba; default: all. {OWN_HELP}"
     ),
     dtype: str = typer.Option(None, help="As in float32,bfloat16; default: float32, and on numpy float64 too."),
     kernel: list[str] = typer.Option([], help=HELP),
@@ -41,6 +52,7 @@ def check_command(
     products: str = typer.Option("float32", help=PRODUCTS_HELP),
     schedules: str = typer.Option(None, help=SCHEDULES_HELP),
     sanitize: bool = typer.Option(True, help=SANITIZE_HELP),
+    ulp: bool = typer.Option(False, "--ulp", help=ULP_HELP),
     traffic: bool = typer.Option(False, help=TRAFFIC_HELP),
     gdb: str = typer.Option(None, metavar="FILE:LINE", help=GDB_HELP),
 ) -> int:
@@ -73,9 +85,9 @@ def check_command(
             status.update(f"checking {result.op} on {result.backend} in {result.dtype}: {result.check}")
         if traffic:
             counted = traffic_table(emulator.emulator)
-    console.print(_table(results))
+    show(_table(results, ulp))
     if traffic:
-        console.print(counted)
+        show(counted, TRAFFIC_COLUMNS)
     failed = [r for r in results if not r.ok]
     again = "".join(f" --kernel {spec}" for spec in kernel) + (f" --threads {threads}" if threads else "")
     again += f" --products {products}" if products != "float32" else ""
@@ -103,24 +115,25 @@ def _messages(failed: list[CheckResult]) -> list[str]:
     return told
 
 
-def _table(results: list[CheckResult]) -> Table:
+def _table(results: list[CheckResult], ulp: bool) -> Table:
     """A row for each op, backend and dtype: what was tried, and the worst of it."""
     rows: dict[tuple[str, str, str], list[CheckResult]] = defaultdict(list)
     for result in results:
         rows[result.op, result.backend, result.dtype].append(result)
-    measures = ("max ulp", "err/uS", "of bound")
-    table = plain_table("op", "backend", "dtype", "by", "checks", "inputs", *measures, "gradient", "")
+    measures = ("max ulp", "err/uS", "of bound") if ulp else ("err/uS", "of bound")
+    shown = []
     for (op, backend, dtype), group in rows.items():
         forward = [r for r in group if r.check == "follows_formula"]
         gradient = next((r for r in group if r.check == "gradient"), None)
-        table.add_row(
+        shown.append([
             op, backend, dtype, group[0].by, str(len(group)), str(sum(r.inputs for r in group)),
-            _worst(forward, "ulp_max", ".3g"), _worst(forward, "err_over_us", ".3g"),
+            *([_worst(forward, "ulp_max", ".3g")] if ulp else []), _worst(forward, "err_over_us", ".3g"),
             _worst(forward, "bound_share", ".1%"),
             "" if gradient is None else "exact" if gradient.ok else "[red]wrong[/red]",
             "[green]ok[/green]" if all(r.ok for r in group) else "[red]FAIL[/red]",
-        )  # fmt: skip
-    return table
+        ])  # fmt: skip
+    header = ["op", "backend", "dtype", "by", "checks", "inputs", *measures, "gradient", ""]
+    return fitted_table(header, shown, ("err/uS", "inputs", "by"))
 
 
 def _worst(results: list[CheckResult], measure: str, form: str) -> str:

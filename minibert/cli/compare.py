@@ -19,8 +19,11 @@ from minibert.backends.base import Kernel
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
 from minibert.cli.inputs import step_inputs
+from minibert.cli.legend import ULP_HELP, show
 from minibert.cli.options import (
+    BACKENDS,
     DETERMINISTIC_HELP,
+    OWN_HELP,
     PRODUCTS_HELP,
     chosen_backends,
     console,
@@ -53,7 +56,9 @@ def compare_command(
     config: str = typer.Option("tiny", help="tiny, mini, minilm, small, medium, base, or a checkpoint's FOLDER."),
     text: list[Path] = typer.Option(None, help="Text files; default: the one that ships with minibert."),
     backends: str = typer.Option(
-        None, help="Backends to compare, as in numpy,numba; the first is the reference. Default: all."
+        None,
+        *BACKENDS,
+        help=f"Backends to compare, as in numpy,numba; the first is the reference. Default: all. {OWN_HELP}",
     ),
     steps: int = typer.Option(6, min=2, help="Training steps; the first compiles and judges, the others are timed."),
     tokens: int = typer.Option(1024, min=8, help="Tokens in the batch."),
@@ -64,6 +69,7 @@ def compare_command(
     threads: int = typer.Option(None, min=1, max=MOST_THREADS, help="Threads of every backend."),
     deterministic: bool = typer.Option(False, "--deterministic", help=DETERMINISTIC_HELP),
     seed: int = typer.Option(0, min=0, help="Seed of weights, masks and dropout."),
+    ulp: bool = typer.Option(False, "--ulp", help=ULP_HELP),
     json_file: Path = typer.Option(None, "--json", help="Write the facts to this file as JSON."),
     markdown_file: Path = typer.Option(None, "--markdown", help="Write the tables to this file as Markdown."),
     report: Path | None = typer.Option(None, help="Make a page of figures in this folder, and measure what they need."),
@@ -112,15 +118,15 @@ def compare_command(
     console.print(f"{described['name']}: {described['summary']}", highlight=False)
     for run in found.runs:
         console.print(f"{run.backend.name}: {run.backend.describe()}", highlight=False)
-    for table in tables(found, console):
-        console.print(table)
+    for table in tables(found, console, ulp):
+        show(table)
     console.print(verdict(found), highlight=False, soft_wrap=True)
     if said := warning(found.disturbance):
         console.print(f"[yellow]{said}[/yellow]", highlight=False, soft_wrap=True)
     if extras is not None:
         _write_facts(found, kernels, described, extras, priced, json_file, report, others)
     if markdown_file is not None:
-        markdown_file.write_text(markdown(found, described, machine()))
+        markdown_file.write_text(markdown(found, described, machine(), ulp))
     return 0 if found.ok else 1
 
 

@@ -16,9 +16,10 @@ import typer
 from minibert import __version__, backends
 from minibert.cli import app, sides
 from minibert.cli.compiling import show_compiling
-from minibert.cli.diff_report import facts, summary, table, verdict
-from minibert.cli.drift_report import drift_facts, drift_tables, drift_verdict
+from minibert.cli.diff_report import MEANINGS, facts, summary, table, verdict
+from minibert.cli.drift_report import DRIFT_MEANINGS, drift_facts, drift_tables, drift_verdict
 from minibert.cli.inputs import Inputs, step_inputs
+from minibert.cli.legend import ULP_HELP, show
 from minibert.cli.options import console, machine, notes, refuse_unwritable
 from minibert.data import PackedBatch
 from minibert.errors import UserError
@@ -27,7 +28,7 @@ from minibert.lab.lockstep.diff import diff
 from minibert.lab.lockstep.drift import drift
 from minibert.lab.lockstep.trace import MakeModel, Recording, Side, record, save
 
-SIDES_HELP = "A backend, as numba, or a trace FILE that --record wrote here or on another machine."
+SIDES_HELP = "A backend, as numba or FILE.py:NAME, or a trace FILE that --record wrote here or on another machine."
 
 
 @app.command("diff")
@@ -47,6 +48,7 @@ def diff_command(
     products: sides.Products = "float32",
     threads: sides.Threads = None,
     seed: sides.Seed = 0,
+    ulp: bool = typer.Option(False, "--ulp", help=ULP_HELP),
     every: bool = typer.Option(False, "--all", help="Print every call in order, not the worst alone."),
     record_file: Path | None = typer.Option(None, "--record", help="Run A alone and write its trace to this file."),
     json_file: Path | None = typer.Option(None, "--json", help="Write the culprit and every call to this JSON file."),
@@ -73,7 +75,7 @@ def diff_command(
     sides.fit(first, second, products)
     inputs = step_inputs(config, text, tokens, max_seq_length, seed, steps)
     if steps > 1:
-        status = _drift(first, second, inputs, steps, f"{config}, {dtype}, seed {seed}", json_file)
+        status = _drift(first, second, inputs, steps, f"{config}, {dtype}, seed {seed}", json_file, ulp)
         refuse_untriable(kernels)
         refuse_uncalled(kernels)
         return status
@@ -101,12 +103,18 @@ def diff_command(
     console.print(f"{config}, {dtype}, seed {seed}: {summary(found, batch)}", highlight=False, soft_wrap=True)
     for name, side in (("A", first), ("B", second)):
         console.print(f"{name}: {sides.described(side)}", highlight=False, soft_wrap=True)
-    console.print(table(found, every, console.width, "--all"))
+    show(table(found, every, console.width, "--all", ulp), MEANINGS)
     return 0 if found.ok else 1
 
 
 def _drift(
-    a: Side | Recording, b: Side | Recording, inputs: Inputs, steps: int, what: str, json_file: Path | None
+    a: Side | Recording,
+    b: Side | Recording,
+    inputs: Inputs,
+    steps: int,
+    what: str,
+    json_file: Path | None,
+    ulp: bool,
 ) -> int:
     """Many steps in lockstep."""
     if isinstance(a, Recording) or isinstance(b, Recording):
@@ -121,8 +129,8 @@ def _drift(
     console.print(what, highlight=False)
     for name, side in (("A", a), ("B", b)):
         console.print(f"{name}: {sides.described(side)}", highlight=False, soft_wrap=True)
-    for shown in drift_tables(found, console.width):
-        console.print(shown)
+    for shown in drift_tables(found, console.width, ulp):
+        show(shown, DRIFT_MEANINGS)
     return 0 if found.ok else 1
 
 

@@ -64,12 +64,16 @@ def summary(found: Difference, batch: PackedBatch) -> str:
     )
 
 
-def table(found: Difference, every: bool, width: int, hint: str) -> Table:
-    """The calls that used up most of their bound; with `every`, all calls in order. Narrow ones leave columns out."""
+def table(found: Difference, every: bool, width: int, hint: str, ulp: bool) -> Table:
+    """The calls that used up most of their bound; with `every`, all calls in order. Narrow ones leave columns out.
+
+    `ulp`: with errors in units in the last place.
+    """
     rows = found.rows if every else sorted(found.rows, key=_badness, reverse=True)[:SHOWN]
     title = "Every call" if every else f"The {len(rows)} calls nearest to their bound, of {len(found.rows)} ({hint})"
     made = plain_table(title=title, header_style="bold")
-    columns = [c for c in COLUMNS if (width >= WIDE or c.always) and (c.name not in LOCAL or isinstance(found.b, Side))]
+    left_out = {*(() if isinstance(found.b, Side) else LOCAL), *(() if ulp else ULPS)}
+    columns = [c for c in COLUMNS if (width >= WIDE or c.always) and c.name not in left_out]
     for column in columns:
         left = column.name in ("op", "phase", "place")
         made.add_column(column.name, justify="left" if left else "right", overflow="fold")
@@ -115,6 +119,12 @@ class Column(NamedTuple):
 WIDE = 120  # characters
 ONE_ULP = ("0", "2^-3", "2^-2", "2^-1", "2^0")
 LOCAL = ("local", "exact", "to 1 ulp")  # what B makes of A's inputs: a trace cannot be asked
+ULPS = ("to 1 ulp", "max ulp")
+MEANINGS = {
+    "call": "which of the step", "A of bound": "of the error that the formula allows on A's inputs",
+    "B of bound": "on B's", "local": "B on A's inputs", "inherited": "how far apart the inputs are",
+    "output": "how far the outputs", "growth": "these over those",
+}  # fmt: skip
 COLUMNS = (
     Column("call", lambda row: str(row.call), always=True),
     Column("op", lambda row: row.op, always=True),

@@ -35,8 +35,15 @@ def _loss_apart(found: Drift) -> float:
     return max(abs(s.loss_b - s.loss_a) / abs(s.loss_a) for s in found.steps)
 
 
-def drift_tables(found: Drift, width: int) -> Iterator[Table]:
-    """Steps, then ops. Narrow terminals leave columns out."""
+DRIFT_MEANINGS = {
+    "losses apart": "relative, as weights apart", "local of bound": "each op's own error, of what is allowed",
+    "in its run": "the same on a side's own inputs", "inherited first": "how far apart inputs are in the first step",
+    "last": "in the last", "growth": "of that distance to the outputs, the median",
+}  # fmt: skip
+
+
+def drift_tables(found: Drift, width: int, ulp: bool) -> Iterator[Table]:
+    """Steps, then ops. Narrow terminals leave columns out; `ulp`: with errors in units in the last place."""
     if found.steps:
         steps = plain_table(title="Steps, each side on its own results", header_style="bold")
         for name in ("step", "loss A", "loss B", "losses apart", "weights apart", "of bound"):
@@ -51,18 +58,20 @@ def drift_tables(found: Drift, width: int) -> Iterator[Table]:
         yield steps
     ops = plain_table(title="Ops: local error is each op's own, inherited is what came in", header_style="bold")
     wide, wider = width >= WIDE, width >= WIDER
-    names = ["op", "phase", "calls", "local of bound", *(["in its run", "max ulp", "err/uS"] if wide else [])]
+    names = ["op", "phase", "calls", "local of bound"]
+    names += ["in its run", *(["max ulp"] if ulp else []), "err/uS"] if wide else []
     names += ["inherited first", "last", "growth", *(["worst at"] if wider else [])]
     for name in names:
         left = name in ("op", "phase", "worst at")
         ops.add_column(name, justify="left" if left else "right", no_wrap=name == "op", overflow="fold")
     for op in found.ops.values():
-        ops.add_row(*_row(op, wide, wider))
+        ops.add_row(*_row(op, wide, wider, ulp))
     yield ops
 
 
-def _row(op: OpDrift, wide: bool, wider: bool) -> list[str]:
-    more = [f"{max(op.shares['a'], op.shares['b']):.2%}", f"{op.ulp_max:.3g}", f"{op.err_over_us:.3g}"]
+def _row(op: OpDrift, wide: bool, wider: bool, ulp: bool) -> list[str]:
+    ulps = [f"{op.ulp_max:.3g}"] if ulp else []
+    more = [f"{max(op.shares['a'], op.shares['b']):.2%}", *ulps, f"{op.err_over_us:.3g}"]
     step, place = op.worst
     return [
         op.op, op.phase, str(op.calls), f"{op.shares['local']:.2%}", *(more if wide else []),

@@ -20,6 +20,10 @@ STOP = re.compile(r"(.+):([1-9]\d*)(?: if .+)?")  # where gdb stops, and under w
 SCHEDULES_HELP = "Emulator: orders of blocks, warps and lanes, as in forward,reverse,random; default: all three."
 SANITIZE_HELP = "Emulator: look for races, bounds, unwritten memory, divergent barriers; default: yes."
 TRAFFIC_HELP = "Emulator: show the sectors and bank conflicts of each line of the kernels."
+TRAFFIC_COLUMNS = {  # what `check --traffic` counts
+    "requests": "of warps", "sectors": "of 32 bytes, moved", "ideal": "those that the bytes asked for would fill",
+    "wasted": "the rest", "bank conflicts": "turns that a request takes",
+}  # fmt: skip
 GDB_HELP = "Emulator: stop in a kernel at FILE:LINE, as in softmax/gpu.cu:41, under gdb."
 
 

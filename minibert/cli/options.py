@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from minibert import backends
 from minibert.backends import Backend
 from minibert.errors import UserError
 
-PIPED_WIDTH = 160  # columns where no terminal says how many there are: a table in a file is not to be cut
+PIPED_WIDTH = 10_000  # characters where no terminal says how many there are: a line in a file is not to be cut
 
 console = Console()
 notes = Console(stderr=True)  # progress and notes: standard output holds the result alone
@@ -24,11 +26,23 @@ if not console.is_terminal and "COLUMNS" not in os.environ:
 
 
 def plain_table(*header: str, **options: Any) -> Table:
-    """A table that is narrow enough for a terminal; its first column is never cut."""
+    """A table of few lines; its first column is never cut. `minibert.cli.legend.show` prints it."""
     table = Table(*header, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", **options)
     if table.columns:
         table.columns[0].no_wrap = True
     return table
+
+
+def fitted_table(header: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str]) -> Table:
+    """A table of these rows; where the terminal is too narrow, columns of `spare` are left out one after another."""
+    table = plain_table(*header)
+    for row in rows:
+        table.add_row(*row)
+    if not spare or Measurement.get(console, console.options.update(width=PIPED_WIDTH), table).maximum <= console.width:
+        return table
+    left = header.index(spare[0])
+    without = [[cell for i, cell in enumerate(row) if i != left] for row in (header, *rows)]
+    return fitted_table(without[0], without[1:], spare[1:])
 
 
 def refuse_unwritable(*paths: Path | None) -> None:
@@ -45,6 +59,10 @@ def refuse_unwritable(*paths: Path | None) -> None:
             raise UserError(f"{path} cannot be written; name another file")
 
 
+BACKENDS = ("--backend", "--backends")  # both are taken wherever a backend or several are named
+OWN_HELP = "One of your own is FILE.py:NAME or package.module:NAME."
+
+
 def chosen_backends(names: str | None, threads: int | None) -> list[Backend]:
     """The backends of `a,b`, or all that runs here and need not be named. Raises UserError and BackendUnavailable."""
     if threads is not None:
@@ -52,9 +70,10 @@ def chosen_backends(names: str | None, threads: int | None) -> list[Backend]:
     if names is None:
         return backends.usual()
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    if not wanted or len(set(wanted)) != len(wanted):
-        raise UserError(f"--backends: expected names such as numpy,numba, each once, got {names!r}")
-    return [backends.get(name) for name in wanted]
+    found = [backends.get(name) for name in wanted]
+    if not found or len({place.name for place in found}) != len(found):
+        raise UserError(f"--backend: expected names such as numpy,numba, each once, got {names!r}")
+    return found
 
 
 PRODUCTS_HELP = "How products of float32 are computed: float32, or on a GPU and the emulator tf32 (tensor cores)."

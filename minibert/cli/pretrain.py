@@ -19,7 +19,7 @@ from minibert.backends import MOST_THREADS, Backend, BackendUnavailable
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
 from minibert.cli.inputs import SEPARATOR_HELP
-from minibert.cli.options import DETERMINISTIC_HELP, PRODUCTS_HELP, console, set_products
+from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP, PRODUCTS_HELP, console, set_products
 from minibert.data import (
     SHIPPED_TEXT,
     Document,
@@ -97,7 +97,9 @@ def pretrain(
         None, "--checkpoint-activations", help="Less memory: backward computes each layer again."
     ),
     seed: int = setting("seed", "Of weights, order, masks and dropout."),
-    backend: str = typer.Option(None, show_default="the fastest here", help="See `minibert backends`."),
+    backend: str = typer.Option(
+        None, *BACKENDS, show_default="the fastest here", help=f"See `minibert backends`. {OWN_HELP}"
+    ),
     dtype: str = typer.Option(None, show_default="float32", help="float32, float64; on a GPU float16, bfloat16."),
     products: str = typer.Option("float32", help=PRODUCTS_HELP),
     deterministic: bool = typer.Option(None, "--deterministic", help=DETERMINISTIC_HELP),
@@ -130,7 +132,7 @@ def pretrain(
     place = fastest_or(options["backend"], threads)
     refuse_misshapen(swapped, place)
     set_products([place], products)
-    options["backend"] = place.name
+    options["backend"] = backends.spec_of(place)
     if not options["texts"]:
         say(f"no TEXT given: training on the one that ships with minibert, {SHIPPED_TEXT.name}")
     if options["tokenizer"] and vocab_size is not None:
@@ -143,7 +145,7 @@ def pretrain(
     with place.using(swapped) if swapped else nullcontext(), stopped_by_signals(trainer):
         follow(trainer, swapped)
     if trainer.step < training.max_steps:
-        again = resume_command(output, kernel)
+        again = resume_command(output, kernel, options["backend"])
         say(f"stopped after step {trainer.step} of {training.max_steps}, and saved. To go on: {again}")
         return 130
     say(f"the model is in {output}: minibert.BertForMaskedLM.from_pretrained({str(output)!r})")
@@ -186,6 +188,10 @@ def resumed(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
             raise UserError(
                 f"--resume: the run began with {name} {stored.get(name)}, got {value}: leave it out, or begin anew"
             )
+    if given["backend"] is None and ":" in (stored.get("backend") or ""):  # a folder from elsewhere runs no code
+        raise UserError(
+            f"--resume: the run's --backend was {stored['backend']}, code of its own: name it again, or another"
+        )
     return {name: stored.get(name) if value is None or value == [] else value for name, value in given.items()}
 
 
@@ -382,7 +388,8 @@ def line(record: Record, steps: int) -> str:
     )
 
 
-def resume_command(output: Path, kernel: list[str]) -> str:
-    return " ".join(
-        ["minibert pretrain", "--output", str(output), "--resume", *(f"--kernel {spec}" for spec in kernel)]
-    )
+def resume_command(output: Path, kernel: list[str], backend: str) -> str:
+    """The command that goes on; code of a user's own it names again."""
+    own = [f"--backend {backend}"] if ":" in backend else []
+    own += [f"--kernel {spec}" for spec in kernel]
+    return " ".join(["minibert pretrain", "--output", str(output), "--resume", *own])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from minibert.cli.legend import legend
 from minibert.cli.options import plain_table
 from minibert.lab.compare.records import STAGES, Comparison, OpRecord, Run, rate
 from minibert.lab.measure.quiet import Spread, load_words, warning
@@ -67,26 +69,27 @@ def _speed_cells(speed: Spread | None) -> list[str]:
     return ["-"] * 3 if speed is None else [f"{part:.2f}" for part in speed]
 
 
-def _errors(found: Comparison, runs: list[Run]) -> Rows:
+def _errors(found: Comparison, runs: list[Run], ulp: bool = False) -> Rows:
     """Op by op: each backend on the reference's inputs, against the formula in float64."""
     header = ["op", "judged"]
     for run in runs:
-        header += [f"{run.backend.name} max ulp", "err/uS", "of bound", ""]
+        name = run.backend.name
+        header += [*([f"{name} max ulp", "err/uS"] if ulp else [f"{name} err/uS"]), "of bound", ""]
     rows = []
     for op, record in found.runs[0].ops.items():
         row = [op.name, f"{len(record.judgements)}"]
         for run in runs:
-            row += _error_cells(run.ops[op])
+            row += _error_cells(run.ops[op], ulp)
         rows.append(row)
     return Rows("Error: local (same inputs), against the formula in float64", header, rows)
 
 
-def _error_cells(record: OpRecord) -> list[str]:
+def _error_cells(record: OpRecord, with_ulp: bool) -> list[str]:
     if not record.judgements:
-        return ["", "", "", "not judged"]
+        return [*([""] if with_ulp else []), "", "", "not judged"]
     ulp, over_us, share = (record.worst(m) or 0.0 for m in ("ulp_max", "err_over_us", "bound_share"))
     return [
-        f"{ulp:.3g}",
+        *([f"{ulp:.3g}"] if with_ulp else []),
         f"{over_us:.3g}",
         f"{share:.2%}",
         "[red]FAIL[/red]" if record.failures else "[green]ok[/green]",
@@ -120,9 +123,15 @@ def _losses(found: Comparison, runs: list[Run]) -> Rows:
 SECTIONS = (_speed, _errors, _stages, _losses)
 
 
-def tables(found: Comparison, console: Console) -> Iterator[Table]:
-    """Backends side by side where the terminal is wide enough, else a table for each."""
+def _sections(found: Comparison, ulp: bool) -> Iterator[Callable[[Comparison, list[Run]], Rows]]:
+    """What makes each table; `ulp`: with errors in units in the last place."""
     for section in SECTIONS if found.timed else (_errors,):
+        yield partial(_errors, ulp=ulp) if section is _errors else section
+
+
+def tables(found: Comparison, console: Console, ulp: bool = False) -> Iterator[Table]:
+    """Backends side by side where the terminal is wide enough, else a table for each."""
+    for section in _sections(found, ulp):
         together = _table(section(found, found.runs))
         if Measurement.get(console, console.options.update(width=1000), together).maximum <= console.width:
             yield together
@@ -165,14 +174,15 @@ def verdict(found: Comparison) -> str:
     return f"{passed}; speed of a step: {', '.join(speeds)}; {load_words(found.disturbance)}"
 
 
-def markdown(found: Comparison, config: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
+def markdown(found: Comparison, config: Mapping[str, Any], machine: Mapping[str, Any], ulp: bool = False) -> str:
     """The tables and the verdict as a Markdown page."""
     lines = ["# minibert compare", "", f"{config['name']}: {config['summary']}", ""]
     lines += [f"- {key}: {value}" for key, value in machine.items()]
     lines += [f"- {run.backend.name}: {run.backend.describe()}" for run in found.runs]
-    for rows in (section(found, found.runs) for section in (SECTIONS if found.timed else (_errors,))):
+    for rows in (section(found, found.runs) for section in _sections(found, ulp)):
         lines += ["", f"## {rows.title}", "", _line(rows.header), _line(["---"] * len(rows.header))]
         lines += [_line(row) for row in rows.rows]
+        lines += ["", legend(rows.header)] if legend(rows.header) else []
     lines += ["", _plain(verdict(found))]
     if said := warning(found.disturbance):
         lines += ["", said]

@@ -31,8 +31,11 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of weights, masks and dropo
 
 
 def side(name: str, dtype: str, kernels: Mapping[Any, Any] | None = None, threads: int | None = None) -> Any:
-    """A backend of that name, or else the trace in that file. Raises UserError where it cannot be a side."""
-    if name not in backends.names() and (Path(name).suffix or Path(name).is_file()):
+    """A backend (by its name, or your own by FILE.py:NAME), or else the trace in that file.
+
+    Raises UserError where it cannot be a side.
+    """
+    if name not in backends.names() and (Path(name).is_file() or (":" not in name and Path(name).suffix)):
         if kernels or threads:
             raise UserError(f"side B is the trace {name}: --kernel and --b-threads need a backend there")
         return load(Path(name))

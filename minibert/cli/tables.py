@@ -10,11 +10,18 @@ import typer
 from rich.markup import escape
 
 from minibert import backends as registry
+from minibert.backends import Backend
 from minibert.cli import app
-from minibert.cli.options import chosen_backends, console, plain_table
+from minibert.cli.legend import show
+from minibert.cli.options import BACKENDS, OWN_HELP, chosen_backends, console, plain_table
 from minibert.kernels import OPS, Op
 from minibert.kernels.op import BertSize
 from minibert.kernels.readings import cost
+
+WIDE = 110  # characters: a narrower terminal is left to the formulas
+ON_CUDA = ("cupy", "emulator")
+CUDA = Backend("cuda", None, kernel_files="gpu")  # it runs nothing
+COST = ("gradient", "MFLOP", "MB")
 
 
 @app.command("backends")
@@ -23,39 +30,52 @@ def list_backends() -> None:
     table = plain_table("backend", "runs", "what it is, or what would mend it")
     for name, backend, reason in registry.available():
         table.add_row(name, "yes" if backend else "no", escape(backend.describe() if backend else reason))
-    console.print(table)
+    show(table, {"runs": "on this machine"})
 
 
 @app.command("ops")
 def list_ops(
     names: list[str] = typer.Argument(None, metavar="[OP ...]", help="Only these, with the source of their formulas."),
-    backends: str = typer.Option(None, help="Only these backends, as in numpy,numba."),
+    backends: str = typer.Option(None, *BACKENDS, help=f"Only these backends, as in numpy,numba. {OWN_HELP}"),
 ) -> None:
     """List the ops: what runs each on each backend, what each costs at the shapes of MiniLM, and its formula."""
     from minibert.lab.conform.check import find_op
 
-    compared = chosen_backends(backends, None)
-    table = plain_table("op", *(b.name for b in compared), "gradient", "MFLOP", "MB", "formula")
+    compared = kernels_of(backends)
+    wide = console.width >= WIDE
+    header = ["op", *compared, *(COST if wide else []), "formula"]
+    table = plain_table(*header)
+    for column in table.columns[:-1]:
+        column.no_wrap = True
     table.columns[-1].overflow = "fold"
     for op in [find_op(name) for name in names] if names else OPS.values():
         arrays, params = op.bench(np.random.default_rng(0), BertSize())
         work = cost(op, *(np.asarray(a, "f4") if a.dtype.kind == "f" else a for a in map(np.asarray, arrays)), **params)
-        table.add_row(
-            op.name,
-            *(b.by(op) for b in compared),
-            "yes" if op.vjp else "",
-            f"{work.flops / 1e6:,.1f}",
-            f"{work.bytes / 1e6:,.1f}",
-            escape(_formula(op)),
-        )
-    console.print(table)
+        costs = ["yes" if op.vjp else "", f"{work.flops / 1e6:,.1f}", f"{work.bytes / 1e6:,.1f}"]
+        table.add_row(op.name, *(b.by(op) for b in compared.values()), *(costs if wide else []), escape(formula_of(op)))
+    meanings = {"cuda": "of cupy and emulator", "gradient": "the op has one"}
+    show(table, {**meanings, header[1]: "what runs the op there: a kernel, a library or the formula"})
     if names:
         for name in names:
             console.print(f"\n[bold]{name}[/bold], {inspect.getsourcefile(OPS[name].formula)}\n")
             console.print(escape(inspect.getsource(OPS[name].formula)), highlight=False)
 
 
-def _formula(op: Op) -> str:
+def kernels_of(names: str | None) -> dict[str, Backend]:
+    """By the name of its column, what tells which ops a backend has kernels for; by default all kinds of kernels.
+
+    Those for CUDA are found without a GPU and without g++: `cupy` and `emulator` run the same.
+    """
+    if names is None:
+        here = {place.name: place for place in registry.usual() if place.kernel_files != CUDA.kernel_files}
+        return {**here, "cuda": CUDA}
+    wanted = [name.strip() for name in names.split(",")]
+    others = [name for name in wanted if name not in ON_CUDA]
+    found = dict(zip(others, chosen_backends(",".join(others), None) if others else [], strict=True))
+    return {found[name].name if name in found else name: found.get(name, CUDA) for name in wanted}
+
+
+def formula_of(op: Op) -> str:
     """The clause of the family's docstring that bears the op's name: `softmax: y = ...`."""
     for paragraph in (inspect.getmodule(op.formula).__doc__ or "").split("\n\n"):
         text = " ".join(paragraph.split())

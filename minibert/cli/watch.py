@@ -16,8 +16,10 @@ from rich.markup import escape
 
 import minibert.kernels
 from minibert import backends
+from minibert.backends import Backend
 from minibert.cli import app
-from minibert.cli.options import console, notes
+from minibert.cli.legend import ULP_HELP
+from minibert.cli.options import BACKENDS, OWN_HELP, console, notes
 from minibert.errors import UserError
 from minibert.kernels import OPS
 from minibert.lab.conform.check import find_op
@@ -32,7 +34,7 @@ class Watched(NamedTuple):
 
     files: list[Path]
     ops: list[str]
-    backend: str
+    backend: Backend
     dtypes: list[str]
     specs: list[str]
 
@@ -42,8 +44,11 @@ def watch_command(
     kernels: list[str] = typer.Argument(
         metavar="FILE", help="A kernel's file, as kernels/softmax/gpu.cu, or FILE.py:FUNCTION=OP for one of your own."
     ),
-    backend: str = typer.Option(None, show_default="numba for cpu.py; cupy, else emulator, for CUDA", help="Where."),
+    backend: str = typer.Option(
+        None, *BACKENDS, show_default="numba for cpu.py; cupy, else emulator, for CUDA", help=f"Where. {OWN_HELP}"
+    ),
     dtype: str = typer.Option(None, show_default="float32", help="As in float32,bfloat16."),
+    ulp: bool = typer.Option(False, "--ulp", help=ULP_HELP),
     once: bool = typer.Option(False, "--once", help="Look once, and end: exit status 1 if a check fails."),
 ) -> int:
     """Check and time a kernel each time that its file is saved: formula, gradient, change in speed, share of the limit.
@@ -52,7 +57,7 @@ def watch_command(
     """
     watched = resolve(kernels, backend, dtype)
     console.print(
-        f"watching {', '.join(_short(f) for f in watched.files)}: {', '.join(watched.ops)} on {watched.backend}",
+        f"watching {', '.join(_short(f) for f in watched.files)}: {', '.join(watched.ops)} on {watched.backend.name}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     peaks: dict[str, Any] | None = None
@@ -61,7 +66,7 @@ def watch_command(
         seen = _stamps(watched.files)
         peaks, looks, problem = _look(watched, peaks)
         for look in looks:
-            console.print(line(look, last.get(look["op"])), highlight=False, soft_wrap=True)
+            console.print(line(look, last.get(look["op"]), ulp), highlight=False, soft_wrap=True)
             if look["ok"]:
                 last[look["op"]] = look
         if problem:
@@ -97,7 +102,7 @@ def resolve(kernels: Sequence[str], backend: str | None, dtype: str | None = Non
     dtypes = [name.strip() for name in dtype.split(",")] if dtype is not None else []
     if not set(dtypes) <= set(where.dtypes):
         raise UserError(f"--dtype: {where.name} has {', '.join(where.dtypes)}, got {dtype!r}")
-    return Watched(list(dict.fromkeys(files)), [find_op(op).name for op in ops], where.name, dtypes, specs)
+    return Watched(list(dict.fromkeys(files)), [find_op(op).name for op in ops], where, dtypes, specs)
 
 
 def ops_of(path: Path) -> list[str]:
@@ -122,7 +127,7 @@ def _fitting(cuda: bool) -> str:
 def _look(watched: Watched, peaks: dict[str, Any] | None) -> tuple[dict[str, Any] | None, list[dict[str, Any]], str]:
     """One look in a process of its own: the peaks, a look at each op, and what went wrong beside them."""
     command = [
-        sys.executable, "-m", "minibert.cli.look", watched.backend, ",".join(watched.ops),
+        sys.executable, "-m", "minibert.cli.look", backends.spec_of(watched.backend), ",".join(watched.ops),
         ",".join(watched.dtypes), json.dumps(peaks), *watched.specs,
     ]  # fmt: skip
     with notes.status("compiling and checking ..."):
@@ -135,14 +140,15 @@ def _look(watched: Watched, peaks: dict[str, Any] | None) -> tuple[dict[str, Any
     return (lines[0] if lines else peaks), lines[1:], problem
 
 
-def line(look: dict[str, Any], before: dict[str, Any] | None) -> str:
+def line(look: dict[str, Any], before: dict[str, Any] | None, ulp: bool = False) -> str:
     """A line for one op: the verdict first, then figures, each with its change."""
     clock = time.strftime("%H:%M:%S")
     if not look["ok"]:
         return f"{clock} [red]FAIL[/red] {look['op']} after {look['checks']} checks: {escape(look['message'])}"
     parts = [f"{clock} [green]ok[/green]   {look['op']} ({look['by']}, {look['checks']} checks)"]
     if look["bound_share"] is not None:
-        parts.append(f"{look['ulp_max']:.3g} ulp, {look['bound_share']:.1%} of the bound")
+        ulps = f"{look['ulp_max']:.3g} ulp, " if ulp else ""
+        parts.append(f"{ulps}{look['bound_share']:.1%} of the bound")
     if look["gradient"]:
         parts.append(f"gradient {look['gradient']}")
     if look["seconds"] is not None:

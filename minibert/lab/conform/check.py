@@ -8,6 +8,7 @@ come from the op's samples, the truth from its formula (`lab.conform.judge`) and
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -338,7 +339,8 @@ def run_check(name: str, op: Op, backend: Backend, dtype: str, seed: int = 0) ->
             CHECKS[name](case, tally)
     except Exception as error:
         what = str(error) if isinstance(error, Broken) else f"raised {type(error).__name__}: {error}"
-        command = f"minibert check {op.name} --backend {backend.name} --dtype {dtype} --seed {seed}"
+        place = shlex.quote(_backends.spec_of(backend))
+        command = f"minibert check {op.name} --backend {place} --dtype {dtype} --seed {seed}"
         message = f"{op.name} on {backend.name} in {dtype} fails {name} (seed {seed}): {what}; again by: {command}"
     return CheckResult(
         op.name, backend.name, dtype, name, backend.by(op), tally.inputs, **tally.worst, ok=not message, message=message

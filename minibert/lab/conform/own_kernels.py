@@ -1,8 +1,7 @@
-"""`--kernel FILE.py:FUNCTION=OP`: a kernel of one's own, swapped in for the length of a command."""
+"""`--kernel FILE.py:FUNCTION=OP`, or package.module:FUNCTION=OP: a kernel of one's own for the length of a command."""
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from minibert.backends import Backend
 from minibert.backends.base import Kernel
+from minibert.backends.own import defined_in, described, own_module
 from minibert.errors import UserError
 from minibert.kernels import Op
 from minibert.kernels.array_module import numpy_module
@@ -48,11 +48,10 @@ class TriedKernel:
             self.mistake = error
             raise
         except (Exception, SystemExit) as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            shapes = ", ".join(str(tuple(a.shape)) for a in arrays)
-            told = UserError(f"--kernel {self.spec} raised {reason} (arrays of shapes {shapes})")
+            raised = f"--kernel {self.spec} raised {described(error)}"
+            told = UserError(f"{raised} (arrays of shapes {', '.join(str(tuple(a.shape)) for a in arrays)})")
             if isinstance(error, TypeError | AttributeError) and on_device != self._launches():
-                told = self.mistake = UserError(f"--kernel {self.spec} raised {reason}; {MISPLACED[on_device]}")
+                told = self.mistake = UserError(f"{raised}; {MISPLACED[on_device]}")
             raise told from error
         if on_device and not self.op.writes and not all(map(_on_device, outputs(result))):
             kinds = ", ".join(type(r).__name__ for r in outputs(result))
@@ -82,7 +81,7 @@ def load_kernels(specs: Iterable[str]) -> dict[Op, TriedKernel]:
         op = find_op(name)
         if op in kernels:
             raise UserError(f"--kernel: {name} is given twice; choose one")
-        kernels[op] = TriedKernel(_function(Path(file), function), spec, op)
+        kernels[op] = TriedKernel(_function(file, function), spec, op)
     return kernels
 
 
@@ -123,21 +122,22 @@ def refuse_uncalled(kernels: dict[Op, TriedKernel]) -> None:
             )
 
 
-def _function(path: Path, function: str) -> Kernel:
-    if not path.is_file():
-        raise UserError(f"--kernel: there is no file {path}")
-    if path.suffix in (".cu", ".cuh"):
-        raise UserError(f"--kernel: {path} is CUDA C: name the .py file whose function launches its kernels")
+def _function(place: str, function: str) -> Kernel:
+    """The function of a file or module. Raises UserError where there is none."""
+    if place.endswith((".cu", ".cuh")):
+        raise UserError(f"--kernel: {place} is CUDA C: name the .py file whose function launches its kernels")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise UserError(f"--kernel: there is no file {place}")
     try:
-        found = runpy.run_path(str(path), run_name=path.stem)
+        module = own_module(place)
     except (Exception, SystemExit) as error:  # whatever the user's file does: it is the user's to mend
-        raise UserError(f"--kernel: {path} does not run: {type(error).__name__}: {error}") from error
-    own = (k for k, v in found.items() if callable(v) and getattr(v, "__module__", "") == path.stem)
-    functions = ", ".join(k for k in own if not k.startswith("_")) or "none"
-    if isinstance(found.get(function), CudaKernel):
+        raise UserError(f"--kernel: {place} does not run: {described(error)}") from error
+    found, functions = getattr(module, function, None), defined_in(module)
+    if isinstance(found, CudaKernel):
         raise UserError(
-            f"--kernel: {function} of {path} is a CUDA kernel: name the function that launches it; there is {functions}"
+            f"--kernel: {function} of {place} is a CUDA kernel: name the function that launches it; "
+            f"there is {functions}"
         )
-    if not callable(found.get(function)):
-        raise UserError(f"--kernel: {path} has no function {function!r}; it has {functions}")
-    return found[function]
+    if not callable(found):
+        raise UserError(f"--kernel: {place} has no function {function!r}; it has {functions}")
+    return found

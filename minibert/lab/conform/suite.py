@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import platform
 import shlex
@@ -24,6 +22,7 @@ import minibert
 from minibert import backends
 from minibert.backends import Backend
 from minibert.backends.base import dtype_of
+from minibert.backends.own import module_name
 from minibert.errors import UserError
 from minibert.kernels import OPS, Op
 from minibert.lab.conform.check import CHECKS as USUAL_CHECKS
@@ -81,13 +80,13 @@ class Suite:
         return shlex.join([*words, f"{PREFIX}{demand}"])
 
 
-def read_suite(option: Any, folder: Path) -> Suite:
-    """What the options (`conformance_*`) ask for; `folder` is where pytest was started.
+def read_suite(option: Any) -> Suite:
+    """What the options (`conformance_*`) ask for.
 
     Raises UserError for a wrong one and BackendUnavailable for what cannot run here.
     """
     spec = option.conformance_backend or DEFAULT_BACKEND
-    place = _backend(spec, folder)
+    place = backends.get(spec)
     threads = os.environ.get(backends.THREADS, "").strip()
     if threads:
         if not threads.isdecimal() or not 1 <= int(threads) <= backends.MOST_THREADS:
@@ -136,50 +135,6 @@ def _words(name: str, text: str | None) -> list[str] | None:
     if not words or len(set(words)) != len(words):
         raise UserError(f"{name}: expected names with commas between them, each once, got {text!r}")
     return words
-
-
-def _backend(spec: str, folder: Path) -> Backend:
-    """The backend that --backend names: known by name, or an attribute of a module or file."""
-    if ":" not in spec:
-        return backends.get(spec)
-    place, _, attribute = spec.rpartition(":")
-    try:
-        found = _module(place, folder)
-    except (Exception, SystemExit) as error:  # whatever the import of another's code does: it is theirs to mend
-        raise UserError(f"--backend {spec}: {place} cannot be imported: {type(error).__name__}: {error}") from error
-    if not hasattr(found, attribute):
-        of_module = (k for k, v in vars(found).items() if getattr(v, "__module__", "") == found.__name__)
-        own = ", ".join(name for name in of_module if not name.startswith("_")) or "nothing"
-        raise UserError(f"--backend {spec}: {place} has no {attribute!r}; it defines {own}")
-    made = getattr(found, attribute)
-    if callable(made) and not isinstance(made, Backend):
-        try:
-            made = made()
-        except Exception as error:
-            raise UserError(f"--backend {spec}: {attribute}() raised {type(error).__name__}: {error}") from error
-    if not isinstance(made, Backend):
-        raise UserError(f"--backend {spec}: expected a minibert.backends.Backend, got {type(made).__name__}")
-    return made
-
-
-def _module_name(place: str) -> str:
-    """What `mypkg.backends` or `folder/mine.py` is called once it is imported."""
-    return Path(place).stem if place.endswith(".py") else place
-
-
-def _module(place: str, folder: Path) -> Any:
-    if not place.endswith(".py"):
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))  # as `python -m pytest` does
-        return importlib.import_module(place)
-    path = (folder / place).resolve()
-    if not path.is_file():
-        raise FileNotFoundError("there is no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _read_id(text: str, where: str) -> None:
@@ -259,7 +214,7 @@ def _reason(suite: Suite, op: Op, check: str, dtype: str) -> str:
 def header(suite: Suite) -> list[str]:
     """What is under test, versions and threads, what is asked."""
     place, count = suite.place, len({d.op for d in suite.demands})
-    module = sys.modules.get(_module_name(suite.spec.rpartition(":")[0]))
+    module = sys.modules.get(module_name(suite.spec.rpartition(":")[0]))
     version = f" {getattr(module, '__version__', '')}".rstrip()
     what = f"{'a kernel on ' if suite.kernels else ''}{suite.spec}{version}"
     dtypes = ", ".join(dict.fromkeys(d.dtype for d in suite.demands))

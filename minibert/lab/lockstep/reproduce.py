@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minibert import backends
+from minibert.backends import Backend
 from minibert.errors import UserError
 from minibert.kernels.array_module import numpy_module
 from minibert.kernels.op import Op, holds_floats, outputs
@@ -162,12 +165,16 @@ class Case:
     specs: Sequence[str]  # of --kernel, where the side has kernels of one's own
     said: str  # what was found, in a line
 
+    @property
+    def name(self) -> str:
+        return re.sub(r"\W", "_", f"test_{self.evidence.op.name}_on_{self.side.name}")
+
     def write(self, folder: Path) -> tuple[Path, Path]:
         """`test_OP_on_BACKEND.py` and its `.npz`: inputs, what they should give, the bound, what they gave.
 
         Raises UserError where they cannot be written.
         """
-        test = folder / f"test_{self.evidence.op.name}_on_{self.side.name}.py"
+        test = folder / f"{self.name}.py"
         data = test.with_suffix(".npz")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +198,7 @@ class Case:
     def _test(self, folder: Path) -> str:
         evidence, side = self.evidence, self.side
         op, params = evidence.op.name, evidence.params
-        specs = [_relative(spec, folder) for spec in self.specs if spec.endswith(f"={op}")]
+        specs = [_kernel(spec, folder) for spec in self.specs if spec.endswith(f"={op}")]
         imports = list(IMPORTS)
         sides = ["backend"]
         if specs:
@@ -203,7 +210,7 @@ class Case:
             imports.append("from minibert.kernels.philox import Stream")
         literals = "".join(f"    {name}={_literal(value)},\n" for name, value in sorted(params.items()))
         return TEST.format(
-            said=_for_a_docstring(self.said), stem=f"test_{op}_on_{side.name}", op=op, backend=side.name,
+            said=_for_a_docstring(self.said), test=self.name, op=op, backend=_found_from(side.backend, folder),
             side=", ".join(sides), dtypes=[x.dtype.name for x in evidence.inputs],
             params=f"dict(\n{literals})" if literals else "{}",
             products="" if side.products == "float32" else f"    backend.product_mode = {side.products!r}\n",
@@ -220,7 +227,7 @@ IMPORTS = (
 )
 TEST = '''"""{said}
 
-Written by `minibert bisect`: it fails until the kernel is mended. The inputs lie in {stem}.npz.
+Written by `minibert bisect`: it fails until the kernel is mended. The inputs lie in {test}.npz.
 """
 
 from pathlib import Path
@@ -234,10 +241,10 @@ DTYPES = {dtypes}
 PARAMS = {params}
 
 
-def test_{op}_on_{backend}():
-    with np.load(HERE / "{stem}.npz") as case:
+def {test}():
+    with np.load(HERE / "{test}.npz") as case:
         inputs = [case[f"input_{{i}}"].view(dtype_of(dtype)) for i, dtype in enumerate(DTYPES)]
-    backend = backends.get("{backend}")
+    backend = backends.get({backend})
 {products}    side = Side({side})
     judgement = run_call(side, OPS["{op}"], PARAMS, inputs).judgement
     assert judgement.ok, judgement.problem or str(judgement.worst)
@@ -257,9 +264,19 @@ def _literal(value: Any) -> str:
     return repr(value.item() if isinstance(value, np.generic) else value)
 
 
-def _relative(spec: str, folder: Path) -> str:
-    """The kernel's file as the test finds it: from its own folder."""
-    place, _, name = spec.rpartition("=")
+def _found_from(backend: Backend, folder: Path) -> str:
+    """The backend as the test names it; one of a user's own by its file."""
+    spec = backends.spec_of(backend)
+    place, _, name = spec.rpartition(":")
+    return _relative(place, f":{name}", folder) if place.endswith(".py") else repr(spec)
+
+
+def _kernel(spec: str, folder: Path) -> str:
+    place, _, op = spec.rpartition("=")
     file, _, function = place.rpartition(":")
-    where = os.path.relpath(Path(file).resolve(), folder.resolve())
-    return f"str(HERE / {where!r}) + {f':{function}={name}'!r}"
+    return _relative(file, f":{function}={op}", folder) if file.endswith(".py") else repr(spec)
+
+
+def _relative(file: str, rest: str, folder: Path) -> str:
+    """A user's file as the test finds it: from its own folder."""
+    return f"str(HERE / {os.path.relpath(Path(file).resolve(), folder.resolve())!r}) + {rest!r}"

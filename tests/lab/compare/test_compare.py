@@ -222,7 +222,7 @@ def test_float64_and_one_backend_alone(monkeypatch: pytest.MonkeyPatch, capsys: 
             "--config: expected tiny, mini, minilm, small, medium, base or a checkpoint's folder",
         ),
         (["compare", "--backends", "numpy,tpu"], "no backend is called 'tpu': choose one of numpy, numba"),
-        (["compare", "--backends", "numpy,numpy"], "--backends: expected names such as numpy,numba, each once"),
+        (["compare", "--backends", "numpy,numpy"], "--backend: expected names such as numpy,numba, each once"),
         (["compare", "--dtype", "int8"], "dtype: expected one of float32, float64"),
         (["compare", "--text", "nowhere.txt"], "nowhere.txt"),
         (["compare", "--kernel", "softmax"], "--kernel: expected FILE.py:FUNCTION=OP"),

@@ -166,7 +166,8 @@ def test_exit_codes_of_usage_and_of_nothing_to_do(plugin: Callable[..., Any], ex
     wrong = plugin(*PLUGIN, "--backend", "numpi")
     assert wrong.returncode == pytest.ExitCode.USAGE_ERROR
     assert wrong.stderr.strip().splitlines() == [
-        f"ERROR: no backend is called 'numpi': choose one of {', '.join(backends.names())}"
+        f"ERROR: no backend is called 'numpi': choose one of {', '.join(backends.names())}, "
+        "or name your own as FILE.py:NAME"
     ]
     assert plugin(*PLUGIN).returncode == pytest.ExitCode.NO_TESTS_COLLECTED  # nothing is under test
     unmarked = plugin(*PLUGIN, "--backend", "numpy", "--strict-markers", "-m", "not conformance")
@@ -206,29 +207,33 @@ def options(**given: Any) -> Any:
         ({"selected": ["conformance::softmax_grad-gradient-float64"]}, "is not run on numpy"),
     ],
 )
-def test_wrong_options_are_told(given: dict[str, Any], said: str, examples: Path) -> None:
+def test_wrong_options_are_told(
+    given: dict[str, Any], said: str, examples: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(examples)
     (examples / "bad.txt").write_text("# a comment\nsoftmax-follows_formula\n", encoding="utf-8")
     for name, value in given.items():
         words = [word.format(folder=examples) for word in ([value] if isinstance(value, str) else value)]
         given = {**given, name: words[0] if isinstance(value, str) else words}
     with pytest.raises(UserError) as told:
-        read_suite(options(**given), examples)
+        read_suite(options(**given))
     assert said in str(told.value) and "\n" not in str(told.value)
 
 
-def test_a_backend_that_would_not_run_the_kernel_is_refused(examples: Path) -> None:
+def test_a_backend_that_would_not_run_the_kernel_is_refused(examples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(examples)
     source = (examples / "shelf_backend.py").read_text(encoding="utf-8")
     deaf = source.replace("self._kernels.get(op) or KERNELS.get(op.name)", "KERNELS.get(op.name)")
     assert deaf != source
     (examples / "deaf.py").write_text(deaf, encoding="utf-8")
     kernel = f"{examples}/row_softmax.py:softmax=softmax"
-    read_suite(options(backend="shelf_backend.py:ShelfBackend", kernels=[kernel]), examples)
+    read_suite(options(backend="shelf_backend.py:ShelfBackend", kernels=[kernel]))
     with pytest.raises(UserError, match=r"deaf.py:ShelfBackend does not run kernels given by using\(\)"):
-        read_suite(options(backend="deaf.py:ShelfBackend", kernels=[kernel]), examples)
+        read_suite(options(backend="deaf.py:ShelfBackend", kernels=[kernel]))
 
 
-def test_the_footer_counts_what_was_not_reached(tmp_path: Path) -> None:
-    suite = read_suite(options(), tmp_path)
+def test_the_footer_counts_what_was_not_reached() -> None:
+    suite = read_suite(options())
     ids = [str(demand) for demand in suite.demands]
     told = footer(suite, {ids[0]: "passed", ids[1]: "failed"})
     assert "1 of 2 checks passed, 1 failed" in told
