@@ -27,7 +27,7 @@ from minibert.backends import Backend, BackendUnavailable
 from minibert.errors import UserError
 from minibert.kernels import Op
 from minibert.lab.conform import gradcheck as own_inputs
-from minibert.lab.conform.check import Broken, Case, Tally
+from minibert.lab.conform.check import STEP, Broken, Case, Tally
 from minibert.lab.conform.suite import (
     CHECKS,
     DEFAULT_BACKEND,
@@ -42,7 +42,9 @@ from minibert.lab.conform.suite import (
 
 # "sample 3 (shapes (5, 7); params {'axis': -1}), inputs laid out reversed: " and what was found there
 WHERE = re.compile(
-    r"sample (?P<sample>\d+) \(shapes (?P<shapes>.*?); params (?P<params>.*?\})\)(?P<how>.*?): (?P<found>.*)", re.S
+    r"(?:sample )?(?P<sample>\d+|part in a step) \(shapes (?P<shapes>.*?); params (?P<params>.*?\})\)(?P<how>.*?): "
+    r"(?P<found>.*)",
+    re.S,
 )
 WORST = re.compile(r"(?P<place>output [^:]*): expected (?P<expected>.*), got (?P<got>.*?), (?P<off>off by .*)")
 
@@ -163,7 +165,7 @@ class CheckItem(pytest.Item):
             if op is self.demand.op:
                 given = inputs(self.suite, self.demand)
                 alike = (one.number for one in given if tuple(a.shape for a in one.arrays) == shapes)
-                lines = {"sample": ", ".join(map(str, islice(alike, 1)))}
+                lines = {"sample": ", ".join("part in a step" if n == STEP else str(n) for n in islice(alike, 1))}
             else:
                 lines = {"inside": f"{op.name}, which the gradient calls"}
             lines |= {"shapes": ", ".join(map(str, shapes)), "params": str(dict(params))}

@@ -123,7 +123,7 @@ def _table(results: list[CheckResult], ulp: bool) -> Table:
     measures = ("max ulp", "err/uS", "of bound") if ulp else ("err/uS", "of bound")
     shown = []
     for (op, backend, dtype), group in rows.items():
-        forward = [r for r in group if r.check == "follows_formula"]
+        forward = [r for r in group if r.check in ("follows_formula", "part_in_step")]
         gradient = next((r for r in group if r.check == "gradient"), None)
         shown.append([
             op, backend, dtype, group[0].by, str(len(group)), str(sum(r.inputs for r in group)),

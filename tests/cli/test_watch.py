@@ -9,12 +9,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import numpy as np
 import pytest
 
+from minibert import backends
 from minibert.cli.watch import line, ops_of, resolve
 from minibert.errors import UserError
+from minibert.kernels.elementwise import scale
+from minibert.lab.measure.watching import SIZE, SMALL, look
 from tests.children import child
 
 GOOD = "def scale(x, *, factor):\n    return x * x.dtype.type(factor)\n"
@@ -112,6 +116,43 @@ def test_what_cannot_be_watched_is_told(
 def test_files_of_the_package_know_their_ops(root: Path) -> None:
     assert ops_of(root / "kernels" / "softmax" / "gpu.cu") == ["softmax", "softmax_grad"]
     assert ops_of(root / "kernels" / "softmax" / "cpu.py") == ["softmax", "softmax_grad"]
+
+
+def zeroes_the_last(y: np.ndarray) -> np.ndarray:
+    y[..., -1] = 0
+    return y
+
+
+@pytest.mark.parametrize("fault", ["at the size that is timed alone", "after some calls"])
+def test_what_is_timed_is_judged(fault: str) -> None:
+    numpy, timed = backends.get("numpy"), SIZE.tokens * SIZE.hidden
+    calls = 0
+
+    def kernel(x: np.ndarray, *, factor: float) -> np.ndarray:
+        nonlocal calls
+        calls += x.size == timed
+        y = x * x.dtype.type(factor)
+        return zeroes_the_last(y) if x.size == timed and (fault.startswith("at") or calls > 3) else y
+
+    with numpy.using({scale: kernel}):
+        looked = look(scale, numpy, None)
+    assert not looked.ok and looked.seconds is None
+    assert looked.message.startswith("scale on numpy is wrong where it is timed: part in a step (shapes (1024, 384)")
+    assert (", call " in looked.message) == fault.startswith("after")
+    assert look(scale, numpy, None).ok
+
+
+@needs_compiler
+def test_what_is_counted_on_the_emulator_is_judged() -> None:
+    emulator = backends.get("emulator")
+
+    def kernel(x: Any, *, factor: float) -> Any:
+        y = emulator.numpy(x) * np.float32(factor)
+        return emulator.asarray(zeroes_the_last(y) if y.shape == (SMALL.tokens, SMALL.hidden) else y)
+
+    with emulator.using({scale: kernel}):
+        looked = look(scale, emulator, None)
+    assert not looked.ok and "is wrong where it is timed" in looked.message and looked.sectors is None
 
 
 def test_a_change_is_shown_and_no_share_is_above_the_limit() -> None:

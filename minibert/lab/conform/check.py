@@ -20,7 +20,7 @@ from minibert import backends as _backends
 from minibert.backends import Backend
 from minibert.errors import UserError
 from minibert.kernels import OPS, Array, Op
-from minibert.kernels.op import holds_floats, outputs
+from minibert.kernels.op import BertSize, Sample, holds_floats, outputs
 from minibert.kernels.readings import Bound, bounded_module, jvp
 from minibert.lab.conform.judge import Judgement, expect, judge, judge_against, stored_as
 
@@ -31,6 +31,11 @@ GRADIENT_BOUNDS = 2.0
 DOT_ROUNDING = 1e-14  # of the sum of absolute terms: pairwise summation of up to 1e6 products in float64
 
 
+# A step with as many rows as that of MiniLM, which is timed, and narrower; what plays a machine gets fewer.
+SHAPE, EMULATED_SHAPE = BertSize(8, 128, 64, 2, 256, 1000, 154), BertSize(4, 32, 64, 2, 256, 500, 19)
+STEP = -1  # an input's number, where it is no sample but the op's part in such a step
+
+
 class Broken(Exception):
     """A demand is not met; the message says where and by how much."""
 
@@ -38,7 +43,7 @@ class Broken(Exception):
 class Input(NamedTuple):
     """A sample as a backend sees it: floats rounded to the dtype; and what the formula says of it."""
 
-    number: int
+    number: int  # of the sample, or STEP
     arrays: tuple[np.ndarray, ...]
     params: dict[str, Any]
     expected: list[Bound]
@@ -55,6 +60,11 @@ class Case:
 
     def inputs(self, seed_offset: int = 0) -> tuple[Input, ...]:
         return _inputs(self.op, self.dtype, self.seed + seed_offset, self.backend.product_mode)
+
+    def part_in_step(self, size: BertSize | None = None) -> Input:
+        """What the op gets in a training step of such a size; by default one that is quickly judged."""
+        usual = EMULATED_SHAPE if self.backend.emulated else SHAPE
+        return _part_in_step(self.op, self.dtype, self.seed, self.backend.product_mode, size or usual)
 
     def upload(self, arrays: Iterable[np.ndarray]) -> list[Array]:
         return [self.backend.asarray(a.copy()) for a in arrays]
@@ -86,12 +96,21 @@ class CheckResult:
 @lru_cache(maxsize=6)
 def _inputs(op: Op, dtype: str, seed: int, products: str) -> tuple[Input, ...]:
     """The samples of one op, with their bounds: kept for the next checks of the same op."""
-    made = []
-    for number, (arrays, params) in enumerate(op.samples(np.random.default_rng(seed))):
-        kinds = stored_as(op, arrays, dtype)
-        rounded = tuple(np.asarray(a, kind) for a, kind in zip(arrays, kinds, strict=True))
-        made.append(Input(number, rounded, dict(params), expect(op, rounded, params, dtype, products)))
-    return tuple(made)
+    samples = enumerate(op.samples(np.random.default_rng(seed)))
+    return tuple(_input(op, number, sample, dtype, products) for number, sample in samples)
+
+
+@lru_cache(maxsize=2)
+def _part_in_step(op: Op, dtype: str, seed: int, products: str, size: BertSize) -> Input:
+    return _input(op, STEP, op.bench(np.random.default_rng(seed), size), dtype, products)
+
+
+def _input(op: Op, number: int, sample: Sample, dtype: str, products: str) -> Input:
+    given = tuple(np.asarray(a) for a in sample.arrays)
+    kinds = stored_as(op, given, dtype)
+    rounded = tuple(np.asarray(a, kind) for a, kind in zip(given, kinds, strict=True))
+    params = dict(sample.params)
+    return Input(number, rounded, params, expect(op, rounded, params, dtype, products))
 
 
 class Tally:
@@ -119,7 +138,8 @@ class Tally:
 
 def _describe(number: int, arrays: Iterable[Array], params: dict[str, Any]) -> str:
     shapes = ", ".join(str(tuple(a.shape)) for a in arrays)
-    return f"sample {number} (shapes {shapes}; params {params})"
+    what = "part in a step" if number == STEP else f"sample {number}"
+    return f"{what} (shapes {shapes}; params {params})"
 
 
 def follows_formula(case: Case, tally: Tally) -> None:
@@ -127,6 +147,13 @@ def follows_formula(case: Case, tally: Tally) -> None:
     for one in case.inputs():
         tally.judge(case, one, case.run(case.upload(one.arrays), one.params))
         tally.inputs += 1
+
+
+def part_in_step(case: Case, tally: Tally) -> None:
+    """The same for the op's part in a training step of BERT: for as many rows as where kernels are timed."""
+    one = case.part_in_step()
+    tally.judge(case, one, case.run(case.upload(one.arrays), one.params))
+    tally.inputs += 1
 
 
 def strided_inputs(case: Case, tally: Tally) -> None:
@@ -314,7 +341,7 @@ def _demand_same_bits(one: Input, first: Sequence[np.ndarray], second: Sequence[
 CHECKS: dict[str, Callable[[Case, Tally], None]] = {
     check.__name__: check
     for check in (
-        follows_formula, strided_inputs, inputs_left_alone, deterministic, fresh_output, order_of_work,
+        follows_formula, part_in_step, strided_inputs, inputs_left_alone, deterministic, fresh_output, order_of_work,
         gradient, gradient_rounding,
     )
 }  # fmt: skip
@@ -326,6 +353,8 @@ def applies(name: str, case: Case) -> bool:
         return case.op.vjp is not None and case.dtype == "float64"
     if name == "gradient_rounding":
         return case.op.vjp is not None and case.dtype != "float64"
+    if name == "part_in_step":  # a formula in float64 is the formula
+        return case.dtype != "float64" or case.backend.by(case.op) != "formula"
     if name == "order_of_work":
         return case.backend.by(case.op) == "kernel"
     return True

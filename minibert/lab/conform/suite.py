@@ -169,6 +169,8 @@ def inputs(suite: Suite, demand: Demand) -> tuple[Input, ...]:
     case = Case(demand.op, suite.place, demand.dtype, suite.seed)
     if demand.check == "empty_inputs":
         return empty_samples(demand.op, demand.dtype, suite.seed, suite.place.product_mode)
+    if demand.check == "part_in_step":
+        return (case.part_in_step(),)
     return case.inputs()
 
 

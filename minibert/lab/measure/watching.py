@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from minibert.backends import Backend
 from minibert.kernels import Op
-from minibert.kernels.op import BertSize
+from minibert.kernels.op import BertSize, outputs
 from minibert.kernels.readings import cost
-from minibert.lab.conform.check import CheckResult, planned, run_check
+from minibert.lab.conform.check import Broken, Case, CheckResult, Tally, planned, run_check
 
 if TYPE_CHECKING:
     from minibert.lab.measure.peaks import Peaks
@@ -45,12 +43,6 @@ class Look:
     ideal_sectors: int | None  # that would hold what its lines asked for
 
 
-def _seconds(call: Any) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
-
-
 def look(op: Op, backend: Backend, peaks: Peaks | None, dtypes: Sequence[str] | None = None) -> Look:
     """Check one op on a backend, and time it where its time means something."""
     results: list[CheckResult] = []
@@ -60,36 +52,51 @@ def look(op: Op, backend: Backend, peaks: Peaks | None, dtypes: Sequence[str] | 
             break  # a person mends one thing at a time
     failed = next((r for r in results if not r.ok), None)
     gradient = next((r for r in results if r.check == "gradient"), None)
+    problem = "" if failed is None else failed.message
     seconds = share = sectors = ideal = None
-    if failed is None and backend.emulated:
-        sectors, ideal = _traffic(op, backend)
-    elif failed is None:
-        seconds, share = _timed(op, backend, peaks)
+    try:
+        if failed is None and backend.emulated:
+            sectors, ideal = _traffic(op, backend)
+        elif failed is None:
+            seconds, share = _timed(op, backend, peaks)
+    except Broken as error:
+        problem = f"{op.name} on {backend.name} is wrong where it is timed: {error}"
     return Look(
-        op.name, backend.by(op), failed is None, "" if failed is None else failed.message, len(results),
+        op.name, backend.by(op), not problem, problem, len(results),
         _worst(results, "ulp_max"), _worst(results, "bound_share"),
         "" if gradient is None else "exact" if gradient.ok else "wrong", seconds, share, sectors, ideal,
     )  # fmt: skip
 
 
 def _worst(results: Sequence[CheckResult], measure: str) -> float | None:
-    found = [getattr(r, measure) for r in results if r.check == "follows_formula" and r.dtype != "float64"]
+    judged = [r for r in results if r.check in ("follows_formula", "part_in_step") and r.dtype != "float64"]
+    found = [getattr(r, measure) for r in judged]
     return max((v for v in found if v is not None), default=None)
 
 
 def _timed(op: Op, backend: Backend, peaks: Peaks | None) -> tuple[float, float | None]:
-    """The median time of a call, and the time that peaks allow over it. An op that works in place goes on with it."""
-    host, params = _bench_inputs(op, SIZE)
-    arrays = [backend.asarray(a) for a in host]
+    """The median time of a call, and the time that peaks allow over it. An op that works in place goes on with it.
 
-    def call() -> None:
-        backend.run(op, *arrays, **params)
+    The first result is judged before the others are timed, and the last one after. Raises Broken if one is wrong.
+    """
+    case = Case(op, backend, "float32", 0)
+    given = case.part_in_step(SIZE)
+    host, params = given.arrays, given.params
+    arrays = case.upload(host)
+
+    def call() -> Any:
+        result = backend.run(op, *arrays, **params)
         backend.synchronize()
+        return result
 
-    call()
+    Tally().judge(case, given, outputs(call()))
     times: list[float] = []
     while sum(times) < LEAST_SECONDS or len(times) < 5:
-        times.append(_seconds(call))
+        began = time.perf_counter()
+        last = call()
+        times.append(time.perf_counter() - began)
+    if not op.writes:
+        Tally().judge(case, given, outputs(last), f", call {len(times) + 1}")
     seconds = statistics.median(times)
     work = cost(op, *host, **params)
     if peaks is None:
@@ -100,18 +107,14 @@ def _timed(op: Op, backend: Backend, peaks: Peaks | None) -> tuple[float, float 
 
 
 def _traffic(op: Op, backend: Any) -> tuple[int, int]:
-    """Sectors that a call on the emulator moves, and that it needs."""
-    host, params = _bench_inputs(op, SMALL)
-    arrays = [backend.asarray(a) for a in host]
+    """Sectors that a call on the emulator moves, and that it needs. Raises Broken if its result is wrong."""
+    case = Case(op, backend, "float32", 0)
+    given = case.part_in_step(SMALL)
+    arrays = case.upload(given.arrays)
     with backend.emulator.set(traffic=True):
         backend.emulator.traffic.clear()
-        backend.run(op, *arrays, **params)
+        result = backend.run(op, *arrays, **given.params)
         backend.synchronize()
         moved = [t for t in backend.emulator.traffic.values() if t.space == "global"]
+    Tally().judge(case, given, outputs(result))
     return sum(t.sectors for t in moved), sum(t.ideal_sectors for t in moved)
-
-
-def _bench_inputs(op: Op, size: BertSize) -> tuple[list[np.ndarray], dict[str, Any]]:
-    sample = op.bench(np.random.default_rng(0), size)
-    arrays = [np.asarray(a) for a in sample.arrays]
-    return [a.astype(np.float32) if a.dtype.kind == "f" else a for a in arrays], dict(sample.params)

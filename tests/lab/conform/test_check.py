@@ -133,6 +133,23 @@ def test_a_wrong_kernel_is_caught_and_named(kernel: Callable[..., Any], caught_b
     assert result.message.endswith("again by: minibert check scale --backend numpy --dtype float32 --seed 3")
 
 
+@pytest.mark.parametrize("rows", [100, 1000])
+@pytest.mark.parametrize("op", [softmax, gelu, scale, linear], ids=lambda op: op.name)
+def test_a_kernel_that_zeroes_its_last_row_above_some_number_of_rows_is_caught(op: Op, rows: int) -> None:
+    numpy = backends.get("numpy")
+
+    def kernel(*arrays: np.ndarray, **params: Any) -> np.ndarray:
+        y = np.array(op.formula(numpy.xp, *arrays, **params))
+        if y.ndim > 1 and y.size // y.shape[-1] > rows:
+            y[..., -1, :] = 0
+        return y
+
+    with numpy.using({op: kernel}):
+        failed = [result for result in check([op], [numpy], ["float32"]) if not result.ok]
+    assert "part_in_step" in {result.check for result in failed}
+    assert "expected" in failed[-1].message and "got 0" in failed[-1].message
+
+
 def test_a_kernel_that_sums_per_thread_is_caught() -> None:
     numba = pytest.importorskip("minibert.backends.numba_backend").backend
     threads = [1]
