@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from minibert.backends.blas import blas_threads, set_blas_threads
-from minibert.errors import pip_install
+from minibert.errors import UserError, pip_install
 from minibert.kernels.adjoining import adjoining
 from minibert.kernels.op import Array, Op, outputs
 
@@ -165,6 +165,12 @@ class Backend:
             yield self
         finally:
             self._watchers = before
+
+    def require_dtype(self, dtype: str) -> None:
+        """Raise UserError unless arrays here may hold `dtype`, BackendUnavailable where NumPy lacks what knows it."""
+        if dtype not in self.dtypes:
+            raise UserError(f"backend {self.name} has arrays of {', '.join(self.dtypes)}: not {dtype!r}")
+        dtype_of(dtype)
 
     def asarray(self, x: Any, dtype: Any = None) -> Array:
         return self.xp.asarray(x, dtype=dtype)

@@ -71,6 +71,9 @@ def check_command(
         )
     results: list[CheckResult] = []
     dtypes = [name.strip() for name in dtype.split(",")] if dtype is not None else None
+    for place in compared:  # before the emulator is compiled
+        for each in dtypes or ():
+            place.require_dtype(each)
     with ExitStack() as stack:
         status = notes.status("checking")
         if not gdb:  # which has the terminal

@@ -95,6 +95,8 @@ def compare_command(
     others = _read_others(report, recorded)
     kernels = load_kernels(kernel)
     compared = chosen_backends(backends, threads)
+    for place in compared:
+        place.require_dtype(dtype)
     set_products(compared, products)
     context.with_resource(determinism(deterministic))
     inputs = step_inputs(config, text, tokens, max_seq_length, seed)

@@ -130,6 +130,7 @@ def pretrain(
     options = {name: DEFAULT_OPTIONS.get(name) if value is None else value for name, value in options.items()}
     context.with_resource(backends.determinism(options["deterministic"]))
     place = fastest_or(options["backend"], threads)
+    place.require_dtype(options["dtype"])
     refuse_misshapen(swapped, place)
     set_products([place], products)
     options["backend"] = backends.spec_of(place)
@@ -221,8 +222,6 @@ def make_trainer(
 ) -> Trainer:
     """Model, tokens and optimiser: new ones, or those of the run that is resumed."""
     kind = BertForPreTraining if training.next_sentence else BertForMaskedLM
-    if options["dtype"] not in place.dtypes:
-        raise UserError(f"--dtype: backend {place.name} has {', '.join(place.dtypes)}, got {options['dtype']!r}")
     if state is None:
         model, tokenizer = new_model(kind, documents, training, place, options)
     else:

@@ -40,8 +40,7 @@ def side(name: str, dtype: str, kernels: Mapping[Any, Any] | None = None, thread
             raise UserError(f"side B is the trace {name}: --kernel and --b-threads need a backend there")
         return load(Path(name))
     backend = backends.get(name)
-    if dtype not in backend.dtypes:
-        raise UserError(f"backend {name} has arrays of {', '.join(backend.dtypes)}: not {dtype!r}")
+    backend.require_dtype(dtype)
     return Side(backend, dtype, dict(kernels or {}), threads)
 
 

@@ -100,8 +100,8 @@ def resolve(kernels: Sequence[str], backend: str | None, dtype: str | None = Non
     cuda = any(file.suffix == ".cu" for file in files) and not all(Path(g).name == "cpu.py" for g in kernels)
     where = backends.get(_fitting(cuda) if backend is None else backend)
     dtypes = [name.strip() for name in dtype.split(",")] if dtype is not None else []
-    if not set(dtypes) <= set(where.dtypes):
-        raise UserError(f"--dtype: {where.name} has {', '.join(where.dtypes)}, got {dtype!r}")
+    for each in dtypes:
+        where.require_dtype(each)
     return Watched(list(dict.fromkeys(files)), [find_op(op).name for op in ops], where, dtypes, specs)
 
 

@@ -409,8 +409,7 @@ def check(
         places = [_backends.get(b) if isinstance(b, str) else b for b in backends]
     for dtype in dtypes or ():
         for backend in places:
-            if dtype not in backend.dtypes:
-                raise UserError(f"backend {backend.name} has arrays of {', '.join(backend.dtypes)}: not {dtype!r}")
+            backend.require_dtype(dtype)
     for op in chosen:
         for backend in places:
             for name, dtype in planned(backend, op, dtypes):

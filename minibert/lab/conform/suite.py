@@ -21,7 +21,6 @@ import numpy as np
 import minibert
 from minibert import backends
 from minibert.backends import Backend
-from minibert.backends.base import dtype_of
 from minibert.backends.own import module_name
 from minibert.errors import UserError
 from minibert.kernels import OPS, Op
@@ -98,9 +97,7 @@ def read_suite(option: Any) -> Suite:
         raise UserError(f"--conformance-seed: expected a whole number from 0, got {seed!r}")
     asked = _words("--dtypes", option.conformance_dtypes)
     for dtype in asked or ():
-        if dtype not in place.dtypes:
-            raise UserError(f"--dtypes: {place.name} has arrays of {', '.join(place.dtypes)}: not {dtype!r}")
-        dtype_of(dtype)
+        place.require_dtype(dtype)
     named = _words("--ops", option.conformance_ops)
     ops = [find_op(name) for name in named] if named else list(kernels) or list(OPS.values())
     for op in kernels:
