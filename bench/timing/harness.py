@@ -25,8 +25,8 @@ import numpy as np
 
 import minibert
 from minibert import backends
-from minibert.backends import Backend, BackendUnavailable
-from minibert.cli import UsageMistake
+from minibert.backends import Backend
+from minibert.cli import MISTAKES, UsageMistake, in_one_line
 from minibert.cli.options import chosen_backends, machine
 from minibert.errors import UserError
 from minibert.kernels.op import Array, Op
@@ -335,8 +335,8 @@ def run_main(command: Callable[..., int]) -> None:
     app.command()(command)
     try:
         status = app(standalone_mode=False)
-    except (UserError, BackendUnavailable, MemoryError) as error:
-        print(f"error: {error or 'out of memory'}", file=sys.stderr)
+    except MISTAKES as error:
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except UsageMistake as error:
         print(f"error: {error.format_message()}", file=sys.stderr)

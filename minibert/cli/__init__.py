@@ -11,7 +11,7 @@ import typer
 
 from minibert import __version__
 from minibert.backends import BackendUnavailable
-from minibert.errors import UserError
+from minibert.errors import UserError, pip_install
 
 # A wrong option or argument, in whichever library this release of typer raises it from: click, or its own copy of it.
 UsageMistake: Any = typer.BadParameter.__mro__[2]
@@ -37,6 +37,19 @@ def minibert(
     """A BERT written from the ground up, compared op by op across backends."""
 
 
+MISTAKES = (UserError, BackendUnavailable, MemoryError, ModuleNotFoundError)  # that a user can mend
+
+
+def in_one_line(error: BaseException) -> str:
+    """What went wrong and what to do. Raises an error that is no user's to mend: a module of our own is missing."""
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "minibert", "bench"):
+            raise error
+        return f"{package} is not installed: {pip_install(package)}"
+    return str(error) or "out of memory"
+
+
 def main() -> None:
     """Run a command. A user's mistake is one line on stderr and exit code 2; an interrupt is exit code 130."""
     from minibert.cli import bisect, build, check, compare, diff, pretrain, tables, tokenizer, watch  # noqa: F401  register commands
@@ -54,7 +67,7 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (UserError, BackendUnavailable, MemoryError) as error:
-        print(f"error: {error or 'out of memory'}", file=sys.stderr)
+    except MISTAKES as error:
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(status if isinstance(status, int) else 0)

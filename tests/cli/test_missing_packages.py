@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minibert import backends
-from minibert.cli import main
+from minibert.cli import in_one_line, main
 from tests.emulator_device import needs_compiler
 
 KERNEL = "def scale(x, *, factor):\n    return x * x.dtype.type(factor)\n"
@@ -103,3 +103,18 @@ def test_a_package_that_a_command_needs(
         nvrtc.toolkit.cache_clear()
     assert advice in said(command.replace("ROOT", str(root)))
     assert not list(tmp_path.iterdir())
+
+
+def test_any_other_package_is_named_in_one_line(said: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from minibert.cli import tables
+
+    def raises(*given: object, **more: object) -> None:
+        raise ModuleNotFoundError("No module named 'llvmlite.ir'", name="llvmlite.ir")
+
+    monkeypatch.setattr(tables, "plain_table", raises)
+    assert said("backends") == "error: llvmlite is not installed: pip install llvmlite"
+
+
+def test_a_module_of_our_own_that_is_missing_is_no_user_s_mistake() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        in_one_line(ModuleNotFoundError("No module named 'minibert.none'", name="minibert.none"))
