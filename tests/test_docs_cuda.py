@@ -276,7 +276,7 @@ def test_a_wrong_call_fails_every_check_in_one_line(
     assert tried(tmp_path, monkeypatch, changes, MINE, "emulator") == 1
     failures = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL softmax")]
     assert len(failures) == 1
-    assert "fails follows_formula, strided_inputs, " in failures[0]
+    assert "fails follows_formula, part_in_step, strided_inputs, " in failures[0]
     assert "kernel my_softmax takes 4 arguments (x, y, rows, columns), got 3 (arrays of shapes (3, 7))" in failures[0]
 
 

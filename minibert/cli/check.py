@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from contextlib import ExitStack
 from typing import Any
@@ -103,11 +104,15 @@ def check_command(
     return 1 if failed else 0
 
 
+# where a kernel raised, and how often: the reason is the same
+PLACE = re.compile(r" \(arrays of shapes .*?\)(?=; again by)|, seen \d+ times?")
+
+
 def _messages(failed: list[CheckResult]) -> list[str]:
     """What went wrong, once: checks that fail for one reason are named together."""
     alike: dict[str, list[CheckResult]] = defaultdict(list)
     for result in failed:
-        alike[result.message.replace(f" fails {result.check} ", " fails ", 1)].append(result)
+        alike[PLACE.sub("", result.message.replace(f" fails {result.check} ", " fails ", 1))].append(result)
     told = []
     for group in alike.values():
         checks = ", ".join(result.check for result in group)
