@@ -30,6 +30,7 @@ from bench.timing import harness
 from bench.timing.batches import Batch, random_weights, text_batches
 from bench.timing.harness import Contestant
 from minibert import backends
+from minibert.cli import legend
 from minibert.cli.options import console, notes, plain_table, refuse_unwritable
 from minibert.data.batching import PackedBatch
 from minibert.errors import UserError
@@ -226,7 +227,7 @@ def show(rows: Sequence[Mapping[str, Any]], config: str, given: Mapping[str, Any
         table.add_row(
             row["without"], f"{row['ms']:.1f}", f"{row['times']:.2f}", f"{row['p20']:.2f} to {row['p80']:.2f}"
         )
-    console.print(table)
+    legend.show(table, {"times as long": "the median of the rounds' ratios"})
 
 
 if __name__ == "__main__":

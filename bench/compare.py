@@ -26,6 +26,7 @@ import typer
 
 from bench.timing import harness
 from bench.timing.figures import Figure, figures, kind, settings
+from minibert.cli import legend
 from minibert.cli.options import console, plain_table
 from minibert.errors import UserError
 
@@ -152,7 +153,7 @@ def show(found: list[Change]) -> None:
             name, one.old.provider, one.old.mode, one.old.unit, f"{one.old.median:.4g}", f"{one.new.median:.4g}",
             f"{one.change:+.1%}", f"{one.noise:.1%}", f"[{colour}]{one.verdict}[/{colour}]" if colour else one.verdict,
         )  # fmt: skip
-    console.print(table)
+    legend.show(table, {"change": "of the median", "noise": "what it may differ by without a cause"})
 
 
 def bench(

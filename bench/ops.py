@@ -28,6 +28,7 @@ from bench.timing import harness, sides
 from bench.timing.figures import add_to_csv, refuse_other_csv
 from bench.timing.op_timing import Timing, peaks_of, timings
 from minibert.backends import Backend
+from minibert.cli import legend
 from minibert.cli.options import BACKENDS, OWN_HELP, chosen_backends, console, notes, plain_table, refuse_unwritable
 from minibert.errors import UserError
 from minibert.kernels import OPS, Op
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from minibert.lab.measure.peaks import Peaks
 
 OPPONENTS = ("torch",)
+COLUMNS = {
+    "predicted": "milliseconds by the roofline", "limit": "what sets them", "share": "predicted over measured",
+}  # fmt: skip
 
 
 def bench(
@@ -159,7 +163,7 @@ def show(
         + f"; the cache: {peaks.cache_bytes / 2**20:.0f} MiB",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-    console.print(table(found, settings))
+    legend.show(table(found, settings), COLUMNS)
     console.print(f"compiled for {sum(t.compile_s for t in found):.1f} s in all", highlight=False)
     for op, reasons in skipped.items():
         for who, why in reasons.items():

@@ -19,6 +19,7 @@ from rich.table import Table
 from bench.timing.figures import add_to_csv, refuse_other_csv
 from bench.timing.harness import among, cores, fingerprint, run_main
 from bench.timing.sides import say_quiet, say_where
+from minibert.cli import legend
 from minibert.cli.options import BACKENDS, OWN_HELP, chosen_backends, console, notes, plain_table, refuse_unwritable
 from minibert.errors import UserError
 from minibert.lab.measure import quiet
@@ -115,10 +116,11 @@ def exponents(axis: str, facts: Mapping[str, Any]) -> Table:
     return shown
 
 
-LEGEND = (
-    "off by: what k size^p misses the worst size by; last: the exponent between the last two sizes, which tells what "
-    "it tends to; fixed: what does not grow with the batch"
-)
+GROWTH = {
+    "off by": "what k size^p misses the worst size by",
+    "last": "the exponent between the last two sizes, which tells what it tends to",
+    "fixed ms": "what does not grow with the batch",
+}
 
 
 def _range(both: Sequence[float] | None) -> str:
@@ -144,8 +146,8 @@ def show(found: Mapping[str, Any]) -> None:
         for name, why in facts["left_out"].items():
             console.print(f"\n{name} left out: {why}", highlight=False, markup=False, soft_wrap=True)
         if facts["backends"]:
-            console.print(times(axis, facts))
-            console.print(exponents(axis, facts))
+            legend.show(times(axis, facts), {"of peak": "rate over the CPU's peak"})
+            legend.show(exponents(axis, facts), GROWTH)
         for one in facts["crossovers"]:
             console.print(one["said"], highlight=False, soft_wrap=True)
     warm: dict[str, float] = {}
@@ -153,7 +155,6 @@ def show(found: Mapping[str, Any]) -> None:
         for name, curve in facts["backends"].items():
             warm[name] = max(warm.get(name, 0.0), *curve["first_call_s"])
     if warm:
-        console.print(f"\n{LEGEND}", highlight=False)
         told = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in warm.items())
         console.print(f"longest first call, not in the times: {told}", highlight=False, soft_wrap=True)
 

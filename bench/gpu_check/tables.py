@@ -8,8 +8,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.gpu_check.report import Report
+from minibert.cli import legend
 from minibert.cli.options import console, plain_table
 
+COLUMNS = {
+    "floor ms": "the least that the peaks allow", "of floor": "that over the median",
+    "of copy": "of a copy's bandwidth", "of peak": "rate over the peak", "memory GB": "at the most",
+}  # fmt: skip
 COLOURS = {"ok": "green", "skipped": "yellow"}
 
 
@@ -21,7 +26,7 @@ def show(report: Report) -> None:
         console.print(f"[red]{report.label}[/red]: every time below is a CPU's that plays a GPU")
     for table in (parts(report), peaks(report), kernels(report), steps(report)):
         if table is not None:
-            console.print(table)
+            legend.show(table, COLUMNS)
     for part in report.parts:
         for what in part.skipped:
             console.print(f"{part.name}: left out: {what}", highlight=False, markup=False)

@@ -11,8 +11,14 @@ from rich.table import Table
 
 from bench.timing.batches import Batch
 from bench.timing.figures import add_to_csv
+from minibert.cli import legend
 from minibert.cli.options import console, plain_table
 from minibert.lab.measure import quiet
+
+COLUMNS = {
+    "of peak": "rate over that of multiply-adds in registers", "of product": "over that of NumPy's best product",
+    "first call s": "seconds, compiling among them",
+}  # fmt: skip
 
 
 def described(batches: Sequence[Batch]) -> dict[str, Any]:
@@ -86,7 +92,7 @@ def show(facts: Mapping[str, Any], opponents: Sequence[str]) -> None:
     if facts["refused"]:
         console.print(f"[red]refused[/red]: {facts['refused']}\n", highlight=False, soft_wrap=True)
         return
-    console.print(table(facts, [o for o in opponents if o in facts["seconds"]]))
+    legend.show(table(facts, [o for o in opponents if o in facts["seconds"]]), COLUMNS)
     for who, values in facts.get("without_dropout", {}).items():
         found = ", ".join(f"{k.replace('_', ' ')} {v:.6g}" for k, v in values.items())
         console.print(f"{who} without dropout: {found}", highlight=False)

@@ -185,7 +185,7 @@ def test_every_round_takes_every_size_and_backends_in_turn(quick: None) -> None:
         return Point(Backend(name, numpy_module), size, 1, call, nothing)
 
     points = [point(name, size) for size in (1, 2) for name in "ab"]
-    assert scaling._time("batch", points, 3, lambda text: None) == ""
+    assert scaling._time("batch", points, 3, set(), lambda text: None) == ""
     assert calls[-12:] == ["a1", "b1", "a2", "b2"] * 3
     assert all(len(p.seconds) == 3 for p in points), "the warm-up is apart"
     assert len({calls.count(f"{name}{size}") for name in "ab" for size in (1, 2)}) == 1, "all train alike"
@@ -204,7 +204,7 @@ def test_a_quick_step_is_repeated_and_as_often_on_every_backend(quick: None, mon
     monkeypatch.setattr(scaling, "SHORTEST", 0.02)
     monkeypatch.setattr(scaling, "time", SimpleNamespace(perf_counter=lambda: now[0], sleep=lambda seconds: None))
     points = [Point(Backend("a", numpy_module), 1, 1, taking(step), nothing) for step in (0.008, 0.003)]
-    assert scaling._time("batch", points, 3, lambda text: None) == ""
+    assert scaling._time("batch", points, 3, set(), lambda text: None) == ""
     assert [p.repeats for p in points] == [7, 7], "a turn of the quicker lasts long enough"
     assert points[0].seconds == pytest.approx([0.008] * 3), "seconds are of one step"
     assert points[1].seconds == pytest.approx([0.003] * 3) and points[1].first_s == pytest.approx(0.003)
@@ -290,6 +290,23 @@ def test_points_above_the_peak_are_left_out_of_the_fit() -> None:
     assert scaling.read_curve("batch", points, {1: 0.0})["impossible"] == [], "where no peak is known"
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_kernel_that_is_wrong_at_one_size_is_refused_though_the_results_are_near(
+    quick: None, places: list[Backend], alone: bool
+) -> None:
+    def wrong(*arrays: Any, **params: Any) -> Any:
+        y, *kept = OPS["add_layer_norm"].formula(numpy_module, *arrays, **params)
+        if len(y) > 4:
+            y[-1, -1] *= 1.0001
+        return (y, *kept)
+
+    with places[1].using({OPS["add_layer_norm"]: wrong}):
+        found = measure(places[alone:], {"batch": (1, 2), "length": (2, 4)}, TINY, 3)
+    refused = found["axes"]["batch"]["refused"]
+    assert refused.startswith("batch 2: add_layer_norm on numba is wrong: output 0[7, 63]: expected")
+    assert found["axes"]["batch"]["backends"] == {} and found["axes"]["length"]["refused"] == ""
+
+
 def test_sides_that_do_other_work_are_refused(
     quick: None, monkeypatch: pytest.MonkeyPatch, places: list[Backend], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -309,9 +326,10 @@ def test_sides_that_do_other_work_are_refused(
 def test_a_side_that_is_right_only_on_what_it_has_seen_is_refused_after_the_timing(quick: None) -> None:
     points = [Point(Backend(name, numpy_module), 1, 1, nothing, nothing) for name in "ab"]
     points[1].unseen = lambda: np.full(1, 1.001)
-    assert scaling._time("batch", points, 3, lambda text: None).startswith("batch 1, after the timing: b is 1.0e-03")
+    said = scaling._time("batch", points, 3, set(), lambda text: None)
+    assert said.startswith("batch 1, after the timing: b is 1.0e-03")
     points[1].unseen = lambda: np.full(1, np.nan)
-    assert "not the same work" in scaling._time("batch", points, 3, lambda text: None)
+    assert "not the same work" in scaling._time("batch", points, 3, set(), lambda text: None)
 
 
 def test_a_backend_whose_threads_cannot_be_set_is_left_out_of_that_axis(quick: None) -> None:

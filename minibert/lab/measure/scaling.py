@@ -7,6 +7,8 @@ every backend in turn (A B A B), so that a machine that slows down slows all of 
 
 What is read off the times - exponents and crossovers - is defined in `minibert.lab.measure.growth`.
 
+Every op that a kernel or a library runs is held to the bound of its formula once at each size, before it is timed.
+
 A point whose rate of arithmetic is above the peak of the machine, measured before and after, is impossible: it is
 listed, and nothing is made of it.
 """
@@ -28,8 +30,9 @@ import numpy as np
 from minibert import backends
 from minibert.backends import MOST_THREADS, Backend, BackendUnavailable
 from minibert.errors import UserError
-from minibert.kernels.op import Array, Op
+from minibert.kernels.op import Array, Op, outputs
 from minibert.kernels.readings import cost
+from minibert.lab.lockstep.assess import assess
 from minibert.lab.measure.growth import crossovers, growth
 from minibert.model.bert import BertForMaskedLM
 from minibert.model.config import BertConfig
@@ -89,10 +92,11 @@ def measure(
     _check(places, axes, base, rounds, work)
     limits = {threads: 0.0 for threads in sorted({base.threads, *axes.get("threads", ())})}
     found = {}
+    judged: set[Any] = set()
     with _threads_kept(places):
         _raise_limits(limits, progress)
         for axis, sizes in axes.items():
-            found[axis] = _axis(axis, sizes, places, base, rounds, work, limits, progress)
+            found[axis] = _axis(axis, sizes, places, base, rounds, work, limits, judged, progress)
             gc.collect()  # the models of one axis are not to stand in the way of the next
     model = {"layers": LAYERS, "vocabulary": VOCABULARY, "head_size": HEAD_SIZE, "predicted": PREDICTED}
     return {
@@ -200,14 +204,18 @@ def _points(
     return points
 
 
-def _time(axis: str, points: list[Point], rounds: int, progress: Callable[[str], None]) -> str:
-    """Warm up and time all points in turn. Says why the sides do not do the same work; empty where they do."""
+def _time(axis: str, points: list[Point], rounds: int, judged: set[Any], progress: Callable[[str], None]) -> str:
+    """Warm up, judge and time all points in turn. Says what is wrong, or why the sides do not do the same work."""
     by_size = {p.size: [q for q in points if q.size == p.size] for p in points}
     for size, turn in by_size.items():
         progress(f"{axis} {size}: warm-up")
         _warm_up(turn)
         if why := _apart(turn):
             return f"{axis} {size}: {why}"
+        progress(f"{axis} {size}: judging every op")
+        for point in turn:
+            if why := _wrong(point, judged):
+                return f"{axis} {size}: {why}"
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -244,6 +252,32 @@ def _warm_up(turn: list[Point]) -> None:
         point.call()  # as the one whose work was counted
     for point in turn:
         point.flops, point.repeats = flops, max(1, math.ceil(SHORTEST / quickest))
+
+
+def _wrong(point: Point, judged: set[Any]) -> str:
+    """What a kernel or library gives wrong in a step; empty where all lies under its bound.
+
+    `judged` has the calls that were held to it before: of one op on one backend and so many threads, of such shapes.
+    """
+    place, found = point.backend, ""
+
+    def look(op: Op, arrays: tuple[Array, ...], params: Mapping[str, Any], call: Callable[[], Any]) -> Any:
+        nonlocal found
+        which = (place.name, point.threads, op, *((a.shape, str(a.dtype)) for a in arrays))
+        if found or which in judged or place.by(op) == "formula":
+            return call()
+        judged.add(which)
+        given = [np.array(place.numpy(a)) for a in arrays]
+        result = call()
+        got = [np.array(place.numpy(r)) for r in outputs(result)]
+        judgement = assess(op, given, params, [got], place.product_mode)[0].judgement
+        if not judgement.ok:
+            found = f"{op.name} on {place.name} is wrong: {judgement.problem or judgement.worst}"
+        return result
+
+    with place.watched_by(look):
+        point.call()
+    return found
 
 
 def _take_turn(point: Point, settle: bool) -> None:
@@ -320,13 +354,13 @@ def _raise_limits(limits: dict[int, float], progress: Callable[[str], None]) -> 
 
 def _axis(
     axis: str, sizes: Sequence[int], places: Sequence[Backend], base: Base, rounds: int, work: str,
-    limits: dict[int, float], progress: Callable[[str], None],
+    limits: dict[int, float], judged: set[Any], progress: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Time one axis, and read it."""
     able = [p for p in places if axis != "threads" or all(_takes_threads(p, count) for count in sizes)]
     left_out = {p.name: "its threads cannot be set" for p in places if p not in able}
     points = _points(axis, sizes, able, base, work, progress)
-    refused = _time(axis, points, rounds, progress)
+    refused = _time(axis, points, rounds, judged, progress)
     _raise_limits(limits, progress)
     facts: dict[str, Any] = {"sizes": list(sizes), "unit": UNITS[axis], "refused": refused, "left_out": left_out}
     if refused:
