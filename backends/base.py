@@ -169,7 +169,7 @@ class Backend:
     def require_dtype(self, dtype: str) -> None:
         """Raise UserError unless arrays here may hold `dtype`, BackendUnavailable where NumPy lacks what knows it."""
         if dtype not in self.dtypes:
-            raise UserError(f"backend {self.name} has arrays of {', '.join(self.dtypes)}: not {dtype!r}")
+            raise UserError(f"dtype: backend {self.name} has arrays of {', '.join(self.dtypes)}: not {dtype!r}")
         dtype_of(dtype)
 
     def asarray(self, x: Any, dtype: Any = None) -> Array:

@@ -255,7 +255,7 @@ def test_sequences_longer_than_the_positions_of_a_named_model(refused: Refused, 
         (["diff", "numpy", "numpy", "--b-dtype"], "not ''"),
         (["bisect", "numpy", "numpy", "--b-dtype"], "not ''"),
         (["watch", KERNEL_FILE, "--once", "--backend"], "no backend is called ''"),
-        (["watch", KERNEL_FILE, "--once", "--dtype"], "got ''"),
+        (["watch", KERNEL_FILE, "--once", "--dtype"], "not ''"),
     ],
 )
 def test_an_option_that_is_given_empty_is_not_left_out(refused: Refused, words: list[str], message: str) -> None:
@@ -294,7 +294,7 @@ def test_sequences_longer_than_the_batch(refused: Refused, text: Path, tmp_path:
         ("--document-separator", "=====", "no line of"),
         ("--document-separator", "", "document separator"),
         ("--config", "", "config.json"),
-        ("--dtype", "", "--dtype"),
+        ("--dtype", "", "dtype: backend"),
         ("--backend", "", "no backend is called ''"),
     ],
 )
