@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from bench.gpu_check.report import Outcome, Report
-from minibert.errors import UserError
+from minibert.errors import UserError, pip_install
 from minibert.model.checkpoint import write_arrays
 from minibert.page import read_recorded
 from tests.page_facts import TIME, Page, minibert, small_facts, written
 
-pytest.importorskip("matplotlib", reason="the page is drawn with matplotlib: pip install 'minibert[report]'")
-pytest.importorskip("jinja2", reason="the page is laid out with jinja2: pip install 'minibert[report]'")
+pytest.importorskip("matplotlib", reason=f"the page is drawn with matplotlib: {pip_install('[report]')}")
+pytest.importorskip("jinja2", reason=f"the page is laid out with jinja2: {pip_install('[report]')}")
 
 
 def test_a_recorded_comparison_is_labelled(tmp_path: Path) -> None:
