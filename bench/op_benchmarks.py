@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from bench.timing.op_timing import Inputs, aligned, of_one, peaks_of
+from bench.timing.op_timing import Inputs, aligned, judged, of_one, peaks_of
 from minibert import backends
 from minibert.errors import pip_install
 from minibert.kernels import OPS, Op
 from minibert.kernels.op import BertSize
 from minibert.kernels.readings import cost
+from minibert.lab.conform.judge import expect
 
 if TYPE_CHECKING:
     from minibert.lab.measure.peaks import Peaks
@@ -62,6 +63,8 @@ def test_op(op: Op, backend: str, benchmark: Any) -> None:
     def fresh() -> tuple[tuple[Any, ...], dict[str, Any]]:
         return tuple(place.asarray(aligned(a)) for a in inputs.host), {}
 
+    found = judged(op, place, inputs, expect(op, inputs.host, inputs.params, "float32"))
+    assert not found.problem, found.problem
     benchmark.group = op.name
     call(*fresh()[0])  # which may compile
     if op.writes:

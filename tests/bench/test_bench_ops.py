@@ -271,3 +271,19 @@ def pytest_in_a_child(*words: str, **environment: str) -> subprocess.CompletedPr
     command = [sys.executable, "-m", "pytest", *words, "-p", "no:cacheprovider"]
     env = {**os.environ, "MINIBERT_NUM_THREADS": "1", **environment}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+
+
+def test_pytest_benchmark_times_no_op_that_is_wrong_at_its_shape() -> None:
+    pytest.importorskip("pytest_benchmark")
+    from bench.op_benchmarks import test_op
+
+    def wrong(x: np.ndarray, *, factor: float) -> np.ndarray:
+        y = x * x.dtype.type(factor)
+        y[1000:] = 0
+        return y
+
+    with (
+        backends.get("numpy").using({OPS["scale"]: wrong}),
+        pytest.raises(AssertionError, match=r"output 0\[1000, 0\]"),
+    ):
+        test_op(OPS["scale"], "numpy", None)
