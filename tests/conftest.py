@@ -49,7 +49,8 @@ SLOW = frozenset(
         "lab/compare/test_compare_facts.py::test_crossovers_are_those_of_a_kernel_of_ones_own",
         "lab/compare/test_compare_facts.py::test_json_alone_needs_no_page_and_measures_no_crossovers",
         "train/test_train.py::test_interrupt_saves_and_resume_goes_on train/test_train.py::test_loss_falls",
-        "train/test_train.py::test_backends_agree_with_dropout_on",
+        "train/test_train.py::test_backends_agree_with_dropout_on cli/test_own_backends.py",
+        "cli/test_tables.py::test_a_terminal_of_80_columns_cuts_no_word",
     )
     for name in names.split()
 )
