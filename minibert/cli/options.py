@@ -15,7 +15,10 @@ from rich.table import Table
 
 from minibert import backends
 from minibert.backends import Backend
+from minibert.data.tokenizer import FILES
 from minibert.errors import UserError
+from minibert.lab.lockstep.trace import is_trace
+from minibert.model.checkpoint import CONFIG, INDEX, OTHER_WEIGHTS
 
 PIPED_WIDTH = 10_000  # characters where no terminal says how many there are: a line in a file is not to be cut
 
@@ -23,6 +26,7 @@ console = Console()
 notes = Console(stderr=True)  # progress and notes: standard output holds the result alone
 if not console.is_terminal and "COLUMNS" not in os.environ:
     console = Console(width=PIPED_WIDTH)
+MODEL_FILES = {*FILES, CONFIG, INDEX}
 
 
 def plain_table(*header: str, **options: Any) -> Table:
@@ -46,12 +50,14 @@ def fitted_table(header: Sequence[str], rows: Sequence[Sequence[str]], spare: Se
 
 
 def refuse_unwritable(*paths: Path | None) -> None:
-    """Raise UserError for a file that could not be written: before the work, not after it."""
+    """Raise UserError for a file that could not be written, or must not be: before the work, not after it."""
     for path in paths:
         if path is None:
             continue
         if path.is_dir():
             raise UserError(f"{path} is a folder: name a file")
+        if path.exists() and (path.name in MODEL_FILES or path.suffix in OTHER_WEIGHTS) and not is_trace(path):
+            raise UserError(f"{path} is part of a model, which is not replaced: name another file")
         existing = path if path.exists() else path.resolve().parent
         if not existing.exists():
             raise UserError(f"{path}: there is no folder {existing}; make it first")

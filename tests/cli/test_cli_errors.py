@@ -158,6 +158,24 @@ def test_a_vocabulary_or_a_model_is_not_replaced(
     assert {path.name: path.read_text() for path in folder.iterdir()} == {file: "kept"}
 
 
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        (["diff", "numpy", "--record"], "model.safetensors"),
+        (["diff", "numpy", "numba", "--json"], "vocab.txt"),
+        (["bisect", "numpy", "numba", "--json"], "tokenizer.json"),
+        (["compare", "--markdown"], "config.json"),
+        (["compare", "--json"], "pytorch_model.bin"),
+        (["kernels", "build", "--json"], "model.safetensors.index.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_no_result_replaces_part_of_a_model(refused: Refused, tmp_path: Path, command: list[str], file: str) -> None:
+    (tmp_path / file).write_text("kept")
+    assert f"{file} is part of a model, which is not replaced" in refused(*command, tmp_path / file)
+    assert (tmp_path / file).read_text() == "kept"
+
+
 def test_a_vocabulary_is_replaced_when_that_is_said(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from minibert.backends.base import Backend, Kernel, dtype_of
 from minibert.data.batching import PackedBatch
@@ -347,6 +348,15 @@ def _read_by_the_optimiser(call: Call) -> Iterable[Key]:
 def _suffix(key: Key) -> str:
     """The same bytes may be arrays of several shapes."""
     return f".{key.dtype}.{'x'.join(map(str, key.shape))}"
+
+
+def is_trace(path: Path) -> bool:
+    """Whether a file is what `--record` writes."""
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            return (opened.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
 
 
 def load(path: Path) -> Recording:
