@@ -269,7 +269,8 @@ def test_without_pytest_benchmark_the_benchmarks_are_skipped_with_what_to_instal
 
 def pytest_in_a_child(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", *words, "-p", "no:cacheprovider"]
-    env = {**os.environ, "MINIBERT_NUM_THREADS": "1", **environment}
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    env = {**outer, "MINIBERT_NUM_THREADS": "1", **environment}  # under xdist pytest-benchmark times nothing
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 

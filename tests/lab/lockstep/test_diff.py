@@ -258,8 +258,8 @@ CUDA_FAULTS = (
         "(g[i] * weight[i] - mean_h - n * mean_hn) * rstd", "(g[i] * weight[i] - n * mean_hn) * rstd",
     ),
     CudaFault(
-        "no scale of dropout on attention", "attention/gpu.cu", "attention", "forward",
-        "bert.encoder.layer.0.attention.self", "sums[i], kept / sum, lane", "sums[i], 1.0f / sum, lane",
+        "no scale of dropout on attention", "attention/gpu_flash.cuh", "attention", "forward",
+        "bert.encoder.layer.0.attention.self", "factor[i] = call.kept / sum;", "factor[i] = 1.0f / sum;",
     ),
     CudaFault(
         "gradient of a mean over one row more", "cross_entropy/gpu.cu", "linear_cross_entropy", "forward",
