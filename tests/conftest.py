@@ -4,6 +4,7 @@ parity tests skip."""
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
@@ -12,6 +13,8 @@ import hypothesis
 import pytest
 
 from minibert.backends import Backend
+
+os.environ.pop("COLUMNS", None)  # tables are tested as they are in a pipe, whole; xdist would have them 80 wide
 
 ROOT = Path(__file__).resolve().parent.parent
 
