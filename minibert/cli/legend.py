@@ -57,3 +57,5 @@ def show(table: Table, more: Mapping[str, str] | None = None) -> None:
     line = legend([str(column.header) for column in table.columns], more)
     if line:
         console.print(line, highlight=False, markup=False)
+        if table.title:  # one of several
+            console.print()
