@@ -36,10 +36,12 @@ DTYPES = {
 # Weights in other files, by how the name ends, and what to do about them.
 PICKLE = "a pickle can run code and is never loaded; convert it where you trust it, by from_pretrained and "
 FOREIGN = "it is of TensorFlow or Flax, and not read; convert it by from_pretrained and "
+EXPORT = f"it is made for another program, and not read; get the model that it was made from, with {WEIGHTS}"
 OTHER_WEIGHTS = {
     ".safetensors": f"name it {WEIGHTS} if it is the whole model; if it is one of several, get {INDEX} too",
     **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), f"{PICKLE}save_pretrained of transformers"),
     **dict.fromkeys((".h5", ".msgpack", ".index"), f"{FOREIGN}save_pretrained of transformers 4"),
+    **dict.fromkeys((".onnx", ".gguf", ".ot", ".tflite", ".pb", ".npz", ".mlmodel", ".mlpackage"), EXPORT),
 }
 
 

@@ -144,7 +144,7 @@ def test_arguments_and_paths_that_are_not_utf8(
         ("vocab.txt", False, "holds a vocabulary, vocab.txt: add --overwrite"),
         ("tokenizer_config.json", False, "holds a vocabulary, tokenizer_config.json"),
         ("model.safetensors", True, "holds a model, model.safetensors"),
-        ("pytorch_model.bin", True, "holds a model"),
+        *((f"a.{end}", True, "a model") for end in ("bin", "onnx", "gguf", "ot", "tflite", "pb", "npz", "mlmodel")),
         ("bert_model.ckpt.data-00000-of-00001", True, "holds a model"),
     ],
 )
