@@ -28,6 +28,7 @@ from minibert.data.tokenizer_config import (
 )
 from minibert.data.wordpiece import build_tokenizer
 from minibert.errors import UserError
+from minibert.model.checkpoint import CONFIG as MODEL_CONFIG
 from minibert.model.checkpoint import write_atomically
 
 SHIPPED_VOCABULARY = Path(__file__).resolve().parent.parent / "assets" / "vocab.txt"
@@ -42,6 +43,8 @@ BERTS_CLASSES = {
     *("LayoutLMTokenizer", "LxmertTokenizer", "MobileBertTokenizer", "RealmTokenizer", "RetriBertTokenizer"),
     "SqueezeBertTokenizer",
 }
+# What BertJapaneseTokenizer and its kind can do otherwise -> BERT's own way.
+CUTTING = {"word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece"}
 # Field of the normalizer in tokenizer.json -> key of tokenizer_config.json.
 CLEANING = {
     "lowercase": "do_lower_case",
@@ -132,6 +135,7 @@ def load_tokenizer(folder_or_file: AnyPath) -> Tokenizer:
     tokenizer.settings = settings  # type: ignore[attr-defined]
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = settings.config.get("split_special_tokens", False)
     return tokenizer
 
 
@@ -173,6 +177,14 @@ def from_json(path: Path) -> tuple[Tokenizer, Settings]:
     tokenizer = parse(json.dumps(content | {"added_tokens": []}), path)
     tokenizer.add_tokens(tokens)
     follow_config(tokenizer, config, path)
+    if cuts_as_bert(tokenizer, config):
+        warn_of_another_kind(config, path)
+    elif class_named(config) in BERTS_CLASSES:
+        warnings.warn(
+            f"{path} is followed, but transformers 5 forgets how it cuts where {CONFIG} does not say the same: other "
+            "ids there, until it is saved from here",
+            stacklevel=3,
+        )
     return tokenizer, Settings(config, lengths)
 
 
@@ -198,12 +210,29 @@ def follow_config(tokenizer: Tokenizer, config: Mapping[str, Any], path: Path) -
         warnings.warn(f"{path.with_name(CONFIG)}, where {what}, is followed against {path.name}", stacklevel=4)
 
 
+def class_named(config: Mapping[str, Any]) -> str:
+    """The class of transformers that the files name, without "Fast"; BERT's where they name none."""
+    return str(config.get("tokenizer_class") or "BertTokenizer").removesuffix("Fast")
+
+
+def is_of_another_kind(config: Mapping[str, Any]) -> bool:
+    """Whether the class named is one whose vocab.txt is cut otherwise than BERT's."""
+    return class_named(config) not in {*BERTS_CLASSES, *GENERAL_CLASSES}
+
+
+def warn_of_another_kind(config: Mapping[str, Any], path: Path) -> None:
+    """Warn where the files name another way to cut than BERT's."""
+    others = [class_named(config)] if is_of_another_kind(config) else []
+    others += [f"{key} {config[key]}" for key, own in CUTTING.items() if config.get(key) not in (None, own)]
+    if others:
+        beside = f"{CONFIG} and {MODEL_CONFIG} beside it"
+        warnings.warn(f"{path} is cut as BertTokenizer does, not {' with '.join(others)}: see {beside}", stacklevel=4)
+
+
 def from_vocabulary(path: Path) -> tuple[Tokenizer, Settings]:
     """vocab.txt: BERT's pipeline on it, cleaning text as `tokenizer_config.json` beside it says."""
     config, added = read_config(path.parent)
-    named = str(config.get("tokenizer_class") or "BertTokenizer").removesuffix("Fast")
-    if named not in BERTS_CLASSES and named not in GENERAL_CLASSES:
-        warnings.warn(f"{path} is cut as BertTokenizer does, not {named}: see {CONFIG} beside it", stacklevel=3)
+    warn_of_another_kind(config, path)
     vocabulary = parse_vocabulary(read_text(path))
     special = special_among(vocabulary, added, config, path)
     vocabulary |= {config[key]: number for key, number in zip(SPECIAL_TOKENS, special, strict=True)}
@@ -247,7 +276,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: AnyPath, model_max_length: int 
     config = dict(settings.config)
     cleaning = content["normalizer"] or {}
     config |= {key: cleaning[field] for field, key in CLEANING.items() if cleaning.get("type") == "BertNormalizer"}
-    own = cuts_as_bert(content, config)
+    own = cuts_as_bert(tokenizer, config, decodes_too=True)
     if own and config.get("tokenizer_class") not in GENERAL_CLASSES:
         config["tokenizer_class"] = "BertTokenizer"
     elif config.get("tokenizer_class") not in GENERAL_CLASSES:  # which gives no token types unless told to
@@ -270,19 +299,26 @@ def save_tokenizer(tokenizer: Tokenizer, folder: AnyPath, model_max_length: int 
         write(folder / VOCABULARY, text)
 
 
-def cuts_as_bert(content: dict[str, Any], config: Mapping[str, Any]) -> bool:
-    """Whether tokenizer.json says no more than BERT's pipeline under this config: all that BertTokenizer follows."""
+def cuts_as_bert(tokenizer: Tokenizer, config: Mapping[str, Any], decodes_too: bool = False) -> bool:
+    """Whether a text has the ids that BERT's pipeline under this config gives: all that BertTokenizer follows.
 
-    def pipeline(content: dict[str, Any]) -> list[Any]:
+    And, where `decodes_too`, ids their text.
+    """
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    own = build_tokenizer({config[key]: ids[config[key]] for key in SPECIAL_TOKENS}, config)
+    empty = own.encode("", add_special_tokens=False)
+
+    def cutting(tokenizer: Tokenizer) -> list[Any]:
+        content = json.loads(tokenizer.to_str())
         model = {key: value for key, value in content["model"].items() if key != "vocab"}
-        return [model, *(content[part] for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"))]
+        normalizer = content["normalizer"]
+        if normalizer and normalizer["type"] == "BertNormalizer" and normalizer["strip_accents"] is None:
+            normalizer["strip_accents"] = normalizer["lowercase"]
+        process = tokenizer.post_processor.process if tokenizer.post_processor else (lambda first, second=None: first)
+        around = [(each.ids, each.type_ids) for each in (process(empty), process(empty, empty))]
+        return [model, normalizer, content["pre_tokenizer"], around, decodes_too and content["decoder"]]
 
-    vocabulary = content["model"]["vocab"]
-    if not isinstance(vocabulary, dict):
-        return False
-    ids = vocabulary | {each["content"]: each["id"] for each in content["added_tokens"]}
-    special = {config[key]: ids[config[key]] for key in SPECIAL_TOKENS}
-    return pipeline(content) == pipeline(json.loads(build_tokenizer(special, config).to_str()))
+    return cutting(tokenizer) == cutting(own)
 
 
 def vocabulary_text(ids: Mapping[str, int]) -> str | None:

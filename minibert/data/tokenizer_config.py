@@ -1,4 +1,4 @@
-"""What stands beside a vocabulary: tokenizer_config.json, special_tokens_map.json and added_tokens.json.
+"""What stands beside a vocabulary: tokenizer_config.json, special_tokens_map.json, added_tokens.json, config.json.
 
 They say how text is cleaned, which names the special tokens go by, and which tokens were added later. Read in the
 order in which transformers 5 reads them. Keys without a meaning here are kept: a save writes them again.
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken
 
 from minibert.errors import UserError
+from minibert.model.checkpoint import CONFIG as MODEL_CONFIG
 
 CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 
@@ -84,6 +85,7 @@ NAMES = Kind(
     "a list of texts, or null",
     lambda value: value is None or (isinstance(value, list) and all(map(is_text, value))),
 )
+NAME = Kind("a name, or null", lambda value: value is None or is_text(value))
 TOKEN = Kind("a token, as text or as an object with content", lambda value: value is None or is_token(value))
 TOKENS = Kind(
     "a list or an object of tokens",
@@ -95,7 +97,10 @@ KINDS = {
     "strip_accents": Kind("true, false or null", lambda value: value is None or is_flag(value)),
     "do_basic_tokenize": FLAG,
     "never_split": NAMES,
-    "tokenizer_class": Kind("a name, or null", lambda value: value is None or is_text(value)),
+    "split_special_tokens": FLAG,
+    "word_tokenizer_type": NAME,
+    "subword_tokenizer_type": NAME,
+    "tokenizer_class": NAME,
     "model_max_length": LENGTH,
     "max_len": LENGTH,
     "padding_side": SIDE,
@@ -149,6 +154,12 @@ def text_of(value: Any) -> Any:
     return [text_of(each) for each in value] if isinstance(value, list) else value
 
 
+def extra_tokens(config: Mapping[str, Any]) -> list[Any]:
+    """The special tokens beyond the named ones, as text or as objects."""
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    return list(extra.values() if isinstance(extra, dict) else extra)
+
+
 def read_config(folder: Path, serialized: Iterable[Added] = ()) -> tuple[dict[str, Any], list[Added]]:
     """The config of the tokenizer in a folder, its tokens named as texts, and all added tokens.
 
@@ -156,18 +167,26 @@ def read_config(folder: Path, serialized: Iterable[Added] = ()) -> tuple[dict[st
     value of the wrong type: the key, what was expected, what came, and the file.
     """
     config = read_checked(folder / CONFIG, KINDS)
+    model = read_checked(folder / MODEL_CONFIG, {"tokenizer_class": NAME})
+    if named_class := config.get("tokenizer_class") or model.get("tokenizer_class"):
+        config["tokenizer_class"] = named_class
     decoder = config.pop("added_tokens_decoder", None)
     added = {each.token.content: each for each in serialized}
+    early = extra_tokens(config)
     if decoder is None:
-        config |= read_checked(folder / SPECIAL_TOKENS_MAP, KINDS)
+        about = read_checked(folder / SPECIAL_TOKENS_MAP, KINDS)
+        config |= about
+        early += extra_tokens({"extra_special_tokens": about.get("extra_special_tokens")})
     named = {key: value for key, value in config.items() if key.endswith("_token") and is_token(value)}
     named = {key: named[key] for key in dict.fromkeys(("bos_token", "eos_token", *named)) if key in named}
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    extra = list(extra.values() if isinstance(extra, dict) else extra)
+    extra = extra_tokens(config)
     if decoder is None:
-        special = set(text_of([*named.values(), *extra]))
+        # As transformers 5 does: what no file has called special by now - one of BERT's own names, or in the map
+        # additional_special_tokens - is found after the text is cleaned: where that lower-cases, "[Mask]" is [MASK].
+        special = set(text_of([*named.values(), *early]))
         ids = read_checked(folder / ADDED_TOKENS, {}, Kind("an id", is_id))
-        added = {text: Added(AddedToken(text, special=text in special), number) for text, number in ids.items()} | added
+        listed = {text: AddedToken(text, special=text in special, normalized=text not in special) for text in ids}
+        added = {text: Added(token, ids[text]) for text, token in listed.items()} | added
     else:
         declared = [Added(as_token(value, special=False), int(number)) for number, value in decoder.items()]
         added |= {each.token.content: each for each in declared}

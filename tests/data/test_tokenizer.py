@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,9 @@ def test_a_line_number_is_an_id_and_the_last_of_equal_lines_counts(
         assert load_tokenizer(tmp_path / "saved" / file).get_vocab() == ids
 
 
+Files = dict[str, object]  # name, without .json -> content
+
+
 def with_config(folder: Path, **files: object) -> Path:
     """A folder with vocab.txt and JSON files beside it."""
     (folder / "vocab.txt").write_text(WHOLE)
@@ -260,6 +264,9 @@ def test_padding_and_truncation_come_back_from_a_save(shipped: Tokenizer, tmp_pa
         ("tokenizer_config", {"never_split": "word"}, "'never_split'"),
         ("tokenizer_config", {"padding_side": "middle"}, "'padding_side'"),
         ("tokenizer_config", {"tokenizer_class": ["BertTokenizer"]}, "'tokenizer_class'"),
+        ("config", {"tokenizer_class": 7}, "a name, or null for 'tokenizer_class' in .*config.json, got 7"),
+        ("tokenizer_config", {"split_special_tokens": "no"}, "true or false for 'split_special_tokens'"),
+        ("tokenizer_config", {"word_tokenizer_type": 1}, "'word_tokenizer_type'"),
         ("tokenizer_config", ["do_lower_case"], "expected a JSON object in .*tokenizer_config.json, got list"),
         ("special_tokens_map", {"sep_token": ["[SEP]"]}, "'sep_token' in .*special_tokens_map.json"),
         ("special_tokens_map", {"sep_token": "[END]"}, r"lacks \[END\] \(sep_token\)"),
@@ -294,6 +301,99 @@ def test_what_is_cut_in_an_unexpected_way_is_said(shipped: Tokenizer, tmp_path: 
     (tmp_path / "tokenizer.json").write_text(shipped.to_str(), encoding="utf-8")
     with pytest.warns(UserWarning, match="tokenizer_config.json, where do_lower_case is false, is followed against"):
         assert ids_of(load_tokenizer(tmp_path), "The") != ids_of(shipped, "The")
+
+
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        ({"config": {"tokenizer_class": "BertJapaneseTokenizer"}}, "not BertJapaneseTokenizer: see"),
+        (
+            {"tokenizer_config": {"word_tokenizer_type": "mecab", "subword_tokenizer_type": "wordpiece"}},
+            "not word_tokenizer_type mecab: see",
+        ),
+        (
+            {
+                "config": {"tokenizer_class": "BertTokenizer"},
+                "tokenizer_config": {"tokenizer_class": "BertJapaneseTokenizer", "subword_tokenizer_type": "character"},
+            },
+            "not BertJapaneseTokenizer with subword_tokenizer_type character: see",
+        ),
+    ],
+)
+def test_a_folder_of_another_kind_is_said_wherever_it_is_named(tmp_path: Path, files: Files, what: str) -> None:
+    with pytest.warns(UserWarning, match=f"vocab.txt is cut as BertTokenizer does, {what}"):
+        load_tokenizer(with_config(tmp_path, **files))
+
+
+@pytest.mark.parametrize("files", [{"tokenizer_class": "BertTokenizerFast"}, {"tokenizer_class": None}, {}])
+def test_the_class_in_the_models_config_may_be_berts(tmp_path: Path, files: Files) -> None:
+    load_tokenizer(with_config(tmp_path, config=files, tokenizer_config={"word_tokenizer_type": "basic"}))
+
+
+def test_special_tokens_in_a_text_are_split_where_the_config_says_so(tmp_path: Path) -> None:
+    (folder := with_config(tmp_path, tokenizer_config={"split_special_tokens": True})).joinpath("vocab.txt").write_text(
+        WHOLE + "[\n]\nmask\n"
+    )
+    save_tokenizer(loaded := load_tokenizer(folder), tmp_path / "saved")
+    for tokenizer in (loaded, load_tokenizer(tmp_path / "saved")):
+        assert tokenizer.encode("word [MASK]").ids == [2, 5, 6, 8, 7, 3]
+
+
+@pytest.mark.parametrize(
+    ("files", "ids"),
+    [
+        ({"special_tokens_map": {"additional_special_tokens": ["<new>"]}}, [6, 6, 4, 1, 1, 1]),
+        ({"special_tokens_map": {"extra_special_tokens": ["<new>"]}}, [6, 1, 1, 1, 4, 1, 1, 1]),
+        ({"tokenizer_config": {"additional_special_tokens": ["<new>"]}}, [6, 1, 1, 1, 4, 1, 1, 1]),
+        ({"added_tokens": {"<new>": 6, "[MASK]": 4}}, [6, 6, 4, 4]),
+        (
+            {"added_tokens": {"<new>": 6, "[MASK]": 4}, "special_tokens_map": {"mask_token": "[MASK]"}},
+            [6, 6, 4, 1, 1, 1],
+        ),
+    ],
+)
+def test_added_tokens_that_no_file_calls_special_in_time_are_found_in_clean_text(
+    tmp_path: Path, files: Files, ids: list[int]
+) -> None:
+    """As in transformers 5, which reads additional_special_tokens of the map too late: see the parity tests."""
+    save_tokenizer(
+        loaded := load_tokenizer(with_config(tmp_path, **{"added_tokens": {"<new>": 6}, **files})), tmp_path / "saved"
+    )
+    for tokenizer in (loaded, load_tokenizer(tmp_path / "saved")):
+        assert ids_of(tokenizer, "<new><New>[MASK][Mask]") == ids
+
+
+@pytest.mark.parametrize(
+    ("parts", "config", "warned"),
+    [
+        ({"normalizer": {"lowercase": False}}, {}, True),
+        ({"normalizer": {"lowercase": False}}, {"do_lower_case": False}, False),
+        ({"normalizer": {"lowercase": False}}, {"tokenizer_class": "PreTrainedTokenizerFast"}, False),
+        ({"normalizer": {"strip_accents": False}}, {}, True),
+        ({"normalizer": {"strip_accents": True}}, {}, False),
+        ({"normalizer": {"type": "Lowercase"}}, {"do_lower_case": True}, True),
+        ({"model": {"max_input_chars_per_word": 20}}, {}, True),
+        ({"decoder": {"cleanup": False}}, {}, False),
+        ({"post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]}}, {}, False),
+        ({"post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[PAD]", 0]}}, {}, True),
+        ({"padding": {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                      "pad_type_id": 0, "pad_token": "[PAD]"}}, {}, False),
+    ],
+)  # fmt: skip
+def test_a_json_that_transformers_cuts_otherwise_is_said_until_it_is_saved(
+    shipped: Tokenizer, tmp_path: Path, parts: dict[str, dict[str, object]], config: dict[str, object], warned: bool
+) -> None:
+    content = json.loads(shipped.to_str())
+    content |= {part: (content[part] or {}) | changed for part, changed in parts.items()}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = load_tokenizer(tmp_path)
+        assert ["transformers 5 forgets how it cuts" in str(each.message) for each in caught] == [True] * warned
+        save_tokenizer(loaded, tmp_path / "saved")
+        load_tokenizer(tmp_path / "saved")
+    assert len(caught) == warned
 
 
 def test_a_missing_tokenizer_and_a_broken_config_are_named(tmp_path: Path) -> None:

@@ -101,6 +101,16 @@ CASES = {
         | {"added_tokens.json": {"[E1]": NEXT + 1, "<ent>": NEXT}}
         | {"special_tokens_map.json": {"additional_special_tokens": ["[E1]"]}}
     ),
+    "additional_special_tokens of the map": Case(
+        vocabulary()
+        | {"added_tokens.json": {"<ent>": NEXT}}
+        | {"special_tokens_map.json": {"additional_special_tokens": ["<ent>"]}}
+    ),
+    "special tokens in added_tokens.json": Case(
+        vocabulary() | {"added_tokens.json": {"[CLS]": 2, "[MASK]": 4, "<ent>": NEXT}}
+    ),
+    "special tokens are split": Case(vocabulary(split_special_tokens=True)),
+    "special tokens of a json are split": Case(serialized(config={"split_special_tokens": True})),
     # transformers leaves [UNK] out of what WordPiece can give, and fails at the first unknown word.
     "special tokens among the added": Case(
         vocabulary(*WORDS[4:]) | {"added_tokens.json": {word: NEXT - 4 + IDS[word] for word in WORDS[:4]}}, source=False
@@ -164,7 +174,7 @@ def write(folder: Path, files: dict[str, Any]) -> Path:
     return folder
 
 
-@pytest.mark.filterwarnings("ignore:.*followed against tokenizer.json")
+@pytest.mark.filterwarnings("ignore:.*followed against tokenizer.json", "ignore:.*forgets how it cuts")
 @pytest.mark.parametrize("name", CASES)
 def test_transformers_cuts_a_saved_tokenizer_as_we_do(name: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, BertTokenizerFast
