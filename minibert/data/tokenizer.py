@@ -274,14 +274,15 @@ def save_tokenizer(tokenizer: Tokenizer, folder: AnyPath, model_max_length: int 
     settings = settings_of(tokenizer)
     content = json.loads(tokenizer.to_str()) | settings.lengths
     config = dict(settings.config)
-    cleaning = content["normalizer"] or {}
-    config |= {key: cleaning[field] for field, key in CLEANING.items() if cleaning.get("type") == "BertNormalizer"}
-    own = cuts_as_bert(tokenizer, config, decodes_too=True)
-    if own and config.get("tokenizer_class") not in GENERAL_CLASSES:
-        config["tokenizer_class"] = "BertTokenizer"
-    elif config.get("tokenizer_class") not in GENERAL_CLASSES:  # which gives no token types unless told to
-        config["tokenizer_class"] = GENERAL_CLASS
-        config.setdefault("model_input_names", ["input_ids", "token_type_ids", "attention_mask"])
+    # A class that cuts as the weights want it, if not here: transformers goes on with it, and the next load warns too.
+    kept = is_of_another_kind(config) and cuts_as_bert(tokenizer, config, decodes_too=True)
+    if not kept and (cleaning := content["normalizer"] or {}).get("type") == "BertNormalizer":
+        config |= {key: cleaning[field] for field, key in CLEANING.items()}
+    own = kept or cuts_as_bert(tokenizer, config, decodes_too=True)
+    if not kept and config.get("tokenizer_class") not in GENERAL_CLASSES:
+        config["tokenizer_class"] = "BertTokenizer" if own else GENERAL_CLASS
+        if not own:  # the general class gives no token types unless told to
+            config.setdefault("model_input_names", ["input_ids", "token_type_ids", "attention_mask"])
     lengths = (model_max_length, config.get("model_max_length"), config.get("max_len"))
     if known := [length for length in lengths if length is not None]:
         config["model_max_length"] = min(known)

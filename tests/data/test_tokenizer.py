@@ -322,7 +322,14 @@ def test_what_is_cut_in_an_unexpected_way_is_said(shipped: Tokenizer, tmp_path: 
 )
 def test_a_folder_of_another_kind_is_said_wherever_it_is_named(tmp_path: Path, files: Files, what: str) -> None:
     with pytest.warns(UserWarning, match=f"vocab.txt is cut as BertTokenizer does, {what}"):
-        load_tokenizer(with_config(tmp_path, **files))
+        loaded = load_tokenizer(with_config(tmp_path, **files))
+    save_tokenizer(loaded, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert ("do_lower_case" in saved) == (saved["tokenizer_class"] == "BertTokenizer")  # Japanese ones default to false
+    assert saved["tokenizer_class"] in what or "Japanese" not in what
+    for name in ("tokenizer.json", "vocab.txt"):
+        with pytest.warns(UserWarning, match=f"{name} is cut as BertTokenizer does, {what}"):
+            load_tokenizer(tmp_path / "saved" / name)
 
 
 @pytest.mark.parametrize("files", [{"tokenizer_class": "BertTokenizerFast"}, {"tokenizer_class": None}, {}])
