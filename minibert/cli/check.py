@@ -30,8 +30,8 @@ from minibert.cli.options import (
     PRODUCTS_HELP,
     chosen_backends,
     console,
-    fitted_table,
     notes,
+    plain_table,
     set_products,
 )
 from minibert.errors import UserError
@@ -141,7 +141,10 @@ def _table(results: list[CheckResult], ulp: bool) -> Table:
             "[green]ok[/green]" if all(r.ok for r in group) else "[red]FAIL[/red]",
         ])  # fmt: skip
     header = ["op", "backend", "dtype", "by", "checks", "inputs", *measures, "gradient", ""]
-    return fitted_table(header, shown, ("err/uS", "inputs", "by"))
+    table = plain_table(*header)
+    for row in shown:
+        table.add_row(*row)
+    return table
 
 
 def _worst(results: list[CheckResult], measure: str, form: str) -> str:

@@ -37,6 +37,7 @@ def _loss_apart(found: Drift) -> float:
 
 DRIFT_MEANINGS = {
     "losses apart": "relative, as weights apart", "local of bound": "each op's own error, of what is allowed",
+    "calls": "in the run",
     "in its run": "the same on a side's own inputs", "inherited first": "how far apart inputs are in the first step",
     "last": "in the last", "growth": "of that distance to the outputs, the median",
 }  # fmt: skip

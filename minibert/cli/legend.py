@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from rich.table import Table
 
-from minibert.cli.options import console
+from minibert.cli.options import console, fit
 
 ULP_HELP = "Show errors in units in the last place too; they are large wherever terms cancel, right or wrong."
 
@@ -52,10 +52,19 @@ def legend(columns: Iterable[str], more: Mapping[str, str] | None = None) -> str
 
 
 def show(table: Table, more: Mapping[str, str] | None = None) -> None:
-    """Print a table, and below it what its columns mean; `more` is what is said of its own."""
+    """Print a table as wide as the terminal allows, and below it what its columns mean.
+
+    `more` is what is said of its own columns; those that had to be left out are named.
+    """
+    left = fit(table)
+    if title := table.title:  # by itself: rich would wrap it at the table's width
+        table.title = None
+        console.print(title, style="bold", highlight=False, soft_wrap=True)
     console.print(table)
     line = legend([str(column.header) for column in table.columns], more)
+    if left:
+        line += f"{'; ' if line else ''}left out of so narrow a terminal: {', '.join(left)}"
     if line:
         console.print(line, highlight=False, markup=False)
-        if table.title:  # one of several
-            console.print()
+    if title:  # one of several
+        console.print()

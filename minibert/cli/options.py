@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ notes = Console(stderr=True)  # progress and notes: standard output holds the re
 if not console.is_terminal and "COLUMNS" not in os.environ:
     console = Console(width=PIPED_WIDTH)
 MODEL_FILES = {*FILES, CONFIG, INDEX}
+# Columns that a narrow terminal does without, those first that are missed least.
+SPARE = ("GB/s", "GFLOP/s", "predicted", "err/uS", "us/token", "by", "inputs", "calls", "limit", "share")
 
 
 def plain_table(*header: str, **options: Any) -> Table:
@@ -37,16 +38,19 @@ def plain_table(*header: str, **options: Any) -> Table:
     return table
 
 
-def fitted_table(header: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str]) -> Table:
-    """A table of these rows; where the terminal is too narrow, columns of `spare` are left out one after another."""
-    table = plain_table(*header)
-    for row in rows:
-        table.add_row(*row)
-    if not spare or Measurement.get(console, console.options.update(width=PIPED_WIDTH), table).maximum <= console.width:
-        return table
-    left = header.index(spare[0])
-    without = [[cell for i, cell in enumerate(row) if i != left] for row in (header, *rows)]
-    return fitted_table(without[0], without[1:], spare[1:])
+def fit(table: Table) -> list[str]:
+    """Take columns of SPARE out of a table until it is as narrow as the terminal; returns the names of those."""
+    left = []
+    for name in SPARE:
+        if Measurement.get(console, console.options.update(width=PIPED_WIDTH), table).maximum <= console.width:
+            break
+        kept = [c for c in table.columns if str(c.header) != name and not str(c.header).endswith(f" {name}")]
+        if len(kept) < len(table.columns):
+            left.append(name)
+        for number, column in enumerate(kept):
+            column._index = number  # of the column's place, which rich looks up for its padding
+        table.columns = kept
+    return left
 
 
 def refuse_unwritable(*paths: Path | None) -> None:
