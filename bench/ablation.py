@@ -179,7 +179,7 @@ def bench(
     if spec is not None:
         print(child(json.loads(spec)))
         return 0
-    refuse_unwritable(json_file)
+    refuse_unwritable(json=json_file)
     shape = harness.named_config(config, length)
     backend = backends.get("numba")
     about = harness.fingerprint([backend], backend.num_threads())

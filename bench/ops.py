@@ -72,7 +72,7 @@ def bench(
     opponents = harness.among("--vs", versus, OPPONENTS)
     size = BertSize(batch, length, hidden, heads, intermediate, vocabulary, predicted)
     chosen = [find_op(name) for name in ops or OPS]
-    refuse_unwritable(json_file, csv_file)
+    refuse_unwritable(json=json_file, csv=csv_file)
     refuse_other_csv(csv_file)
     with tempfile.TemporaryDirectory() as folder:
         if cold:

@@ -187,7 +187,7 @@ def bench(
         raise UserError(f"--work: expected {' or '.join(WORK)}, got {work!r}")
     given = {"batch": batch, "length": length, "hidden": hidden, "threads": threads}
     sizes, base = plan(given, axes, quick, cores())
-    refuse_unwritable(json_file, csv_file)
+    refuse_unwritable(json=json_file, csv=csv_file)
     refuse_other_csv(csv_file)
     places = chosen_backends(names or None, base.threads)
     about, load = fingerprint(places, base.threads), quiet.Load()

@@ -184,7 +184,7 @@ def gpu_check(
     if backend not in ("cupy", "emulator") or (backend == "emulator" and not tiny):
         raise UserError(f"--backend: expected cupy, or emulator together with --tiny, got {backend!r}")
     chosen = chosen_parts(only)
-    refuse_unwritable(json_file)
+    refuse_unwritable(json=json_file)
     if backend == "cupy":
         demand_gpu()
     report = Report(

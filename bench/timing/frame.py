@@ -133,7 +133,7 @@ def run(bench: Bench, options: Options) -> int:
     wanted = harness.among("--measures", options.measures, list(bench.measures)) or list(bench.measures)
     if options.sequences not in SEQUENCES:
         raise UserError(f"--sequences: expected {' or '.join(SEQUENCES)}, got {options.sequences!r}")
-    refuse_unwritable(options.json_file, options.csv_file)
+    refuse_unwritable(json=options.json_file, csv=options.csv_file)
     refuse_other_csv(options.csv_file)
     if {"torch", "torch.compile"} & set(opponents) and torch_peer.missing():
         raise UserError(f"--vs {options.versus}: {torch_peer.missing()}; {pip_install('[parity]')}, or leave it out")

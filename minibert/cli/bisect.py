@@ -52,7 +52,7 @@ def bisect_command(
     Writes the smallest inputs on which it still does (.npz), and a pytest file that fails until the kernel is mended.
     Exit status 1 with a culprit.
     """
-    refuse_unwritable(json_file)
+    refuse_unwritable(json=json_file)
     _refuse_unwritable_folder(output)
     if threads is not None:
         backends.set_num_threads(threads)

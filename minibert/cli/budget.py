@@ -12,7 +12,7 @@ from rich.table import Table
 
 from minibert.backends.cuda import nvrtc
 from minibert.backends.cuda.nvrtc import Resources
-from minibert.cli.options import plain_table
+from minibert.cli.options import KERNELS_TITLE, plain_table
 from minibert.errors import UserError, pip_install
 
 BUDGET = nvrtc.KERNELS.parent / "bench" / "kernel_budget.json"  # in a clone; an installed package has none
@@ -208,7 +208,7 @@ def markdown(rows: Iterable[Row], archs: Sequence[str], version: str) -> str:
     line: Callable[[Iterable[str]], str] = lambda cells: f"| {' | '.join(cells)} |"  # noqa: E731
     header = _header(archs)
     return "\n".join([
-        "# CUDA kernels: what each takes of a GPU", "",
+        KERNELS_TITLE, "",
         f"Compiled by NVRTC {version} without a GPU; no figure here was measured on one. Refreshed, together with the",
         "budget `bench/kernel_budget.json` that `minibert kernels build` holds every kernel to, by", "",
         f"    {pip_install('-e', '.[nvrtc]')}", f"    {REFRESH}", "",

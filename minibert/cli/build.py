@@ -80,7 +80,8 @@ def build_command(
 
     Exit status 1 if a file does not compile, a kernel spills registers, or one takes more than its budget.
     """
-    refuse_unwritable(markdown_file, json_file, budget_file if update_budget else None)
+    refuse_unwritable(markdown=markdown_file, json=json_file)
+    refuse_unwritable(json=budget_file if update_budget else None)
     if missing := nvrtc.available():
         raise BackendUnavailable(missing)
     if names and markdown_file:

@@ -86,7 +86,7 @@ def compare_command(
     --report DIR writes DIR/index.html, one page without need of a network, and what it shows as DIR/facts.json. It also
     measures the machine's peaks, memory over time, energy, and at which sizes one backend overtakes another.
     """
-    refuse_unwritable(json_file, markdown_file)
+    refuse_unwritable(json=json_file, markdown=markdown_file)
     if recorded and report is None:
         raise UserError("--with: puts a result on a page: name the page's folder by --report")
     if prices is not None and report is None and json_file is None:
@@ -151,7 +151,7 @@ def _make_folder(report: Path) -> None:
         report.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--report: the folder {report} cannot be made: {error.strerror}") from None
-    refuse_unwritable(report / "index.html", report / "facts.json")
+    refuse_unwritable(page=report / "index.html", json=report / "facts.json")
 
 
 def _extras(compared: list[Backend], dtype: str) -> Extras:

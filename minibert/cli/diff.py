@@ -60,7 +60,7 @@ def diff_command(
 
     With --steps, all calls of so many steps, and of each op what it adds of its own and what it inherits.
     """
-    refuse_unwritable(record_file, json_file)
+    refuse_unwritable(trace=record_file, json=json_file)
     if threads is not None:
         backends.set_num_threads(threads)
     kernels = load_kernels(kernel)

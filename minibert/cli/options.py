@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +55,57 @@ def fit(table: Table) -> list[str]:
     return left
 
 
-def refuse_unwritable(*paths: Path | None) -> None:
-    """Raise UserError for a file that could not be written, or must not be: before the work, not after it."""
-    for path in paths:
+COMPARE_TITLE = "# minibert compare"  # the first line of what `compare --markdown` writes
+KERNELS_TITLE = "# CUDA kernels: what each takes of a GPU"  # and of `kernels build --markdown`
+
+
+def _is_json_result(path: Path) -> bool:
+    """What `--json` writes, of every command and bench, names the machine, or the NVRTC that compiled."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and not found.keys().isdisjoint(("machine", "nvrtc"))
+
+
+def _start(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(1000).decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+# By kind: whether a file is an earlier result of it. Rows are added to a CSV, and the bench looks at its columns.
+EARLIER_RESULT: dict[str, Callable[[Path], bool]] = {
+    "trace": is_trace,
+    "json": _is_json_result,
+    "markdown": lambda path: _start(path).startswith((COMPARE_TITLE, KERNELS_TITLE)),
+    "page": lambda path: "<title>minibert: " in _start(path),
+    "csv": lambda path: True,
+}
+
+
+def refuse_unwritable(**files: Path | None) -> None:
+    """Raise UserError for a file that could not be written, or must not be: before the work, not after it.
+
+    `files` are named by a kind of EARLIER_RESULT: what is there already is replaced only by a result of its own kind.
+    """
+    for kind, path in files.items():
+        is_earlier_result = EARLIER_RESULT[kind]
         if path is None:
             continue
         if path.is_dir():
             raise UserError(f"{path} is a folder: name a file")
-        if path.exists() and (path.name in MODEL_FILES or path.suffix in OTHER_WEIGHTS) and not is_trace(path):
-            raise UserError(f"{path} is part of a model, which is not replaced: name another file")
         existing = path if path.exists() else path.resolve().parent
         if not existing.exists():
             raise UserError(f"{path}: there is no folder {existing}; make it first")
         if not os.access(existing, os.W_OK):
             raise UserError(f"{path} cannot be written; name another file")
+        if path.is_file() and path.stat().st_size and not is_earlier_result(path):
+            part = path.name in MODEL_FILES or path.suffix in OTHER_WEIGHTS
+            what = "part of a model" if part else f"no {kind} that minibert wrote"
+            raise UserError(f"{path} is {what}, which is not replaced: name another file")
 
 
 BACKENDS = ("--backend", "--backends")  # both are taken wherever a backend or several are named

@@ -39,14 +39,15 @@ from minibert.model.bert import BertForMaskedLM, BertForPreTraining
 from minibert.model.checkpoint import has_weights, read_config
 from minibert.model.config import NAMED, BertConfig
 from minibert.train.config import TrainingConfig
-from minibert.train.trainer import STATE, Record, State, Trainer, prepare, read_state
+from minibert.train.trainer import Record, State, Trainer, prepare, read_state, refuse_to_overwrite
 
 FASTEST_FIRST = ("cupy", "numba", "numpy")
 DEFAULT = TrainingConfig()
 # What may change when a run is resumed: nothing here enters the arithmetic of a step, but max_steps by the schedule.
 CHANGEABLE = {"max_steps", "logging_steps", "eval_steps", "save_steps", "checkpoint_activations"}
 DEFAULT_OPTIONS = {
-    "document_separator": TWO_BLANK_LINES, "config": "mini", "dtype": "float32", "deterministic": False,
+    "document_separator": TWO_BLANK_LINES, "config": "mini", "dtype": "float32", "products": "float32",
+    "deterministic": False,
 }  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def pretrain(
         None, *BACKENDS, show_default="the fastest here", help=f"See `minibert backends`. {OWN_HELP}"
     ),
     dtype: str = typer.Option(None, show_default="float32", help="float32, float64; on a GPU float16, bfloat16."),
-    products: str = typer.Option("float32", help=PRODUCTS_HELP),
+    products: str = typer.Option(None, show_default="float32", help=PRODUCTS_HELP),
     deterministic: bool = typer.Option(None, "--deterministic", help=DETERMINISTIC_HELP),
     threads: int = typer.Option(
         None, min=1, max=MOST_THREADS, show_default="all cores", help="Threads of kernels and BLAS."
@@ -120,7 +121,8 @@ def pretrain(
     options: dict[str, Any] = {
         name: given[name]
         for name in (
-            "document_separator", "config", "layers", "hidden", "vocab_size", "dtype", "backend", "deterministic",
+            "document_separator", "config", "layers", "hidden", "vocab_size", "dtype", "products", "backend",
+            "deterministic",
         )
     }  # fmt: skip
     options["tokenizer"] = None if tokenizer is None else str(tokenizer.absolute())
@@ -132,12 +134,10 @@ def pretrain(
     place = fastest_or(options["backend"], threads)
     place.require_dtype(options["dtype"])
     refuse_misshapen(swapped, place)
-    set_products([place], products)
+    set_products([place], options["products"])
     options["backend"] = backends.spec_of(place)
     if not options["texts"]:
         say(f"no TEXT given: training on the one that ships with minibert, {SHIPPED_TEXT.name}")
-    if options["tokenizer"] and vocab_size is not None:
-        raise UserError("--vocab-size is for a vocabulary trained on the text, and --tokenizer names one: give either")
     documents = read_documents(options["texts"] or [SHIPPED_TEXT], options["document_separator"])
 
     trainer = make_trainer(state, documents, training, place, options, output)
@@ -160,18 +160,6 @@ def say(text: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- setting up
 
 
-def refuse_to_overwrite(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file: name a folder")
-    if output.is_dir() and any(output.iterdir()):
-        mend = (
-            "add --resume to go on with the run in it, or name another folder"
-            if (output / STATE).exists()
-            else "name another"
-        )
-        raise UserError(f"--output {output} is not empty: {mend}")
-
-
 def merged(stored: TrainingConfig, settings: dict[str, Any]) -> TrainingConfig:
     """A resumed run's config. Raises UserError for a setting that is not the one the run began with."""
     for name, value in settings.items():
@@ -183,9 +171,10 @@ def merged(stored: TrainingConfig, settings: dict[str, Any]) -> TrainingConfig:
 
 
 def resumed(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """A resumed run's other options: another backend may be given, and the same text at another place."""
+    """A resumed run's other options: the same text may be at another place, and another backend, which may not have
+    the run's mode of products, be given."""
     for name, value in given.items():
-        if name not in ("backend", "texts") and value is not None and value != stored.get(name):
+        if name not in ("backend", "products", "texts") and value is not None and value != stored.get(name):
             raise UserError(
                 f"--resume: the run began with {name} {stored.get(name)}, got {value}: leave it out, or begin anew"
             )
@@ -267,9 +256,7 @@ def new_model(
     folder = None if config in NAMED else Path(config)
     bert = resized(NAMED[config] if folder is None else read_config(folder), options["layers"], options["hidden"])
     check_length(training, bert)
-    tokenizer = choose_tokenizer(
-        options["tokenizer"], folder, documents, options["vocab_size"] or (8000 if folder is None else bert.vocab_size)
-    )
+    tokenizer = choose_tokenizer(options, folder, documents, 8000 if folder is None else bert.vocab_size)
     if folder is None:
         bert = replace(bert, vocab_size=vocabulary_size(tokenizer), pad_token_id=special_ids(tokenizer).pad)
     check_vocabulary(tokenizer, bert.vocab_size)
@@ -303,15 +290,26 @@ def resized(config: BertConfig, layers: int | None, hidden: int | None) -> BertC
     return config
 
 
-def choose_tokenizer(named: str | None, folder: Path | None, documents: list[Document], vocab_size: int) -> Tokenizer:
+def choose_tokenizer(
+    options: dict[str, Any], folder: Path | None, documents: list[Document], usual_size: int
+) -> Tokenizer:
     """The one named, else the one beside the config, else one trained on the text.
 
-    Raises UserError where the folder holds weights without the tokenizer that gives their rows a meaning.
+    Raises UserError where the folder holds weights without the tokenizer that gives their rows a meaning, or another is
+    named; and for --vocab-size where no vocabulary is trained.
     """
+    named, vocab_size = options["tokenizer"], options["vocab_size"] or usual_size
+    beside = folder if folder is not None and tokenizer_files(folder) else None
+    if options["vocab_size"] is not None and (named or beside):
+        given = "--tokenizer names one" if named else f"--config {beside} holds one"
+        raise UserError(f"--vocab-size is for a vocabulary trained on the text, and {given}: give either")
     if named is not None:
-        return load_tokenizer(named)
-    if folder is not None and tokenizer_files(folder):
-        return load_tokenizer(folder)
+        tokenizer = load_tokenizer(named)
+        if beside is not None and has_weights(beside) and load_tokenizer(beside).get_vocab() != tokenizer.get_vocab():
+            raise UserError(f"--tokenizer {named} has another vocabulary than the weights in {beside}: leave it out")
+        return tokenizer
+    if beside is not None:
+        return load_tokenizer(beside)
     if folder is not None and has_weights(folder):
         raise UserError(f"{folder} holds weights but no tokenizer: name the one they were trained with by --tokenizer")
     say(f"training a vocabulary of {vocab_size} tokens on the text ...")

@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from minibert.cli.legend import legend
-from minibert.cli.options import plain_table
+from minibert.cli.options import COMPARE_TITLE, plain_table
 from minibert.lab.compare.records import STAGES, Comparison, OpRecord, Run, rate
 from minibert.lab.measure.quiet import Spread, load_words, warning
 
@@ -176,7 +176,7 @@ def verdict(found: Comparison) -> str:
 
 def markdown(found: Comparison, config: Mapping[str, Any], machine: Mapping[str, Any], ulp: bool = False) -> str:
     """The tables and the verdict as a Markdown page."""
-    lines = ["# minibert compare", "", f"{config['name']}: {config['summary']}", ""]
+    lines = [COMPARE_TITLE, "", f"{config['name']}: {config['summary']}", ""]
     lines += [f"- {key}: {value}" for key, value in machine.items()]
     lines += [f"- {run.backend.name}: {run.backend.describe()}" for run in found.runs]
     for rows in (section(found, found.runs) for section in _sections(found, ulp)):

@@ -128,11 +128,22 @@ def read_state(folder: str | Path) -> State:
         raise UserError(f"{path} is no state of a run of this version ({error}): begin a new run") from None
 
 
+def refuse_to_overwrite(output: Path) -> None:
+    """Raise UserError for a folder that holds something already: a run begins in one of its own."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file: name a folder for the output")
+    if output.is_dir() and any(output.iterdir()):
+        resumable = (output / STATE).exists()
+        mend = "go on with the run in it by --resume (Trainer.resume), or name another" if resumable else "name another"
+        raise UserError(f"the output folder {output} is not empty: {mend}")
+
+
 class Trainer:
     """One run, whose results are written into the folder `output` as it goes.
 
     There: the model, as `from_pretrained` reads it; its tokenizer; `training_log.jsonl`; and the state to resume from.
-    `options` is kept in the state for whoever resumes. Raises UserError where model, text and config do not fit.
+    `options` is kept in the state for whoever resumes. Raises UserError where model, text and config do not fit; and
+    `run`, where the folder is not empty and not resumed from.
     """
 
     def __init__(
@@ -161,6 +172,7 @@ class Trainer:
         self.held_out = [held_out.batch(i) for i in range(count)]
         self.graphed = GraphedSteps(model, self.optimizer, config.tokens_per_batch) if config.graph else None
         self.made: dict[int, tuple[PackedBatch, Packed]] = {}  # batches of this step and, early, of the next, by pass
+        self.owns_output = False  # what is in the folder was written, or resumed from, by this trainer
         self.stop = False  # set it, from a signal handler say, and the run ends after the step
         # How far the run came, and sums since the last line of the log: plain numbers, saved as they are.
         self.progress: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "since": dict.fromkeys(SINCE, 0)}
@@ -361,6 +373,7 @@ class Trainer:
 
     def begin(self) -> None:
         """Write all there is before the first step: what cannot be written shows now, and there is a state."""
+        self.claim_output()
         try:
             self.output.mkdir(parents=True, exist_ok=True)
             save_tokenizer(self.data.tokenizer, self.output, self.model.config.max_position_embeddings)
@@ -369,8 +382,15 @@ class Trainer:
             raise UserError(f"cannot write into {self.output}: {error}; choose another --output") from None
         self.save()
 
+    def claim_output(self) -> None:
+        """Raise UserError where a write would replace what is not of this run."""
+        if not self.owns_output:
+            refuse_to_overwrite(self.output)
+        self.owns_output = True
+
     def save(self) -> None:
         """Write the model and, in one file that replaces the last one whole, all that resuming needs."""
+        self.claim_output()
         about = {
             "format": FORMAT,
             "config": asdict(self.config),
@@ -383,7 +403,7 @@ class Trainer:
         self.model.save_pretrained(self.output)
 
     def resume(self, state: State) -> None:
-        """Go on from a state. Raises UserError where it belongs to another model or text."""
+        """Go on from a state. Raises UserError where it belongs to another model or text, or the log is damaged."""
         progress = dict(state.progress)
         if progress.pop("fingerprint") != self.data.fingerprint:
             raise UserError("the text, its tokens or its split are not those this run began with: give the same text")
@@ -395,11 +415,23 @@ class Trainer:
         )
         self.progress = {**progress, "since": dict(progress["since"])}
         self.forget_log_after(self.step)
+        self.owns_output = True
 
     def forget_log_after(self, step: int) -> None:
-        """Drop lines of steps that will be done again."""
+        """Drop lines of steps that will be done again, and one that was cut short."""
         path = self.output / LOG
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        kept = []
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n") and number == len(lines):
+                continue
+            try:
+                of_step = int(json.loads(line.decode("utf-8"))["step"])
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+                raise UserError(
+                    f"{path}, line {number} is no record of a step: mend or remove it, or move the file away"
+                ) from None
+            if of_step <= step:
+                kept.append(line)
         if kept != lines:
-            path.write_text("".join(kept), encoding="utf-8")
+            path.write_bytes(b"".join(kept))
