@@ -16,7 +16,7 @@ from minibert import backends
 from minibert.cli import main
 from minibert.data import SHIPPED_VOCABULARY
 from minibert.kernels.gpu.launch import CudaFile
-from minibert.train.trainer import STATE
+from minibert.train.trainer import LOG, STATE
 from tests.emulator_device import needs_compiler
 
 SMALL = {
@@ -27,23 +27,6 @@ KERNEL_FILE = str(Path(mb.__file__).parent / "kernels" / "softmax" / "cpu.py")
 TEXT = "The Congress met in the city. It was a cold winter, and the members came late.\n\n\nPeace was made.\n" * 20
 
 Refused = Callable[..., str]
-
-
-@pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Run a command that must fail; its one line of error."""
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["minibert", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        err = capsys.readouterr().err
-        assert stopped.value.code == 2, f"exit code {stopped.value.code}, stderr {err!r}"
-        lines = err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("error: "), err
-        return lines[0]
-
-    return run
 
 
 @pytest.fixture
@@ -156,24 +139,6 @@ def test_a_vocabulary_or_a_model_is_not_replaced(
     arguments = ["--output", folder, "--vocab-size", 100, *(["--overwrite"] if overwrite else [])]
     assert message in refused("tokenizer", "train", text, *arguments)
     assert {path.name: path.read_text() for path in folder.iterdir()} == {file: "kept"}
-
-
-@pytest.mark.parametrize(
-    ("command", "file"),
-    [
-        (["diff", "numpy", "--record"], "model.safetensors"),
-        (["diff", "numpy", "numba", "--json"], "vocab.txt"),
-        (["bisect", "numpy", "numba", "--json"], "tokenizer.json"),
-        (["compare", "--markdown"], "config.json"),
-        (["compare", "--json"], "pytorch_model.bin"),
-        (["kernels", "build", "--json"], "model.safetensors.index.json"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
-)
-def test_no_result_replaces_part_of_a_model(refused: Refused, tmp_path: Path, command: list[str], file: str) -> None:
-    (tmp_path / file).write_text("kept")
-    assert f"{file} is part of a model, which is not replaced" in refused(*command, tmp_path / file)
-    assert (tmp_path / file).read_text() == "kept"
 
 
 def test_a_vocabulary_is_replaced_when_that_is_said(
@@ -378,6 +343,28 @@ def test_weights_of_another_vocabulary(refused: Refused, finished: Path, text: P
     (finished / "config.json").write_text(json.dumps({**config, "vocab_size": 9000}), encoding="utf-8")
     arguments = ["--output", tmp_path / "next", "--config", finished, "--max-seq-length", 32]
     assert "9000" in refused("pretrain", text, *arguments)
+
+
+def test_resume_with_a_damaged_log(refused: Refused, finished: Path) -> None:
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    before[LOG] += b"garbage\n"
+    (finished / LOG).write_bytes(before[LOG])
+    line = before[LOG].count(b"\n")
+    assert f"{finished / LOG}, line {line} is no" in refused("pretrain", "--output", finished, "--resume", "--steps", 4)
+    assert before == {path.name: path.read_bytes() for path in finished.iterdir()}
+
+
+def test_options_that_a_folder_would_make_idle(refused: Refused, finished: Path, text: Path, tmp_path: Path) -> None:
+    output, words = tmp_path / "next", tmp_path / "vocab.txt"
+    command = ["pretrain", text, "--output", output, "--max-seq-length", 32, "--config", finished]
+    assert f"--config {finished} holds one" in refused(*command, "--vocab-size", 50)
+    assert "--tokenizer names one" in refused(*command, "--vocab-size", 50, "--tokenizer", SHIPPED_VOCABULARY)
+    assert "--layers" in refused(*command, "--layers", 2)
+    assert "--hidden" in refused(*command, "--hidden", 64)
+    words.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]))
+    assert "another vocabulary than the weights" in refused(*command, "--tokenizer", words)
+    assert "--graph" in refused(*command, "--graph", "--backend", "numpy")
+    assert not output.exists()
 
 
 def test_resume_of_another_run(refused: Refused, finished: Path, tmp_path: Path) -> None:

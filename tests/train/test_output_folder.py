@@ -1,0 +1,77 @@
+"""The folder of a run: no other run is replaced, and what is damaged in it is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from minibert.cli.pretrain import resumed
+from minibert.data import SHIPPED_TEXT, SHIPPED_VOCABULARY, load_tokenizer, read_documents
+from minibert.errors import UserError
+from minibert.model.bert import BertForMaskedLM
+from minibert.model.config import BertConfig
+from minibert.train.config import TrainingConfig
+from minibert.train.trainer import LOG, STATE, Data, Trainer, prepare, read_state
+
+SMALL = BertConfig(
+    vocab_size=8000, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+    max_position_embeddings=32,
+)  # fmt: skip
+CONFIG = TrainingConfig(max_steps=1, tokens_per_batch=64, max_seq_length=32, eval_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    return prepare(read_documents(SHIPPED_TEXT)[:3], load_tokenizer(SHIPPED_VOCABULARY), CONFIG)
+
+
+def trainer(data: Data, folder: Path) -> Trainer:
+    return Trainer(BertForMaskedLM(SMALL, "numpy"), data, CONFIG, folder)
+
+
+def run_through(run: Trainer) -> None:
+    assert sum(kind == "step" for kind, _ in run.run()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "content"),
+    [(1, b"garbage\n"), (1, b"\xff\xfe\n{}\n"), (2, b'{"step": 0}\n{"loss": 1}\n'),
+     (2, b'{"step": 0}\n3\n{"step": 2}\n'), (1, b'{"step": "one"}\n'), (1, b'{"step": Infinity}\n'),
+     (2, b'{"step": 0}\n\n')],
+)  # fmt: skip
+def test_resuming_with_a_damaged_log(data: Data, tmp_path: Path, line: int, content: bytes) -> None:
+    path = tmp_path / LOG
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{LOG}, line {line} is no record of a step"):
+        trainer(data, tmp_path).forget_log_after(2)
+    assert path.read_bytes() == content
+
+
+def test_a_trainer_replaces_no_run_but_its_own(data: Data, tmp_path: Path) -> None:
+    first = trainer(data, tmp_path)
+    run_through(first)
+    first.save()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for write in (run_through, Trainer.begin, Trainer.save):
+        with pytest.raises(UserError, match=r"not empty: go on with the run in it by --resume \(Trainer.resume\)"):
+            write(trainer(data, tmp_path))
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / STATE).unlink()
+    with pytest.raises(UserError, match="not empty: name another"):
+        run_through(trainer(data, tmp_path))
+
+
+def test_a_run_resumed_before_its_first_step_begins(data: Data, tmp_path: Path) -> None:
+    trainer(data, tmp_path).begin()
+    again = trainer(data, tmp_path)
+    again.resume(read_state(tmp_path))
+    run_through(again)
+
+
+def test_resumed_products_are_those_of_the_run_unless_named() -> None:
+    given = {"backend": None, "products": None, "texts": []}
+    stored = {"backend": "cupy", "products": "tf32", "texts": ["a.txt"]}
+    assert resumed(stored, given) == stored
+    other = {**given, "backend": "numpy", "products": "float32"}
+    assert resumed(stored, other) == {**other, "texts": ["a.txt"]}
