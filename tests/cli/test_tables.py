@@ -116,7 +116,16 @@ def test_a_terminal_of_80_columns_cuts_no_word(shown: Shown, words: tuple[str, .
     whole = shown(*words)
     assert "…" not in "".join(lines)
     words_of = re.compile(r"[a-z]+")
-    assert {word for line in lines for word in words_of.findall(line)} <= set(words_of.findall(whole))
+    said = {word for line in lines for word in words_of.findall(line)}
+    assert said <= set(words_of.findall(whole + "left out of so narrow a terminal"))
+
+
+def test_a_narrow_terminal_says_which_columns_it_lacks(shown: Shown) -> None:
+    words = ("check", "softmax", "--backend", "numpy")
+    narrow, whole = shown(*words, width=70), shown(*words)
+    assert "err/uS" in whole and "left out" not in whole
+    assert "left out of so narrow a terminal: err/uS" in " ".join(narrow.split())
+    assert len(re.findall("err/uS", narrow)) == 1
 
 
 def test_into_a_pipe_goes_each_row_on_one_line(root: Path) -> None:
