@@ -72,6 +72,14 @@ class Backend:
         self._kernels: dict[Op, Kernel | None] = {}
         self._watchers: list[Watcher] = []
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle names the backend, and is loaded where one of that name is."""
+        backends = import_module("minibert.backends")
+        return backends.get, (backends.spec_of(self),)
+
+    def __deepcopy__(self, memo: Any) -> Backend:
+        return self  # what stands on it is copied, the machine is not
+
     def run(self, op: Op, *arrays: Array, into: Sequence[Array | None] = (), **params: Any) -> Any:
         """Run `op` here: by this backend's kernel, else by the formula. One array, or (output, *residuals).
 

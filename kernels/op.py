@@ -72,8 +72,16 @@ class Op:
     def __repr__(self) -> str:
         return f"<op {self.name}>"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles name the op, which is defined once."""
+        return _op_called, (self.name,)
+
 
 OPS: dict[str, Op] = {}
+
+
+def _op_called(name: str) -> Op:
+    return OPS[name]
 
 
 def library(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -269,7 +269,7 @@ class BertModel(PreTrained):
         layers = [self.embeddings(batch, None if embeds is None else embeds.reshape(-1, embeds.shape[-1]))]
         for layer in self.encoder.layer:
             if self.gradient_checkpointing and self.training and attentions is None:
-                x = recomputed(partial(layer, batch=batch, attentions=None), layers[-1])
+                x = recomputed(partial(layer.as_it_is(), batch=batch, attentions=None), layers[-1])
             else:
                 x = layer(layers[-1], batch, attentions)
             if not output_hidden_states:
@@ -370,7 +370,7 @@ class BertForMaskedLM(PreTrained):
         """
         predicted, targets = out._batch.packed.predicted, out._batch.packed.targets
         assert predicted is not None and targets is not None
-        transform, decoder, counted = self.cls.predictions.transform, out.decoder(), targets != IGNORE
+        transform, decoder, counted = out.heads.predictions.transform, out.decoder(), targets != IGNORE
         batch = out._batch  # not `out`: it holds the loss
 
         def parts(x: Tensor) -> Iterator[Tensor]:

@@ -130,6 +130,15 @@ class Module:
                 child.name = f"{self.name}.{name}".removeprefix(".")
                 child._name_children()
 
+    def as_it_is(self) -> Any:
+        """The module with all within it as it is now: the same parameters, whatever is put in their places later."""
+        now = object.__new__(type(self))
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                value = [item.as_it_is() if isinstance(item, Module) else item for item in value]
+            vars(now)[name] = value.as_it_is() if isinstance(value, Module) else value
+        return now
+
     def named_children(self) -> Iterator[tuple[str, Any]]:
         for name, value in vars(self).items():
             if isinstance(value, list):

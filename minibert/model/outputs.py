@@ -13,6 +13,7 @@ from minibert.kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from minibert.kernels.embedding import gather_rows, scatter_rows
 from minibert.kernels.linear import linear
 from minibert.kernels.philox import Stream
+from minibert.kernels.view import concatenate
 from minibert.model.nn import Place
 from minibert.model.packing import IGNORE, Packed, sentence_labels
 from minibert.model.tensor import Tensor, apply, at_place, demand_unchanged, grad_enabled, set_grad_enabled, tick
@@ -41,26 +42,37 @@ class Batch:
         rows = self.integers(self.packed.rows)
         return apply(scatter_rows, x, rows, num_rows=batch * length).reshape(batch, length, -1)
 
+    def of_its_own(self, x: Tensor) -> Tensor:  # (N, C) -> (B, T, C) or (N, C)
+        """As `padded`, always in other memory than x: who writes there changes nothing that is computed from x."""
+        return apply(concatenate, x, axis=0) if self.packed.rows is None else self.padded(x)
+
 
 class BertOutput(Mapping[Any, Any]):
     """What the encoder made of a batch. Everything but the loss is computed when first asked for.
 
     Padded input gives padded output, zero where the padding was; packed input gives packed output. As transformers'
     ModelOutput it is also a mapping, whose values can be had by number: `out["logits"]`, `out[0]`, `out[:2]`. What
-    would be computed from weights that have changed since the forward pass raises UserError.
+    would be computed from weights that have changed since the forward pass raises UserError; modules and parameters
+    that are put in the places of others change nothing.
     """
 
     names: tuple[str, ...] = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
 
     def __init__(self, model: Any, batch: Batch, layers: list[Tensor], attentions: list[Tensor] | None) -> None:
-        self._model, self._batch, self._layers, self._attentions = model, batch, layers, attentions
+        self._batch, self._layers, self._attentions = batch, layers, attentions
+        self._config, self._pooler = model.config, model.pooler and model.pooler.as_it_is()
+        self._word_embeddings = model.embeddings.word_embeddings.as_it_is()
         self._grad, self._made_at = grad_enabled(), tick()
         self.loss: Tensor | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        tick(after=self._made_at)
 
     def __iter__(self) -> Iterator[str]:
         """The names of what there is, in transformers' order."""
         absent = {
-            "loss": self.loss is None, "pooler_output": self._model.pooler is None,
+            "loss": self.loss is None, "pooler_output": self._pooler is None,
             "hidden_states": len(self._layers) == 1, "attentions": self._attentions is None,
         }  # fmt: skip
         return (name for name in self.names if not absent.get(name))
@@ -87,14 +99,14 @@ class BertOutput(Mapping[Any, Any]):
 
     def in_form(self, return_dict: bool | None) -> Any:
         """This, or the tuple of its values: as the call says or, where it says nothing, the config."""
-        asked = self._model.config.return_dict if return_dict is None else return_dict
+        asked = self._config.return_dict if return_dict is None else return_dict
         return self if asked else self.to_tuple()
 
     @cached_property
     def last_hidden_state(self) -> Tensor:
         """(B, T, C), or (N, C) for packed input."""
         with set_grad_enabled(self._grad):
-            return self._batch.padded(self._layers[-1])
+            return self._batch.of_its_own(self._layers[-1])
 
     @cached_property
     def hidden_states(self) -> tuple[Tensor, ...] | None:
@@ -102,7 +114,7 @@ class BertOutput(Mapping[Any, Any]):
         if len(self._layers) == 1:
             return None
         with set_grad_enabled(self._grad):
-            return tuple(self._batch.padded(x) for x in self._layers)
+            return tuple(self._batch.of_its_own(x) for x in self._layers)
 
     @property
     def attentions(self) -> tuple[Tensor, ...] | None:
@@ -115,7 +127,7 @@ class BertOutput(Mapping[Any, Any]):
 
         Zero for a sequence without any; None where the model has no pooler (`add_pooling_layer`).
         """
-        pooler, packed = self._model.pooler, self._batch.packed
+        pooler, packed = self._pooler, self._batch.packed
         if pooler is None:
             return None
         demand_unchanged("out.pooler_output", pooler.parameters(), self._made_at)
@@ -137,8 +149,8 @@ class MaskedLMOutput(BertOutput):
 
     @classmethod
     def of(cls, encoded: BertOutput, heads: Any) -> Any:
-        out = cls(encoded._model, encoded._batch, encoded._layers, encoded._attentions)
-        out.heads = heads
+        out = cls.__new__(cls)
+        vars(out).update(vars(encoded), heads=heads.as_it_is())
         return out
 
     def _demand_unchanged(self, what: str) -> None:
@@ -146,8 +158,7 @@ class MaskedLMOutput(BertOutput):
 
     def decoder(self) -> tuple[Tensor, Tensor]:
         predictions = self.heads.predictions
-        tied = self._model.embeddings.word_embeddings
-        return getattr(predictions, "decoder", tied).weight, predictions.bias
+        return getattr(predictions, "decoder", self._word_embeddings).weight, predictions.bias
 
     @cached_property
     def logits(self) -> Tensor:

@@ -98,6 +98,10 @@ class SumOfParts(Tensor):
     def data(self, value: Array) -> None:
         self._value = value
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Of a copy, computed."""
+        return Tensor, (self.data, self.backend)
+
     def _pass_on(self, grads: dict[Tensor, Array], again: dict[Tensor, Array]) -> None:
         g = grads.pop(self, None)
         if g is None or self.made_by is None or self.made_by is FREED:

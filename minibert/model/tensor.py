@@ -22,8 +22,17 @@ from minibert.kernels.view import concatenate, reshape, slice_axis, transpose
 from minibert.model.values import Values
 
 _mode = threading.local()
-tick = count(1).__next__  # the clock by which a tensor is made before or after a parameter is written
+_clock = count(1)
 FREED: Any = ("freed",)  # stands where a tensor's making was remembered, once backward has been through it
+
+
+def tick(after: int = 0) -> int:
+    """The time by which a tensor is made before or after a parameter is written: later than any other, and `after`."""
+    global _clock
+    now = next(_clock)
+    if now <= after:  # a time of another process, which came with what was pickled there
+        now, _clock = after + 1, count(after + 2)
+    return now
 
 
 class Spent(NamedTuple):
@@ -65,6 +74,17 @@ class Tensor(Values):
     def detach(self) -> Tensor:
         """The same values, in the same memory, through which no gradient goes."""
         return Tensor(self.data, self.backend)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copy.deepcopy and pickle keep: the values, and all of a leaf. What was computed loses its graph."""
+        slots = [name for one in type(self).__mro__ for name in getattr(one, "__slots__", ()) if name != "__weakref__"]
+        state = {name: getattr(self, name) for name in slots}
+        return state if self.made_by is None else {**state, "made_by": None, "requires_grad": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():  # as they are: to copy is not to write
+            object.__setattr__(self, name, value)
+        tick(after=max(self.made_at, self.written_at))
 
     def forget(self) -> None:
         """Drop the values, once no gradient reads them and nobody asks again: shape and dtype stay."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ from minibert import UserError, backends
 from minibert.model import bert
 from minibert.model.bert import BertForMaskedLM, BertForPreTraining
 from minibert.model.packing import pack
+from minibert.model.tensor import tick
 from minibert.train.graphed import GraphedSteps
 from minibert.train.optim import AdamW
 from tests.model.test_memory import IDS, LABELS, NUMPY, SMALL
@@ -178,3 +181,99 @@ def test_a_replayed_step_changes_the_weights_too() -> None:
         with pytest.raises(UserError, match=CHANGED):
             out.logits  # noqa: B018  computed when asked for
     assert steps.replays == 2
+
+
+def put_in_a_pooler(model: Any, older: Any) -> None:
+    model.bert.pooler = older.bert.pooler
+
+
+def put_in_a_bias(model: Any, older: Any) -> None:
+    model.cls.predictions.bias = older.cls.predictions.bias
+
+
+def put_in_embeddings(model: Any, older: Any) -> None:
+    model.bert.embeddings = older.bert.embeddings
+
+
+def put_in_a_transform(model: Any, older: Any) -> None:
+    model.cls.predictions.transform.dense = older.cls.predictions.transform.dense
+
+
+def put_in_a_head(model: Any, older: Any) -> None:
+    model.cls.seq_relationship.weight = older.cls.seq_relationship.weight
+
+
+@pytest.mark.parametrize(
+    "put_in", [put_in_a_pooler, put_in_a_bias, put_in_embeddings, put_in_a_transform, put_in_a_head]
+)
+def test_what_is_put_in_place_of_weights_later_changes_no_output(put_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As weights are shared with another model, which may be older than the output."""
+    monkeypatch.setattr(bert, "HEAD_ROWS", 2)
+    older, twin = BertForPreTraining(SMALL, NUMPY, seed=9), fresh(labels=LABELS)[1]
+    for p in older.parameters():
+        p.assign(np.full(p.shape, 0.5))
+    model, out = fresh(labels=LABELS)
+    put_in(model, older)
+    for name, read in READ_LATER.items():
+        np.testing.assert_array_equal(read(out).numpy(), read(twin).numpy(), err_msg=name)
+    assert out.loss.item() == twin.loss.item()
+    assert any((read(model(IDS)).numpy() != read(twin).numpy()).any() for read in READ_LATER.values())
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+}
+
+
+@pytest.mark.parametrize("name", ["numpy", "numba"])
+@pytest.mark.parametrize("made", COPIES)
+def test_a_copy_is_of_the_same_values_and_no_write(made: str, name: str) -> None:
+    reason = next(status.reason for status in backends.available() if status.name == name)
+    if reason:
+        pytest.skip(reason)
+    model = BertForPreTraining(SMALL, name, seed=5)
+    out = model(IDS, labels=LABELS, output_hidden_states=True)
+    twin, copied = COPIES[made](model), COPIES[made](out)
+    assert twin.backend is model.backend
+    for read in READ_LATER.values():
+        expected = read(out).numpy()
+        np.testing.assert_array_equal(read(twin(IDS)).numpy(), expected)
+        np.testing.assert_array_equal(read(copied).numpy(), expected)
+    assert copied.loss.item() == out.loss.item()
+    twin(IDS, labels=LABELS).loss.backward()
+    twin.cls.predictions.bias.assign(np.ones(SMALL.vocab_size))
+    np.testing.assert_array_equal(model(IDS).logits.numpy(), out.logits.numpy())  # nothing is shared
+    with pytest.raises(UserError, match=CHANGED):
+        late = COPIES[made](twin(IDS))
+        late._word_embeddings.weight.assign(np.ones((SMALL.vocab_size, SMALL.hidden_size)))
+        late.logits  # noqa: B018  computed when asked for
+
+
+def test_a_copy_of_a_loss_in_parts_is_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bert, "HEAD_ROWS", 2)
+    loss = BertForMaskedLM(SMALL, NUMPY, seed=5)(IDS, labels=LABELS).loss
+    assert [make(loss).item() for make in COPIES.values()] == [loss.item()] * 2
+
+
+def test_what_another_process_pickled_is_older_than_what_is_written_here() -> None:
+    model = BertForMaskedLM(SMALL, NUMPY, seed=5)
+    out, now = model(IDS), tick()
+    out._made_at = now + 1000  # as of a process that ran longer
+    loaded = COPIES["pickle"](out)
+    loaded.heads.predictions.bias.assign(np.ones(SMALL.vocab_size))
+    with pytest.raises(UserError, match=CHANGED):
+        loaded.logits  # noqa: B018  computed when asked for
+
+
+@pytest.mark.parametrize("arguments", [{}, {"cu_seqlens": [0, 11, 22]}], ids=["padded", "packed"])
+def test_who_writes_over_what_came_out_changes_nothing_else(arguments: Any) -> None:
+    model, ids = BertForPreTraining(SMALL, NUMPY, seed=5), IDS.reshape(-1) if arguments else IDS
+    out, twin = (model(ids, output_hidden_states=True, **arguments) for _ in range(2))
+    for state in (*out.hidden_states, model.bert(ids, **arguments).last_hidden_state):
+        values = np.asarray(state)
+        values *= 0
+    for name, read in READ_LATER.items():
+        np.testing.assert_array_equal(read(out).numpy(), read(twin).numpy(), err_msg=name)
+    twin.hidden_states[-1].sum().backward()  # and a gradient goes through
+    assert model.bert.encoder.layer[0].output.dense.weight.grad is not None
