@@ -1,14 +1,24 @@
 """What is the user's to mend (the command line prints an error in one line, exit code 2), to know of, or to install."""
 
+import os
 import sys
 import warnings
+from pathlib import Path
 from shlex import quote
+from typing import Any
 
 DISTRIBUTION = "minibert-lab"  # on the package index `minibert` is somebody else's package
 
 
 class UserError(ValueError):
     """Bad input. The message says what was expected, what came and what to do."""
+
+
+def path_of(given: Any, expected: str) -> Path:
+    """A path that was given. Raises UserError for what is none."""
+    if not isinstance(given, str | os.PathLike):
+        raise UserError(f"expected {expected}, got {type(given).__name__}: give its path")
+    return Path(given)
 
 
 def warn(message: str) -> None:

@@ -27,7 +27,7 @@ from minibert.data.tokenizer_config import (
     read_config,
 )
 from minibert.data.wordpiece import build_tokenizer
-from minibert.errors import UserError
+from minibert.errors import UserError, path_of
 from minibert.model.checkpoint import CONFIG as MODEL_CONFIG
 from minibert.model.checkpoint import write_atomically
 
@@ -123,7 +123,7 @@ def load_tokenizer(folder_or_file: AnyPath) -> Tokenizer:
     What stands beside the file is read too. Padding and truncation are switched off, until a save. Raises UserError
     where a file is missing, broken or no BERT vocabulary.
     """
-    path = Path(folder_or_file)
+    path = path_of(folder_or_file, "a tokenizer's folder or file")
     if path.is_dir():
         found = tokenizer_files(path)
         if not found:

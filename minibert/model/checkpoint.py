@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from minibert.errors import UserError
+from minibert.errors import UserError, path_of
 from minibert.model.config import BertConfig
 from minibert.model.matching import BIAS, DECODER, DECODER_BIAS, TIED, Arrays
 
@@ -88,6 +88,10 @@ def has_weights(folder: AnyPath) -> bool:
     folder = Path(folder)
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
         return True
+    if (folder / WEIGHTS).is_dir():
+        raise UserError(f"{folder / WEIGHTS} is a folder: expected the file of that name, with the weights")
+    if (folder / WEIGHTS).is_symlink():
+        raise UserError(f"{folder / WEIGHTS} is a link to a file that is not there: get the file anew")
     for ending, mend in OTHER_WEIGHTS.items():
         for path in sorted(folder.glob(f"*{ending}")):
             raise UserError(f"{folder} holds {path.name} but no {WEIGHTS}: {mend}")
@@ -95,7 +99,7 @@ def has_weights(folder: AnyPath) -> bool:
 
 
 def _folder(folder: AnyPath) -> Path:
-    if not Path(folder).is_dir():
+    if not path_of(folder, "a folder with a checkpoint").is_dir():
         raise UserError(
             f"no checkpoint at {folder}: expected a folder with {CONFIG} and {WEIGHTS} (nothing is downloaded here)"
         )
@@ -119,7 +123,15 @@ def read_arrays(path: AnyPath) -> tuple[Arrays, dict[str, str]]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (OSError, SafetensorError, ValueError, struct.error) as error:
+        if isinstance(error, SafetensorError) and _is_pointer(path):
+            raise UserError(f"{path} is a pointer of git-lfs, not the file: fetch it by `git lfs pull`") from None
         raise UserError(f"cannot read {path} as safetensors: {_one_line(error)}; get the file anew") from None
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether git left a note of a large file instead of the file."""
+    with open(path, "rb") as file:
+        return file.read(20) == b"version https://git-"
 
 
 def _read_array(file: Any, data_start: int, name: str, entry: Mapping[str, Any]) -> np.ndarray:
@@ -178,7 +190,7 @@ def write_folder(
     The names are those that transformers writes: of tied parameters the first, of an untied decoder also the bias.
     Tokenizer files are copied under their own names. Raises UserError where something cannot be read or written.
     """
-    folder = Path(folder)
+    folder = path_of(folder, "a folder to write to")
     kept = {name: array for name, array in arrays.items() if not (config.tie_word_embeddings and name in TIED)}
     if DECODER in kept and BIAS in kept:
         kept.setdefault(DECODER_BIAS, kept[BIAS])

@@ -91,6 +91,12 @@ class BertOutput(Mapping[Any, Any]):
             raise KeyError(f"{key}: this output has {', '.join(names)}")
         return getattr(self, key if isinstance(key, str) else names[key])
 
+    def __setitem__(self, key: str, value: Any) -> None:
+        """`out["loss"] = x`, as `out.loss = x`. Raises UserError for any other name."""
+        if key != "loss" or key not in self.names:
+            raise UserError(f"out[{key!r}] = ...: of what comes out of a model only the loss can be set")
+        self.loss = value
+
     __eq__, __hash__ = object.__eq__, object.__hash__  # not those of a mapping: they would compute every value
 
     def to_tuple(self) -> tuple[Any, ...]:

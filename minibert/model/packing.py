@@ -246,7 +246,7 @@ def as_array(name: str, given: Any, expected: str) -> np.ndarray:
     except (TypeError, ValueError, RuntimeError) as error:  # rows of unequal length, memory of another device
         why = str(error).split("\n")[0][:200]
         raise UserError(f"{name}: expected {expected}, got what NumPy does not read as one: {why}") from None
-    if array.dtype.kind in "OSUV" and array.dtype.name != "bfloat16":
+    if array.dtype.kind in "OSUVcmM" and array.dtype.name != "bfloat16":
         hint = "; a tokenizer makes ids of text (mb.data.load_tokenizer)" if array.dtype.kind in "SU" else ""
         raise UserError(f"{name}: expected {expected}, got {type(given).__name__} of {array.dtype}{hint}")
     if array.size == 0:
@@ -258,6 +258,8 @@ def _integers(name: str, given: Any) -> np.ndarray:
     array = as_array(name, given, "an array of integers")
     if array.dtype.kind not in "iu":
         raise UserError(f"{name}: expected an array of integers, got {array.dtype} of shape {array.shape}")
+    if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
+        raise UserError(f"{name}: {array.max()} is out of range; expected integers below 2**63")
     return array.astype(np.int64, copy=False)
 
 

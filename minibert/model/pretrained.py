@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from minibert.model import checkpoint
 from minibert.model.config import BertConfig
 from minibert.model.matching import DECODER, LoadReport, has_own_decoder, match
 from minibert.model.nn import Module, Parameter, Place
+from minibert.model.packing import as_array
 
 # Arguments of from_pretrained in transformers that go by another name here.
 INSTEAD = {
@@ -26,6 +28,20 @@ INSTEAD = {
     "device_map": "it is backend here, as backend='cupy'",
     "state_dict": "call load_state_dict on the model",
     "add_pooling_layer": "only BertModel has a pooling layer to leave out",
+}
+
+# What scripts ask of a model of torch, and what they ask here instead.
+MADE_THERE = "a model stays where it was made: give backend='cupy' or another to it or to from_pretrained"
+OF_ITS_DTYPE = "a model keeps its dtype: give dtype='float16' or another to it or to from_pretrained"
+ABSENT = {
+    **dict.fromkeys(("to", "cuda", "cpu"), MADE_THERE),
+    **dict.fromkeys(("half", "float", "double", "bfloat16"), OF_ITS_DTYPE),
+    "resize_token_embeddings": "the vocabulary is fixed: make a model of another vocab_size and copy the rows over",
+    "named_modules": "named_children() gives those within it, named_parameters() all parameters",
+    "modules": "named_children() gives those within it, parameters() all parameters",
+    "children": "named_children() gives those within it",
+    "requires_grad_": "set p.requires_grad of its parameters(), or compute under no_grad()",
+    "base_model": "the encoder is .bert of a model with a head; a BertModel is one itself",
 }
 
 
@@ -39,7 +55,7 @@ class PreTrained(Module):
 
     def begin(self, config: BertConfig, backend: str | Backend, dtype: str, seed: int) -> Place:
         if not isinstance(config, BertConfig):
-            raise UserError(f"config: expected a BertConfig, got {type(config).__name__}; see BertConfig.from_dict")
+            raise _no_config(config)
         if not isinstance(backend, str | Backend):
             raise UserError(f"backend: expected a name such as 'numba' or a Backend, got {reprlib.repr(backend)}")
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
@@ -53,6 +69,31 @@ class PreTrained(Module):
         dtype_of(dtype)  # says what to install where NumPy lacks it
         self.place = Place(found, dtype)
         return self.place
+
+    if not TYPE_CHECKING:  # a type checker should know a name that is not there
+
+        def __getattr__(self, name: str) -> Any:
+            mend = f": {ABSENT[name]}" if name in ABSENT else ""
+            raise AttributeError(f"{type(self).__name__} has no {name!r}{mend}")
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What the parameters are stored in."""
+        return dtype_of(self.place.dtype)
+
+    @property
+    def device(self) -> str:
+        """Where inputs are given, by torch's name: the CPU, whatever the backend, which brings them where it is."""
+        return "cpu"
+
+    def num_parameters(self) -> int:
+        """How many numbers are trained; what is tied counts once."""
+        return sum(math.prod(p.declared_shape) for p in self.parameters())
+
+    def zero_grad(self) -> None:
+        """Forget every gradient."""
+        for p in self.parameters():
+            p.grad = None
 
     @property
     def backend(self) -> Backend:
@@ -73,12 +114,14 @@ class PreTrained(Module):
     ) -> LoadReport:
         """Take values by name, NumPy arrays or what becomes one. Returns what did not fit.
 
-        Raises UserError for a shape that differs, unless `ignore_mismatched_sizes`, and for a missing or unexpected
-        name, if `strict`.
+        Raises UserError for a shape that differs, unless `ignore_mismatched_sizes`, for a missing or unexpected name,
+        if `strict`, and for what is no array of numbers.
         """
+        if not isinstance(arrays, Mapping):
+            raise UserError(f"load_state_dict: expected a mapping from names to arrays, got {type(arrays).__name__}")
         parameters: dict[str, Parameter] = dict(self.named_parameters())
         shapes = {name: p.declared_shape for name, p in parameters.items()}
-        matched, report = match({n: np.asarray(a) for n, a in arrays.items()}, shapes, ignore_mismatched_sizes)
+        matched, report = match({n: _numbers(n, a) for n, a in arrays.items()}, shapes, ignore_mismatched_sizes)
         if strict and report:
             raise UserError(f"the weights do not fit the model: {report}")
         for name, values in matched.items():
@@ -130,10 +173,22 @@ class PreTrained(Module):
         )
 
 
+def _no_config(given: Any) -> UserError:
+    got, mend = type(given).__name__, "see BertConfig.from_dict"
+    if got == BertConfig.__name__:
+        got, mend = f"that of {type(given).__module__}", "give mb.BertConfig.from_dict(config.to_dict())"
+    return UserError(f"config: expected a minibert BertConfig, got {got}; {mend}")
+
+
+def _numbers(name: str, given: Any) -> np.ndarray:
+    """An array as NumPy; a tensor of torch also where it asks for a gradient."""
+    return as_array(name, given.detach() if hasattr(given, "detach") else given, "an array of numbers")
+
+
 def _changed(config: BertConfig, changes: Mapping[str, Any]) -> BertConfig:
     """`config` with the fields that were given to from_pretrained; what else was given there is refused."""
     if not isinstance(config, BertConfig):
-        raise UserError(f"config: expected a BertConfig, got {type(config).__name__}; see BertConfig.from_dict")
+        raise _no_config(config)
     for name in sorted(changes.keys() - vars(config).keys()):
         mend = INSTEAD.get(name, "leave it out; given by name are also fields of the config, as num_hidden_layers=2")
         raise UserError(f"from_pretrained: unknown argument {name!r}: {mend}")

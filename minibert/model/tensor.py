@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
 from itertools import count
 from math import prod
 from typing import Any, NamedTuple
@@ -107,8 +107,15 @@ class Tensor(Values):
                 again[self] = op.again(self.backend.run, kept, *(i.data for i in inputs), **params)
         return again[self]
 
-    def __matmul__(self, other: Tensor) -> Tensor:
+    def __matmul__(self, other: Any) -> Tensor:
+        """Of matrices, (..., N, K) by (..., K, M). Raises UserError for vectors and for shapes that do not match."""
+        other = self._operand(other)
+        if min(self.ndim, other.ndim) < 2 or self.shape[-1] != other.shape[-2]:
+            raise UserError(f"@: expected (..., N, K) and (..., K, M), got {self.shape} and {other.shape}")
         return apply(matmul, self, other)
+
+    def __rmatmul__(self, other: Any) -> Tensor:
+        return self._operand(other) @ self
 
     def _operand(self, other: Any) -> Tensor:
         if isinstance(other, Tensor):
@@ -141,13 +148,21 @@ class Tensor(Values):
         """By a number or an array of numbers. There is no gradient of a divisor."""
         if isinstance(other, Tensor):
             raise UserError("a tensor is divided by numbers alone: / float(x), or / x.numpy() if x needs no gradient")
+        if not np.all(other):
+            raise UserError("a tensor is divided by numbers other than 0")
         return self * (1.0 / np.asarray(other) if np.ndim(other) else 1.0 / other)
 
-    def reshape(self, *shape: int) -> Tensor:
-        return apply(reshape, self, shape=shape)
+    def __pow__(self, exponent: Any) -> Tensor:
+        """To a whole power from 1 to 8, as a product."""
+        if not isinstance(exponent, int | float | np.number) or exponent not in range(1, 9):
+            raise UserError(f"**: expected a whole number from 1 to 8, got {exponent!r}; take .numpy() for others")
+        return reduce(Tensor.__mul__, [self] * int(exponent))
 
-    def transpose(self, *axes: int) -> Tensor:
-        return apply(transpose, self, axes=axes)
+    def reshape(self, *shape: Any) -> Tensor:
+        return apply(reshape, self, shape=_axes(shape))
+
+    def transpose(self, *axes: Any) -> Tensor:
+        return apply(transpose, self, axes=_axes(axes))
 
     def slice(self, axis: int, start: int, stop: int) -> Tensor:
         """Elements start .. stop of one axis."""
@@ -270,6 +285,11 @@ class _Run:
         """The memory of the gradients of an input's leaves as one array, where it is."""
         buffers = [t.grad_buffer for t in leaves]
         return buffers[0] if len(buffers) == 1 else tensor.backend.adjoining(buffers)
+
+
+def _axes(given: tuple[Any, ...]) -> tuple[int, ...]:
+    """Numbers given one by one, or as one tuple."""
+    return tuple(given[0]) if len(given) == 1 and isinstance(given[0], tuple | list) else given
 
 
 def demand_unchanged(what: str, read: Iterable[Tensor], made_at: int) -> None:

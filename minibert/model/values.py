@@ -54,6 +54,15 @@ class Values:
     def __bool__(self) -> bool:
         return bool(self.item())
 
+    def __round__(self, digits: int | None = None) -> float:
+        return round(self.item(), digits)
+
+    def __abs__(self) -> Any:
+        raise UserError("there is no gradient of abs(): abs(float(x)), or abs(x.numpy()), gives values")
+
+    def __rtruediv__(self, other: Any) -> Any:
+        raise UserError("there is no gradient of a divisor: 1 / float(x), or 1 / x.numpy(), gives values")
+
     def __lt__(self, other: Any) -> Any:
         """Of the values, as NumPy; `==` asks whether two are the same tensor."""
         return np.asarray(self) < np.asarray(other)

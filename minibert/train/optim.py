@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -87,7 +89,13 @@ class AdamW:
         self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 0.01, max_grad_norm: float | None = None,
     ) -> None:  # fmt: skip
-        given = list(params)
+        numbers: dict[str, Any] = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm}
+        for key, number in numbers.items():
+            if not isinstance(number, Real) and not (key == "max_grad_norm" and number is None):
+                raise UserError(f"AdamW: expected {key} to be a number, got {reprlib.repr(number)}")
+        if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(isinstance(b, int | float) for b in betas):
+            raise UserError(f"AdamW: expected betas to be two numbers, got {reprlib.repr(betas)}")
+        given = _parameters(params)
         groups: list[Any] = given if given and isinstance(given[0], Mapping) else [{"params": given}]
         for name, value, valid in (
             ("lr", lr, lr >= 0), ("betas", betas, all(0 <= b < 1 for b in betas)), ("eps", eps, eps >= 0),
@@ -101,7 +109,7 @@ class AdamW:
         unknown = {key for group in groups for key in group} - {"params", "weight_decay"}
         if unknown:
             raise UserError(f"AdamW: a group holds params and weight_decay, got {', '.join(sorted(unknown))} as well")
-        made = [(list(g.get("params", ())), float(g.get("weight_decay", weight_decay))) for g in groups]
+        made = [(_parameters(g.get("params", ())), float(g.get("weight_decay", weight_decay))) for g in groups]
         if any(decay < 0 for _, decay in made):
             raise UserError("AdamW: expected a weight_decay of 0 or more in every group")
         self.groups = [ParameterGroup(parameters, decay) for parameters, decay in made if parameters]
@@ -197,6 +205,20 @@ class AdamW:
         for i, group in enumerate(self.groups):
             for name in group.kept:
                 getattr(group, name)[...] = group.params[0].backend.asarray(state[f"groups.{i}.{name}"])
+
+
+def _parameters(given: Any) -> list[Any]:
+    """Parameters, or mappings that hold some, as a list."""
+    mend = "model.parameters(), or a list of groups such as parameter_groups(model, weight_decay)"
+    if isinstance(given, Parameter):
+        raise UserError(f"AdamW: expected a list of parameters, got one: put it into a list, or give {mend}")
+    if not isinstance(given, Iterable) or isinstance(given, Mapping | Module):
+        raise UserError(f"AdamW: expected parameters, got {type(given).__name__}: give {mend}")
+    listed = list(given)
+    for one in listed:
+        if not isinstance(one, Parameter | Mapping):
+            raise UserError(f"AdamW: expected parameters, got {type(one).__name__} among them: give {mend}")
+    return listed
 
 
 def parameter_groups(model: Module, weight_decay: float) -> list[dict[str, Any]]:

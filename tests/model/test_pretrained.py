@@ -13,6 +13,8 @@ import pytest
 
 import minibert as mb
 from minibert.model.checkpoint import read_arrays, write_arrays
+from minibert.model.pretrained import ABSENT
+from minibert.train.optim import AdamW
 
 SMALL = mb.BertConfig(
     vocab_size=11, hidden_size=4, num_hidden_layers=2, num_attention_heads=2, intermediate_size=6,
@@ -135,3 +137,86 @@ def test_what_is_no_folder_is_said_to_be_none(name: str, folder: Path, monkeypat
     monkeypatch.chdir(folder)
     with pytest.raises(mb.UserError, match=r"expected a folder with config\.json and model.safetensors"):
         mb.BertModel.from_pretrained(name)
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "a list of weights": (lambda m: m.load_state_dict([1, 2]), "expected a mapping from names to arrays, got list"),
+    "complex weights": (
+        lambda m: m.load_state_dict({n: v * 1j for n, v in m.state_dict().items()}),
+        "expected an array of numbers, got ndarray of complex",
+    ),
+    "text for weights": (lambda m: m.load_state_dict(dict.fromkeys(m.state_dict(), "x")), "an array of numbers"),
+    "no folder to read": (lambda m: type(m).from_pretrained(None), "a folder with a checkpoint, got NoneType"),
+    "no folder to write": (lambda m: m.save_pretrained(None), "a folder to write to, got NoneType"),
+    "no folder of a tokenizer": (lambda m: mb.data.load_tokenizer(None), "a tokenizer's folder or file, got NoneType"),
+    "another library's config": (
+        lambda m: type(m)(type("BertConfig", (), {"__module__": "transformers.models"})()),
+        r"got that of transformers.models; give mb.BertConfig.from_dict\(config.to_dict\(\)\)",
+    ),
+    "another output": (lambda m: m(IDS).__setitem__("logits", 1), "only the loss can be set"),
+    "a text for lr": (lambda m: AdamW(m.parameters(), lr="1e-3"), "AdamW: expected lr to be a number, got '1e-3'"),
+    "no lr": (lambda m: AdamW(m.parameters(), lr=None), "AdamW: expected lr to be a number, got None"),
+    "one beta": (lambda m: AdamW(m.parameters(), betas=0.9), "AdamW: expected betas to be two numbers, got 0.9"),
+    "a model to train": (lambda m: AdamW(m), r"got BertForMaskedLM: give model.parameters\(\)"),
+    "names to train": (lambda m: AdamW(m.named_parameters()), r"got tuple among them: give model.parameters\(\)"),
+    "a name to train": (lambda m: AdamW([{"params": ["cls"]}]), r"got str among them: give model.parameters\(\)"),
+    "one parameter": (lambda m: AdamW(m.parameters()[0]), "got one: put it into a list"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_slip_in_a_call_is_told_in_one_line(name: str) -> None:
+    use, message = REFUSED[name]
+    with pytest.raises(mb.UserError, match=message) as caught:
+        use(mb.BertForMaskedLM(SMALL, "numpy"))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_what_scripts_ask_of_a_model() -> None:
+    model = mb.BertForMaskedLM(SMALL, "numpy")
+    assert model.num_parameters() == sum(p.size for p in model.state_dict().values())
+    assert model.dtype == np.float32 and model.device == "cpu"
+    out = model(IDS, labels=IDS)
+    out["loss"] = out.loss * 2
+    out.loss.backward()
+    assert any(p.grad is not None for p in model.parameters())
+    model.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    for name in ABSENT:
+        assert not hasattr(model, name)
+        with pytest.raises(AttributeError, match=f"BertForMaskedLM has no '{name}': {re.escape(ABSENT[name])}"):
+            getattr(model, name)
+    with pytest.raises(AttributeError, match=r"BertForMaskedLM has no 'nothing'$"):
+        model.nothing  # noqa: B018
+
+
+def test_weights_that_are_not_there_are_told_from_those_of_another_name(tmp_path: Path) -> None:
+    mb.BertForMaskedLM(SMALL, "numpy").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(mb.UserError, match="is a pointer of git-lfs, not the file: fetch it by `git lfs pull`"):
+        load(mb.BertForMaskedLM, tmp_path)
+    weights.unlink()
+    weights.mkdir()
+    with pytest.raises(mb.UserError, match=r"model.safetensors is a folder: expected the file"):
+        load(mb.BertForMaskedLM, tmp_path)
+    weights.rmdir()
+    weights.symlink_to(tmp_path / "blob")
+    with pytest.raises(mb.UserError, match=r"model.safetensors is a link to a file that is not there"):
+        load(mb.BertForMaskedLM, tmp_path)
+
+
+@pytest.mark.parity
+def test_weights_of_torch_are_taken_in_bfloat16_and_with_their_gradients() -> None:
+    import torch
+
+    model = mb.BertForMaskedLM(SMALL, "numpy", seed=3)
+    values = {n: torch.from_numpy(v) for n, v in model.state_dict().items()}
+    for given in (
+        {n: v.bfloat16() for n, v in values.items()},
+        {n: torch.nn.Parameter(v) for n, v in values.items()},
+    ):
+        other = mb.BertForMaskedLM(SMALL, "numpy", seed=4)
+        other.load_state_dict(given)
+        for name, array in other.state_dict().items():
+            np.testing.assert_array_equal(array, given[name].detach().float().numpy())

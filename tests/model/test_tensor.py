@@ -252,6 +252,13 @@ EXPRESSIONS: dict[str, Any] = {
     "a[:, 0]": lambda a, b: a[:, 0] * b[:, 1],
     "a[..., 1:]": lambda a, b: a[..., 1:] * b[:, :-1],
     "a[0:1, np.int64(2)]": lambda a, b: a[0:1, np.int64(2)] + b[1, 1:2],
+    "a ** 2": lambda a, b: a**2,
+    "a ** np.float64(3)": lambda a, b: a ** np.float64(3),
+    "a @ array": lambda a, b: a @ Y.T,
+    "array @ a": lambda a, b: Y.T @ a,
+    "a @ b'": lambda a, b: a @ b.transpose(1, 0),
+    "a.reshape((3, 2))": lambda a, b: a.reshape((3, 2)) @ b,
+    "a.transpose((1, 0))": lambda a, b: a.transpose((1, 0)) @ b,
     "a[:]": lambda a, b: a[:] + a[...],
     "a[1:0]": lambda a, b: a[1:0],
     "rows of a": lambda a, b: sum(x * y for x, y in zip(a, b, strict=True)),
@@ -285,6 +292,17 @@ def test_arithmetic_keeps_the_dtype_of_the_tensor() -> None:
         (lambda x: x + None, TypeError, "expected a tensor, a number or an array beside a tensor, got NoneType"),
         (lambda x: x - "1", TypeError, "bad operand|expected a tensor"),
         (lambda x: x / x, UserError, r"divided by numbers alone: / float\(x\)"),
+        (lambda x: x / 0, UserError, "divided by numbers other than 0"),
+        (lambda x: x / np.array([1.0, 0.0]), UserError, "divided by numbers other than 0"),
+        (lambda x: 1 / x, UserError, "no gradient of a divisor"),
+        (lambda x: np.ones(2) / x, UserError, "no gradient of a divisor"),
+        (lambda x: abs(x), UserError, r"no gradient of abs\(\): abs\(float\(x\)\)"),
+        (lambda x: round(x, 2), UserError, "a tensor of one element"),
+        (lambda x: x**0.5, UserError, "a whole number from 1 to 8, got 0.5"),
+        (lambda x: x**-1, UserError, "a whole number from 1 to 8, got -1"),
+        (lambda x: x @ x, UserError, r"@: expected .* got \(2,\) and \(2,\)"),
+        (lambda x: np.ones((3, 3)) @ x.reshape(2, 1), UserError, r"@: expected .* got \(3, 3\) and \(2, 1\)"),
+        (lambda x: x @ None, TypeError, "expected a tensor, a number or an array beside a tensor"),
         (lambda x: x[::2], UserError, r"index of a tensor of shape \(2,\): .* take .numpy\(\)\[...\]"),
         (lambda x: x[[0, 1]], UserError, "numbers and slices of step 1"),
         (lambda x: x[np.array([True, False])], UserError, "numbers and slices of step 1"),
@@ -322,6 +340,7 @@ def test_values_leave_a_tensor_as_numbers_and_arrays(name: str) -> None:
     assert x.tolist() == values.tolist() and len(x) == 1 and not x.detach().requires_grad
     one = x[0, 0]
     assert float(one) == one.item() == 1.5 and int(one) == 1 and bool(one) and f"{one:.2f}" == "1.50"
+    assert round(one, 1) == 1.5 and round(one) == 2
     assert f"{x}" == f"Tensor(shape=(1, 3), dtype=float32, backend={name})"
     if name == "numpy":
         assert np.shares_memory(np.asarray(x), x.data) and np.array(x, copy=False) is x.data
