@@ -65,6 +65,8 @@ class BertConfig:
     others: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.pad_token_id == -1:  # as some write it where there is no padding
+            object.__setattr__(self, "pad_token_id", None)
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name != "others" and not (f.name == "pad_token_id" and value is None):
@@ -96,6 +98,8 @@ class BertConfig:
         own = {f.name for f in fields(cls)} - {"others"}
         for key, only in ONLY.items():
             value = values.get(key, only)
+            if key == "model_type" and value is None:
+                continue
             if value != only and (value or isinstance(only, str)):
                 raise UserError(
                     f"config: {key} {reprlib.repr(value)} is not supported: this is BERT with {key} {only!r} only"

@@ -266,6 +266,10 @@ def _integers(name: str, given: Any) -> np.ndarray:
 def _mask(given: Any, ids: np.ndarray) -> np.ndarray:
     """(B, T) of bool from 0 and 1 of any dtype."""
     array = as_array("attention_mask", given, "an array of 0 and 1")
+    if array.ndim == 4 and array.shape[1:3] == (1, 1):  # as a mask stands beside scores, (B, H, T, T)
+        array = array[:, 0, 0]
+    if array.shape == (1, ids.shape[1]):
+        array = np.broadcast_to(array, ids.shape)
     if array.shape != ids.shape:
         more = "; there is one value for each token, not for each pair of them" if array.ndim > 2 else ""
         raise UserError(f"attention_mask: expected the shape of input_ids, {ids.shape}, got {array.shape}{more}")
@@ -280,8 +284,10 @@ def _mask(given: Any, ids: np.ndarray) -> np.ndarray:
 
 
 def _like(name: str, given: Any, ids: np.ndarray) -> np.ndarray:
-    """Integers of the shape of `ids`; positions and token types also as one row for all sequences."""
+    """Integers of the shape of `ids`; positions and types also as one row for all sequences, labels also flat."""
     array = _integers(name, given)
+    if name == "labels" and array.shape == (ids.size,):
+        array = array.reshape(ids.shape)
     one_row = name != "labels" and array.shape in (ids.shape[-1:], (1, *ids.shape[-1:]))
     if array.shape != ids.shape and not one_row:
         raise UserError(f"{name}: expected the shape of input_ids, {ids.shape}, got {array.shape}")

@@ -60,7 +60,7 @@ class PreTrained(Module):
             raise UserError(f"backend: expected a name such as 'numba' or a Backend, got {reprlib.repr(backend)}")
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise UserError(f"seed: expected a whole number from 0 to {2**32 - 1}, got {reprlib.repr(seed)}")
-        self.config, self.seed = config, seed
+        self.config, self.seed, dtype = config, seed, _dtype_name(dtype)
         found = backends.get(backend) if isinstance(backend, str) else backend
         if dtype not in found.dtypes:
             raise UserError(
@@ -137,6 +137,7 @@ class PreTrained(Module):
         """Load config.json and model.safetensors from a folder, with dropout off.
 
         `config` stands in for config.json; fields of it given by name, as `output_hidden_states=True`, change it.
+        `dtype` is a name, a dtype of NumPy or torch, or "auto": the one that config.json names, else float32.
         `BertModel` also takes `add_pooling_layer`. Parameters that the file lacks are drawn from `seed`, and with
         `ignore_mismatched_sizes` those whose shape differs too. A warning names them, and the names in the file that
         the model has no use for; with `strict` that is an error. `output_loading_info` gives (model, info), as in
@@ -152,6 +153,8 @@ class PreTrained(Module):
                 f"{folder}: {DECODER} is not the word embedding, so they are not tied: set tie_word_embeddings to false"
             )
             config = replace(config, tie_word_embeddings=False)
+        if isinstance(dtype, str) and dtype == "auto":
+            dtype = config.others.get("dtype") or config.others.get("torch_dtype") or "float32"
         model = cls(config, backend, dtype, seed, initialise=False, **options)  # type: ignore[call-arg]
         try:
             report = model.load_state_dict(arrays, strict, ignore_mismatched_sizes)
@@ -171,6 +174,14 @@ class PreTrained(Module):
         checkpoint.write_folder(
             folder, self.config, self.state_dict(), tokenizer_files, architecture=type(self).__name__
         )
+
+
+def _dtype_name(given: Any) -> Any:
+    """The name of a dtype of NumPy or torch; anything else as it came."""
+    if isinstance(given, np.dtype) or (isinstance(given, type) and issubclass(given, np.generic)):
+        return np.dtype(given).name
+    module, _, name = str(given).partition(".")
+    return name if module == "torch" and type(given).__module__ == "torch" else given
 
 
 def _no_config(given: Any) -> UserError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import get_args, get_type_hints
 
 from minibert.errors import UserError
@@ -41,10 +42,12 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name, expected in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if expected is float and type(value) is int:
+            value, kinds = getattr(self, name), get_args(expected) or (expected,)
+            if float in kinds and type(value) is not bool and isinstance(value, Real):  # NumPy's too
                 object.__setattr__(self, name, float(value))
-            elif type(value) not in (get_args(expected) or (expected,)):
+            elif int in kinds and type(value) is not bool and isinstance(value, Integral):
+                object.__setattr__(self, name, int(value))
+            elif type(value) not in kinds:
                 told = getattr(expected, "__name__", str(expected))
                 raise UserError(f"expected {name} to be {told}, got {value!r}")
         for name in ("max_steps", "tokens_per_batch", "gradient_accumulation_steps", "max_seq_length", "eval_tokens",

@@ -31,7 +31,7 @@ from minibert.model.config import ACTIVATIONS, NAMED, ONLY, BertConfig
         ({"layer_norm_eps": float("nan")}, ["layer_norm_eps", "finite"]),
         ({"initializer_range": -1.0}, ["initializer_range"]),
         ({"tie_word_embeddings": 1}, ["tie_word_embeddings", "bool"]),
-        ({"pad_token_id": -1}, ["pad_token_id", "0 or more", "-1"]),
+        ({"pad_token_id": -2}, ["pad_token_id", "0 or more", "-2"]),
         ({"pad_token_id": "0"}, ["pad_token_id", "int", "str"]),
         ({"num_hidden_layers": None}, ["num_hidden_layers", "int", "NoneType"]),
         ({"hidden_act": ["gelu", "linear"]}, ["hidden_act", "str", "list"]),
@@ -124,6 +124,11 @@ def test_any_value_is_followed_or_refused_in_one_line(key: str) -> None:
         else:
             back = BertConfig.from_dict(config.to_dict())
             assert back == config and repr(back.others) == repr(config.others)
+
+
+def test_what_is_written_for_nothing_is_nothing() -> None:
+    assert BertConfig.from_dict({"pad_token_id": -1}).pad_token_id is None
+    assert BertConfig.from_dict({"model_type": None}).to_dict()["model_type"] == "bert"
 
 
 def test_a_misspelt_keyword_in_python_is_an_error() -> None:

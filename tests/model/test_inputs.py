@@ -73,7 +73,11 @@ REFUSED = {
     "types of another shape": (beside(token_type_ids=MASK[:2]), r"token_type_ids: .* got \(2, 6\)"),
     "float types": (beside(token_type_ids=MASK * 0.5), "token_type_ids: .* float64"),
     "mask of another shape": (beside(attention_mask=MASK[:, :5]), r"attention_mask: .* got \(4, 5\)"),
-    "mask of one row": (beside(attention_mask=MASK[:1]), r"attention_mask: .* got \(1, 6\)"),
+    "mask of two rows": (beside(attention_mask=MASK[:2]), r"attention_mask: .* got \(2, 6\)"),
+    "additive mask beside scores": (
+        beside(attention_mask=(MASK[:, None, None] - 1) * 1e4),
+        "attention_mask: expected 1 .* got -10000.0; of a mask that is added to scores give mask == 0",
+    ),
     "mask of pairs": (beside(attention_mask=np.ones((4, 1, 6, 6))), "attention_mask: .* not for each pair"),
     "additive mask": (
         beside(attention_mask=(1 - MASK) * -10000),
@@ -130,6 +134,17 @@ REFUSED = {
     "masked_lm_labels": (beside(masked_lm_labels=IDS), "masked_lm_labels: its name is labels"),
     "special_tokens_mask": (beside(special_tokens_mask=MASK), "special_tokens_mask: .* leave it out"),
 }
+
+
+def test_a_mask_for_all_rows_or_beside_scores_and_flat_labels_are_taken() -> None:
+    one_row = np.array([[1, 1, 1, 1, 1, 0]])
+    np.testing.assert_array_equal(
+        encoder(IDS, one_row).last_hidden_state.numpy(),
+        encoder(IDS, np.repeat(one_row, 4, 0)).last_hidden_state.numpy(),
+    )
+    np.testing.assert_array_equal(encoder(IDS, MASK[:, None, None]).last_hidden_state.numpy(), expected)
+    labels = np.where(MASK, IDS, -100)
+    assert headed(IDS, MASK, labels=labels.reshape(-1)).loss.item() == headed(IDS, MASK, labels=labels).loss.item()
 
 
 @pytest.mark.parametrize("name", REFUSED)

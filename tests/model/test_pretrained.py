@@ -220,3 +220,16 @@ def test_weights_of_torch_are_taken_in_bfloat16_and_with_their_gradients() -> No
         other.load_state_dict(given)
         for name, array in other.state_dict().items():
             np.testing.assert_array_equal(array, given[name].detach().float().numpy())
+
+
+@pytest.mark.parametrize("dtype", ["float64", np.float64, np.dtype("float64"), "auto"])
+def test_a_dtype_is_a_name_or_numpys_or_the_checkpoints(dtype: Any, tmp_path: Path) -> None:
+    mb.BertForMaskedLM(SMALL, "numpy", "float64").save_pretrained(tmp_path)
+    assert load(mb.BertForMaskedLM, tmp_path, dtype=dtype).bert.place.dtype == "float64"
+
+
+@pytest.mark.parity
+def test_a_dtype_of_torch_is_one_too(folder: Path) -> None:
+    import torch
+
+    assert load(mb.BertForPreTraining, folder, dtype=torch.float64).dtype == np.float64

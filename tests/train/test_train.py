@@ -254,6 +254,14 @@ def test_warmup_steps_that_are_given_are_taken(given: int | None, expected: int)
     assert TrainingConfig(max_steps=1000, warmup_steps=given).warmup == expected
 
 
+def test_numbers_of_numpy_become_pythons() -> None:
+    config = TrainingConfig(
+        max_steps=np.int64(7), warmup_steps=np.int32(2), weight_decay=np.float32(0.5), seed=np.uint8(3)
+    )
+    values = config.max_steps, config.warmup_steps, config.weight_decay, config.seed
+    assert values == (7, 2, 0.5, 3) and [type(v) for v in values] == [int, int, float, int]
+
+
 def test_without_warmup_the_first_step_is_the_largest(data: Data, tmp_path: Path) -> None:
     rates = [step["learning_rate"] for step in events(trainer(data, tmp_path, replace(CONFIG, warmup_steps=0)), "step")]
     assert rates[0] == CONFIG.learning_rate and rates == sorted(rates, reverse=True)
