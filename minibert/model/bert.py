@@ -269,7 +269,8 @@ class BertModel(PreTrained):
         layers = [self.embeddings(batch, None if embeds is None else embeds.reshape(-1, embeds.shape[-1]))]
         for layer in self.encoder.layer:
             if self.gradient_checkpointing and self.training and attentions is None:
-                x = recomputed(partial(layer.as_it_is(), batch=batch, attentions=None), layers[-1])
+                same = partial(layer.as_it_is(), batch=batch, attentions=None)
+                x = recomputed(same, layers[-1], weights=layer.parameters())
             else:
                 x = layer(layers[-1], batch, attentions)
             if not output_hidden_states:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from minibert.backends.base import Backend
 from minibert.kernels.elementwise import add
 from minibert.kernels.op import Array, Run
 from minibert.model.tensor import FREED, Tensor, at_place, demand_unchanged, grad_enabled, set_grad_enabled
@@ -30,20 +31,23 @@ class _Recomputation:
         self.wanted = [i.requires_grad for i in inputs]
 
     def vjp(self, run: Run, g: Array, outs: tuple[Array, ...], *arrays: Array) -> tuple[Array | None, ...]:
-        inputs = [Tensor(a, self.backend, wanted) for a, wanted in zip(arrays, self.wanted, strict=True)]
+        inputs = [Tensor(a, self.backend, wanted) for a, wanted in zip(arrays, self.wanted, strict=False)]
         with set_grad_enabled(True):
             self.function(*inputs).backward(g)  # the parameters within receive their gradients here
-        return tuple(i.grad for i in inputs)
+        return (*(i.grad for i in inputs), *[None] * (len(arrays) - len(inputs)))
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`function(*inputs)`, of which only inputs and output are kept; `function` must give the same each time."""
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor, weights: Sequence[Tensor] = ()) -> Tensor:
+    """`function(*inputs)`, of which only inputs and output are kept; `function` must give the same each time.
+
+    `weights` are the parameters that it reads: backward raises UserError where one was written since.
+    """
     out = function(*(Tensor(i.data, i.backend, i.requires_grad) for i in inputs))
     if not out.requires_grad:
         return out
     made = Tensor(out.data, out.backend, requires_grad=True)
     op: Any = _Recomputation(function, inputs)
-    made.made_by = (op, inputs, (), {})
+    made.made_by = (op, (*inputs, *weights), (), {})
     return made
 
 
@@ -55,6 +59,10 @@ class _Sum:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
+
+
+def _constant(values: np.ndarray, backend: Backend) -> Tensor:
+    return Tensor(backend.asarray(values), backend)
 
 
 class SumOfParts(Tensor):
@@ -100,7 +108,7 @@ class SumOfParts(Tensor):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Of a copy, computed."""
-        return Tensor, (self.data, self.backend)
+        return _constant, (self.numpy(), self.backend)
 
     def _pass_on(self, grads: dict[Tensor, Array], again: dict[Tensor, Array]) -> None:
         g = grads.pop(self, None)

@@ -25,6 +25,8 @@ _mode = threading.local()
 _clock = count(1)
 FREED: Any = ("freed",)  # stands where a tensor's making was remembered, once backward has been through it
 
+ARRAYS = {"data", "grad", "grad_buffer", "master"}  # what a tensor or a parameter has on its backend
+
 
 def tick(after: int = 0) -> int:
     """The time by which a tensor is made before or after a parameter is written: later than any other, and `after`."""
@@ -79,11 +81,15 @@ class Tensor(Values):
         """What copy.deepcopy and pickle keep: the values, and all of a leaf. What was computed loses its graph."""
         slots = [name for one in type(self).__mro__ for name in getattr(one, "__slots__", ()) if name != "__weakref__"]
         state = {name: getattr(self, name) for name in slots}
+        for name in ARRAYS & state.keys():  # by way of NumPy, from whatever memory
+            if state[name] is not None and not isinstance(state[name], Spent):
+                state[name] = self.backend.numpy(state[name])
         return state if self.made_by is None else {**state, "made_by": None, "requires_grad": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():  # as they are: to copy is not to write
-            object.__setattr__(self, name, value)
+            array = name in ARRAYS and isinstance(value, np.ndarray)
+            object.__setattr__(self, name, state["backend"].asarray(value) if array else value)
         tick(after=max(self.made_at, self.written_at))
 
     def forget(self) -> None:

@@ -165,6 +165,15 @@ def test_a_late_backward_is_refused_before_it_has_begun() -> None:
     model(IDS, labels=LABELS).loss.backward()
 
 
+def test_a_late_backward_that_computes_a_layer_again_is_refused_too() -> None:
+    model = BertForMaskedLM(SMALL, NUMPY, seed=5).train()
+    model.gradient_checkpointing_enable()
+    loss = model(IDS, labels=LABELS).loss
+    model.bert.encoder.layer[0].output.dense.bias.assign(np.zeros(SMALL.hidden_size))
+    with pytest.raises(UserError, match=f"backward: {CHANGED}"):
+        loss.backward()
+
+
 def test_a_replayed_step_changes_the_weights_too() -> None:
     reason = next(status.reason for status in backends.available() if status.name == "emulator")
     if reason:
@@ -226,7 +235,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["numpy", "numba"])
+@pytest.mark.parametrize("name", ["numpy", "numba", "emulator"])
 @pytest.mark.parametrize("made", COPIES)
 def test_a_copy_is_of_the_same_values_and_no_write(made: str, name: str) -> None:
     reason = next(status.reason for status in backends.available() if status.name == name)
