@@ -48,6 +48,12 @@ class Parameter(Tensor):
         if name == "data":
             self.wrote()
 
+    def numpy(self) -> np.ndarray:
+        """The values as a NumPy array, to read: `assign` writes."""
+        values = super().numpy().view()
+        values.flags.writeable = False
+        return values
+
     def wrote(self) -> None:
         """Note that the values have changed."""
         self.written_at = tick()

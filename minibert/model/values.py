@@ -12,7 +12,7 @@ from minibert.errors import UserError
 
 
 class Values:
-    """For a class with `numpy`, `data`, `shape`, `slice` and `reshape`: what scripts written for torch ask of it."""
+    """For a class with `numpy`, `data`, `backend`, `shape`, `slice` and `reshape`: what scripts for torch ask of it."""
 
     __slots__ = ()
     __array_priority__ = 1000  # so that `array * tensor` is a tensor, with its gradient, and no array
@@ -40,7 +40,7 @@ class Values:
 
     def __dlpack__(self: Any, **options: Any) -> Any:
         """For `torch.from_dlpack` and their like."""
-        return self.numpy().__dlpack__(**options)
+        return self.backend.numpy(self.data).__dlpack__(**options)
 
     def __dlpack_device__(self: Any) -> Any:
         return self.numpy().__dlpack_device__()

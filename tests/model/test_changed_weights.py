@@ -286,3 +286,14 @@ def test_who_writes_over_what_came_out_changes_nothing_else(arguments: Any) -> N
         np.testing.assert_array_equal(read(out).numpy(), read(twin).numpy(), err_msg=name)
     twin.hidden_states[-1].sum().backward()  # and a gradient goes through
     assert model.bert.encoder.layer[0].output.dense.weight.grad is not None
+
+
+def test_the_values_of_a_parameter_are_to_read_where_no_write_would_be_seen() -> None:
+    model, out = fresh()
+    bias = model.cls.predictions.bias
+    for values in (bias.numpy(), np.asarray(bias)):
+        with pytest.raises(ValueError, match="read-only"):
+            values[...] = 1
+    np.array(bias)[...] = 1  # a copy
+    np.testing.assert_array_equal(out.logits.numpy(), fresh()[1].logits.numpy())
+    bias.data[...] = 0  # the way in remains
