@@ -9,13 +9,10 @@ It needs no test files. Each item is one demand of `minibert.lab.conform.check` 
 
 from __future__ import annotations
 
-import os
 import re
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +25,7 @@ from minibert.errors import UserError
 from minibert.kernels import Op
 from minibert.lab.conform import gradcheck as own_inputs
 from minibert.lab.conform.check import STEP, Broken, Case, Tally
+from minibert.lab.conform.raised import raised_at, writers_line
 from minibert.lab.conform.suite import (
     CHECKS,
     DEFAULT_BACKEND,
@@ -169,14 +167,11 @@ class CheckItem(pytest.Item):
             else:
                 lines = {"inside": f"{op.name}, which the gradient calls"}
             lines |= {"shapes": ", ".join(map(str, shapes)), "params": str(dict(params))}
-        cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
-        frames = traceback.extract_tb(cause.__traceback__)
-        ours = str(Path(str(minibert.__file__)).parent)
-        theirs = [f for f in frames if not f.filename.startswith(ours) and "site-packages" not in f.filename]
-        theirs = [f for f in theirs if f.filename != __file__ and not f.filename.startswith("<")]
-        for at in theirs[-1:]:
-            lines["at"] = f"{os.path.relpath(at.filename)}:{at.lineno}: in {at.name}: {at.line}"
-        lines["raised"] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        at, said = writers_line(error), raised_at(error)
+        if at is not None:
+            lines["at"] = f"{said.removeprefix(', at ')}: {at.line}"
+        raised = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        lines["raised"] = raised.replace(said, "")  # it has a line of its own
         return lines
 
 

@@ -53,12 +53,14 @@ def in_one_line(error: BaseException) -> str:
 def main() -> None:
     """Run a command. A user's mistake is one line on stderr and exit code 2; an interrupt is exit code 130."""
     from minibert.cli import bisect, build, check, compare, diff, pretrain, tables, tokenizer, watch  # noqa: F401  register commands
+    from minibert.cli.options import refuse_repeated
 
     for stream in (sys.stdout, sys.stderr):  # a path or a token that the terminal cannot show must not stop a command
         if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
+        refuse_repeated(sys.argv[1:])
         status = app(standalone_mode=False)
     except UsageMistake as error:
         if error.format_message():

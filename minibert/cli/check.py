@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
 
 import typer
 from rich.markup import escape
@@ -36,8 +37,10 @@ from minibert.cli.options import (
 )
 from minibert.errors import UserError
 from minibert.kernels import OPS
-from minibert.lab.conform.check import CheckResult, check, find_op
-from minibert.lab.conform.own_kernels import HELP, load_kernels, refuse_untriable
+from minibert.lab.conform.check import CheckResult, check, find_op, gradient_verdict
+from minibert.lab.conform.own_kernels import HELP, given_again, load_kernels, refuse_untriable
+
+MOST_PERCENT = 1e6  # above it only the power of ten tells a person anything
 
 
 @app.command("check")
@@ -93,7 +96,7 @@ def check_command(
     if traffic:
         show(counted, TRAFFIC_COLUMNS)
     failed = [r for r in results if not r.ok]
-    again = "".join(f" --kernel {spec}" for spec in kernel) + (f" --threads {threads}" if threads else "")
+    again = given_again(kernel) + (f" --threads {threads}" if threads else "")
     again += f" --products {products}" if products != "float32" else ""
     again += (f" --schedules {schedules}" if schedules else "") + ("" if sanitize else " --no-sanitize")
     for message in _messages(failed):
@@ -117,7 +120,6 @@ def _messages(failed: list[CheckResult]) -> list[str]:
     for group in alike.values():
         checks = ", ".join(result.check for result in group)
         message = group[0].message.replace(f" fails {group[0].check} ", f" fails {checks} ", 1)
-        message = message.replace("raised UserError: --kernel", "--kernel")
         # findings come a line each, and so does what shows them again
         told.append(message.replace("; again by: ", "\n  again by: ") if "\n" in message else message)
     return told
@@ -132,12 +134,11 @@ def _table(results: list[CheckResult], ulp: bool) -> Table:
     shown = []
     for (op, backend, dtype), group in rows.items():
         forward = [r for r in group if r.check in ("follows_formula", "part_in_step")]
-        gradient = next((r for r in group if r.check == "gradient"), None)
         shown.append([
             op, backend, dtype, group[0].by, str(len(group)), str(sum(r.inputs for r in group)),
-            *([_worst(forward, "ulp_max", ".3g")] if ulp else []), _worst(forward, "err_over_us", ".3g"),
-            _worst(forward, "bound_share", ".1%"),
-            "" if gradient is None else "exact" if gradient.ok else "[red]wrong[/red]",
+            *([_worst(forward, "ulp_max")] if ulp else []), _worst(forward, "err_over_us"),
+            _worst(forward, "bound_share", _percent),
+            gradient_verdict(group).replace("wrong", "[red]wrong[/red]"),
             "[green]ok[/green]" if all(r.ok for r in group) else "[red]FAIL[/red]",
         ])  # fmt: skip
     header = ["op", "backend", "dtype", "by", "checks", "inputs", *measures, "gradient", ""]
@@ -147,6 +148,11 @@ def _table(results: list[CheckResult], ulp: bool) -> Table:
     return table
 
 
-def _worst(results: list[CheckResult], measure: str, form: str) -> str:
-    values: list[Any] = [v for v in (getattr(r, measure) for r in results) if v is not None]
-    return format(max(values), form) if values else ""
+def _worst(results: list[CheckResult], measure: str, written: Callable[[float], str] = "{:.3g}".format) -> str:
+    """The largest; empty where nothing was measured, or a result has no distance from the formula, as NaN."""
+    worst = max((v for v in (getattr(r, measure) for r in results) if v is not None), default=math.inf)
+    return written(worst) if math.isfinite(worst) else ""
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share <= MOST_PERCENT / 100 else f"{100 * share:.0e}%"

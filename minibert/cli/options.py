@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,16 @@ def refuse_unwritable(**files: Path | None) -> None:
 
 BACKENDS = ("--backend", "--backends")  # both are taken wherever a backend or several are named
 OWN_HELP = "One of your own is FILE.py:NAME or package.module:NAME."
+
+
+def refuse_repeated(words: Sequence[str]) -> None:
+    """Raise UserError where a command line names its backends twice: all but the last would go unheeded."""
+    given = [word for word in words if word.partition("=")[0] in BACKENDS]
+    if len(given) > 1:
+        raise UserError(
+            f"expected {BACKENDS[0]} once (several backends as in numpy,numba), got {' and '.join(given)}; "
+            f"{BACKENDS[1]} is the same option"
+        )
 
 
 def chosen_backends(names: str | None, threads: int | None) -> list[Backend]:

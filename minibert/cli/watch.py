@@ -23,6 +23,7 @@ from minibert.cli.options import BACKENDS, OWN_HELP, console, notes
 from minibert.errors import UserError
 from minibert.kernels import OPS
 from minibert.lab.conform.check import find_op
+from minibert.lab.conform.own_kernels import load_kernels
 
 KERNELS = Path(str(minibert.kernels.__file__)).resolve().parent
 POLL_SECONDS = 0.2
@@ -78,7 +79,7 @@ def watch_command(
 
 
 def resolve(kernels: Sequence[str], backend: str | None, dtype: str | None = None) -> Watched:
-    """What to watch. Raises UserError for a file that is not there, or that no op is known of."""
+    """What to watch. Raises UserError for a file that is not there, lacks the function or is of no known op."""
     files: list[Path] = []
     ops: list[str] = []
     specs: list[str] = []
@@ -102,6 +103,11 @@ def resolve(kernels: Sequence[str], backend: str | None, dtype: str | None = Non
     dtypes = [name.strip() for name in dtype.split(",")] if dtype is not None else []
     for each in dtypes:
         where.require_dtype(each)
+    try:
+        load_kernels(specs)
+    except UserError as error:
+        if error.__cause__ is None:  # else the file does not run, which the next save may mend
+            raise UserError(_plain(error)) from None
     return Watched(list(dict.fromkeys(files)), [find_op(op).name for op in ops], where, dtypes, specs)
 
 
@@ -136,8 +142,15 @@ def _look(watched: Watched, peaks: dict[str, Any] | None) -> tuple[dict[str, Any
     problem = ""
     if done.returncode:
         said = [text for text in done.stderr.splitlines() if text.strip()]
-        problem = said[-1].removeprefix("minibert.errors.UserError: ") if said else f"exit status {done.returncode}"
+        problem = (
+            _plain(said[-1].removeprefix("minibert.errors.UserError: ")) if said else f"exit status {done.returncode}"
+        )
     return (lines[0] if lines else peaks), lines[1:], problem
+
+
+def _plain(problem: object) -> str:
+    """What is wrong with a kernel, without the option by which other commands are given it."""
+    return str(problem).removeprefix("--kernel: ")
 
 
 def line(look: dict[str, Any], before: dict[str, Any] | None, ulp: bool = False) -> str:

@@ -122,6 +122,14 @@ def test_arguments_and_paths_that_are_not_utf8(
 
 
 @pytest.mark.parametrize(
+    "words", [("--backend", "numba", "--backends", "numpy"), ("--backend=numpy", "--backend", "numpy")], ids="_".join
+)
+@pytest.mark.parametrize("command", ["check", "compare", "ops", "watch", "pretrain"])
+def test_backends_that_are_named_twice(refused: Refused, command: str, words: tuple[str, ...]) -> None:
+    assert "expected --backend once (several backends as in numpy,numba)" in refused(command, "softmax", *words)
+
+
+@pytest.mark.parametrize(
     ("file", "overwrite", "message"),
     [
         ("vocab.txt", False, "holds a vocabulary, vocab.txt: add --overwrite"),

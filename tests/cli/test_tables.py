@@ -141,3 +141,39 @@ def test_into_a_pipe_goes_each_row_on_one_line(root: Path) -> None:
         os.close(end)
     (row,) = (line for line in done.stdout.splitlines() if line.startswith(" attention_grad "))
     assert formula_of(OPS["attention_grad"]) in row and len(row.rstrip()) > 160
+
+
+OWN = """
+def raises(x):
+    raise ValueError("boom")
+
+def none(x):
+    return None
+
+def far(x):
+    return x * 1e12
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "cells", "message"),
+    [
+        ("raises", r"kernel +\d+ +0 +FAIL$", "raised ValueError: boom, at mine.py:3: in raises (arrays of shapes"),
+        ("none", r"kernel +\d+ +0 +FAIL$", "output 0: expected an array of shape (3, 7), got NoneType; again by"),
+        ("far", r"kernel +\d+ +\d+ +\S+e\+\d+ +\de\+\d\d% +wrong +FAIL$", "output 0"),
+    ],
+)
+def test_check_shows_what_was_computed_and_where_a_kernel_broke(
+    function: str, cells: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN)
+    words = ("check", "--backend", "numpy", "--dtype", "float64", "--kernel", f"mine.py:{function}=softmax")
+    monkeypatch.setattr(sys, "argv", ["minibert", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().out
+    assert ended.value.code == 1 and message in said
+    assert "inf%" not in said and "raised UserError" not in said
+    assert any(re.search(cells, text.rstrip()) for text in said.splitlines()), said

@@ -94,6 +94,7 @@ def test_a_failure_is_the_exit_status_of_a_single_look(kernel: Path, root: Path)
     done = minibert("watch", "mine.py:scale=scale", "--backend", "numpy", "--once", folder=kernel.parent, root=root)
     assert done.returncode == 1
     assert "FAIL scale after 1 checks" in done.stdout and "expected" in done.stdout
+    assert done.stdout.rstrip().endswith("--backend numpy --dtype float32 --seed 0 --kernel mine.py:scale=scale")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,7 @@ def test_a_failure_is_the_exit_status_of_a_single_look(kernel: Path, root: Path)
         ("mine.py", "say which op it is of"),
         ("mine.py=scale", "expected FILE.py:FUNCTION=OP"),
         ("mine.py:scale=scaled", "no op is called 'scaled'"),
+        ("mine.py:nosuch=scale", "^mine.py has no function 'nosuch'; it has scale$"),
     ],
 )
 def test_what_cannot_be_watched_is_told(
@@ -111,6 +113,12 @@ def test_what_cannot_be_watched_is_told(
     monkeypatch.chdir(kernel.parent)
     with pytest.raises(UserError, match=message):
         resolve([given], "numpy")
+
+
+def test_a_file_that_does_not_run_yet_is_watched(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(kernel.parent)
+    kernel.write_text(BROKEN)
+    assert resolve(["mine.py:scale=scale"], "numpy").ops == ["scale"]
 
 
 def test_files_of_the_package_know_their_ops(root: Path) -> None:

@@ -22,7 +22,8 @@ from minibert.errors import UserError
 from minibert.kernels import OPS, Array, Op
 from minibert.kernels.op import BertSize, Sample, holds_floats, outputs
 from minibert.kernels.readings import Bound, bounded_module, jvp
-from minibert.lab.conform.judge import Judgement, expect, judge, judge_against, stored_as
+from minibert.lab.conform.judge import Judgement, expect, judge, judge_against, misshapen, stored_as
+from minibert.lab.conform.raised import raised_at
 
 # <J v, w> and <v, vjp(w)> are equal in exact arithmetic. The gradient's own rounding is bounded by running error
 # analysis of the vjp in float64 (so that a gradient which cancels, as that of layer_norm over two columns, is judged by
@@ -69,8 +70,13 @@ class Case:
     def upload(self, arrays: Iterable[np.ndarray]) -> list[Array]:
         return [self.backend.asarray(a.copy()) for a in arrays]
 
-    def run(self, arrays: Iterable[Array], params: dict[str, Any]) -> tuple[Array, ...]:
-        return outputs(self.backend.run(self.op, *arrays, **params))
+    def run(self, arrays: Iterable[Array], one: Input) -> tuple[Array, ...]:
+        """The results on the uploaded arrays of an input. Raises Broken where what reads them would stumble."""
+        results = outputs(self.backend.run(self.op, *arrays, **one.params))
+        problem = misshapen(one.expected, results)
+        if problem:
+            raise Broken(f"{_describe(one.number, one.arrays, one.params)}: {problem}")
+        return results
 
     def download(self, results: Iterable[Array]) -> tuple[np.ndarray, ...]:
         return tuple(self.backend.numpy(r) for r in results)
@@ -129,7 +135,8 @@ class Tally:
         self.add(judgement, f"{_describe(one.number, one.arrays, one.params)}{what}")
 
     def add(self, judgement: Judgement, where: str) -> None:
-        self.note(**{name: getattr(judgement, name) for name in self.worst})
+        if not judgement.problem:  # with one nothing was measured
+            self.note(**{name: getattr(judgement, name) for name in self.worst})
         if not judgement.ok:
             raise Broken(f"{where}: {judgement.problem or judgement.worst}")
         if judgement.unbounded:
@@ -145,14 +152,14 @@ def _describe(number: int, arrays: Iterable[Array], params: dict[str, Any]) -> s
 def follows_formula(case: Case, tally: Tally) -> None:
     """Every element of every output lies under the bound that its formula implies; dtype and shape are right."""
     for one in case.inputs():
-        tally.judge(case, one, case.run(case.upload(one.arrays), one.params))
+        tally.judge(case, one, case.run(case.upload(one.arrays), one))
         tally.inputs += 1
 
 
 def part_in_step(case: Case, tally: Tally) -> None:
     """The same for the op's part in a training step of BERT: for as many rows as where kernels are timed."""
     one = case.part_in_step()
-    tally.judge(case, one, case.run(case.upload(one.arrays), one.params))
+    tally.judge(case, one, case.run(case.upload(one.arrays), one))
     tally.inputs += 1
 
 
@@ -173,7 +180,7 @@ def strided_inputs(case: Case, tally: Tally) -> None:
         for name, lay_out in layouts.items():
             # (a backend on a device may make them contiguous on the way there: then this repeats what was asked before)
             arrays = [case.backend.asarray(lay_out(a)) if a.ndim else case.backend.asarray(a) for a in one.arrays]
-            tally.judge(case, one, case.run(arrays, one.params), f", inputs laid out {name}")
+            tally.judge(case, one, case.run(arrays, one), f", inputs laid out {name}")
             tally.inputs += 1
 
 
@@ -181,7 +188,7 @@ def inputs_left_alone(case: Case, tally: Tally) -> None:
     """No input changes, except those that the op says it writes, and these hold the result."""
     for one in case.inputs():
         arrays = case.upload(one.arrays)
-        case.run(arrays, one.params)
+        case.run(arrays, one)
         if case.op.writes:
             tally.judge(case, one, [arrays[i] for i in case.op.writes], ", read from the arrays it should have written")
         for i, (before, after) in enumerate(zip(one.arrays, case.download(arrays), strict=True)):
@@ -193,7 +200,7 @@ def inputs_left_alone(case: Case, tally: Tally) -> None:
 def deterministic(case: Case, tally: Tally) -> None:
     """Two runs on the same inputs give the same bits."""
     for one in case.inputs():
-        first, second = (case.download(case.run(case.upload(one.arrays), one.params)) for _ in range(2))
+        first, second = (case.download(case.run(case.upload(one.arrays), one)) for _ in range(2))
         _demand_same_bits(one, first, second, "a second run gave other bits")
         tally.inputs += 1
 
@@ -202,12 +209,12 @@ def fresh_output(case: Case, tally: Tally) -> None:
     """A result is written anew, in memory of its own: nothing cached, no buffer shared, no element left unwritten."""
     for one, other in zip(case.inputs(), case.inputs(seed_offset=1), strict=True):
         arrays = case.upload(one.arrays)
-        result = case.run(arrays, one.params)
+        result = case.run(arrays, one)
         _no_views_but_the_formulas(case, one, arrays, result)
         kept = [r.copy() for r in case.download(result)]
         for b in other.expected:  # memory that the allocator will hand out next holds no plausible number
             np.full(b.value.shape, np.nan, case.dtype)
-        second = case.run(case.upload(other.arrays), other.params)
+        second = case.run(case.upload(other.arrays), other)
         tally.judge(case, other, second, ", run after another input of its shapes")
         _demand_same_bits(one, kept, case.download(result), "a later run changed the result of an earlier one")
         tally.inputs += 1
@@ -235,7 +242,7 @@ def order_of_work(case: Case, tally: Tally) -> None:
         first: tuple[str, tuple[np.ndarray, ...]] | None = None
         for order, ordered in case.backend.orders():
             with ordered:
-                results = case.download(case.run(case.upload(one.arrays), one.params))
+                results = case.download(case.run(case.upload(one.arrays), one))
             if first is None:
                 first = order, results
             _demand_same_bits(one, first[1], results, f"{order} gave other bits than {first[0]}")
@@ -248,10 +255,11 @@ def gradient(case: Case, tally: Tally) -> None:
     for one in case.inputs():
         rng = np.random.default_rng((case.seed, one.number))
         arrays = case.upload(one.arrays)
-        outs = case.run(arrays, one.params)
+        outs = case.run(arrays, one)
         for _ in range(2):  # cotangents: the second finds a gradient that was kept from the first
             w = rng.standard_normal(outs[0].shape)
             grads = case.op.vjp(case.backend.run, case.backend.asarray(w.copy()), outs, *arrays, **one.params)
+            tally.note(bound_share=0.0)  # a gradient was computed, right or wrong
             _gradient_of_each(case, tally, one, w, grads, _gradient_errors(case.op, w, one), rng)
         tally.inputs += 1
 
@@ -321,7 +329,7 @@ def gradient_rounding(case: Case, tally: Tally) -> None:
     for one in case.inputs():
         where = _describe(one.number, one.arrays, one.params)
         arrays = case.upload(one.arrays)
-        outs = case.run(arrays, one.params)
+        outs = case.run(arrays, one)
         w = np.random.default_rng((case.seed, one.number)).standard_normal(outs[0].shape).astype(outs[0].dtype)
         with case.backend.watched_by(watch):
             case.op.vjp(case.backend.run, case.backend.asarray(w), outs, *arrays, **one.params)
@@ -367,13 +375,23 @@ def run_check(name: str, op: Op, backend: Backend, dtype: str, seed: int = 0) ->
         with np.errstate(all="ignore"):  # exp(-1e4) may underflow; what the results are is judged
             CHECKS[name](case, tally)
     except Exception as error:
-        what = str(error) if isinstance(error, Broken) else f"raised {type(error).__name__}: {error}"
+        what = str(error)
+        if not isinstance(error, Broken | UserError):
+            what = f"raised {type(error).__name__}: {error}{raised_at(error)}"
         place = shlex.quote(_backends.spec_of(backend))
         command = f"minibert check {op.name} --backend {place} --dtype {dtype} --seed {seed}"
         message = f"{op.name} on {backend.name} in {dtype} fails {name} (seed {seed}): {what}; again by: {command}"
     return CheckResult(
         op.name, backend.name, dtype, name, backend.by(op), tally.inputs, **tally.worst, ok=not message, message=message
     )
+
+
+def gradient_verdict(results: Iterable[CheckResult]) -> str:
+    """Of the results of one op: "exact", "wrong", or "" where it has no gradient or none could be computed."""
+    found = next((r for r in results if r.check == "gradient"), None)
+    if found is None or (not found.ok and found.bound_share is None):
+        return ""
+    return "exact" if found.ok else "wrong"
 
 
 def planned(backend: Backend, op: Op, dtypes: Sequence[str] | None = None) -> Iterator[tuple[str, str]]:

@@ -110,13 +110,23 @@ def judge_against(expected: Sequence[Bound], got: Any) -> Judgement:
 
 
 def _problem(expected: Sequence[Bound], results: tuple[Array, ...]) -> str:
+    problem = misshapen(expected, results)
+    wrong = (k for k, (b, r) in enumerate(zip(expected, results, strict=False)) if r.dtype.name != b.dtype)
+    for k in () if problem else wrong:
+        return f"output {k}: expected dtype {expected[k].dtype}, got {results[k].dtype}"
+    return problem
+
+
+def misshapen(expected: Sequence[Bound], results: Sequence[Array]) -> str:
+    """What is wrong with the number or the shapes of results, on whatever device they lie; empty if nothing is."""
     if len(results) != len(expected):
         return f"expected {len(expected)} outputs, got {len(results)}"
     for k, (b, result) in enumerate(zip(expected, results, strict=True)):
-        if result.shape != b.value.shape:
-            return f"output {k}: expected shape {b.value.shape}, got {result.shape}"
-        if result.dtype.name != b.dtype:
-            return f"output {k}: expected dtype {b.dtype}, got {result.dtype}"
+        if isinstance(result, np.ndarray) and result.dtype.kind in "OSU" and not result.shape:  # no array was returned
+            kind = type(result.item()).__name__
+            return f"output {k}: expected an array of shape {b.value.shape}, got {kind}"
+        if tuple(result.shape) != b.value.shape:
+            return f"output {k}: expected shape {b.value.shape}, got {tuple(result.shape)}"
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from minibert.kernels.array_module import numpy_module
 from minibert.kernels.gpu.launch import CudaKernel
 from minibert.kernels.op import outputs
 from minibert.lab.conform.check import find_op
+from minibert.lab.conform.raised import raised_at
 
 HELP = (
     "Try a kernel of your own: FILE.py:FUNCTION=OP, a function of the op's arrays and parameters; on cupy and emulator "
@@ -48,7 +50,7 @@ class TriedKernel:
             self.mistake = error
             raise
         except (Exception, SystemExit) as error:
-            raised = f"--kernel {self.spec} raised {described(error)}"
+            raised = f"--kernel {self.spec} raised {described(error)}{raised_at(error)}"
             told = UserError(f"{raised} (arrays of shapes {', '.join(str(tuple(a.shape)) for a in arrays)})")
             if isinstance(error, TypeError | AttributeError) and on_device != self._launches():
                 told = self.mistake = UserError(f"{raised}; {MISPLACED[on_device]}")
@@ -85,6 +87,11 @@ def load_kernels(specs: Iterable[str]) -> dict[Op, TriedKernel]:
     return kernels
 
 
+def given_again(specs: Iterable[str]) -> str:
+    """The options that give these kernels again, to go behind a command."""
+    return "".join(f" --kernel {shlex.quote(spec)}" for spec in specs)
+
+
 def refuse_untriable(kernels: dict[Op, TriedKernel]) -> None:
     """Raise the UserError of a kernel that cannot be tried at all."""
     for kernel in kernels.values():
@@ -107,9 +114,10 @@ def refuse_misshapen(kernels: dict[Op, TriedKernel], place: Backend | None = Non
                 place.synchronize()
         except RuntimeError as error:  # what a kernel did on the device shows when somebody waits for it
             raise UserError(f"--kernel {kernel.spec}: {error}") from error
-        got = [tuple(getattr(r, "shape", ())) for r in results]
+        got = [tuple(r.shape) if hasattr(r, "shape") else type(r).__name__ for r in results]
         if not op.writes and got != expected:
-            raise UserError(f"--kernel: {op.name}: expected results of shapes {expected}, got {got}")
+            found = ", ".join(map(str, got))
+            raise UserError(f"--kernel: {op.name}: expected results of shapes {expected}, got [{found}]")
         kernel.called = False  # a step is yet to call it
 
 

@@ -15,7 +15,7 @@ from minibert.backends import Backend
 from minibert.kernels import Op
 from minibert.kernels.op import BertSize, outputs
 from minibert.kernels.readings import cost
-from minibert.lab.conform.check import Broken, Case, CheckResult, Tally, planned, run_check
+from minibert.lab.conform.check import Broken, Case, CheckResult, Tally, gradient_verdict, planned, run_check
 
 if TYPE_CHECKING:
     from minibert.lab.measure.peaks import Peaks
@@ -36,23 +36,25 @@ class Look:
     checks: int
     ulp_max: float | None
     bound_share: float | None
-    gradient: str  # "exact", "wrong" or "": it has none
+    gradient: str  # "exact", "wrong" or "": it has none, or none was computed
     seconds: float | None  # of a call at BERT's shape; None where time says nothing
     limit_share: float | None  # the time that the machine's limit allows over it; above 1: the data fit a cache
     sectors: int | None  # emulator: sectors of 32 bytes of global memory that a call at a small BERT's shape moves
     ideal_sectors: int | None  # that would hold what its lines asked for
 
 
-def look(op: Op, backend: Backend, peaks: Peaks | None, dtypes: Sequence[str] | None = None) -> Look:
-    """Check one op on a backend, and time it where its time means something."""
+def look(op: Op, backend: Backend, peaks: Peaks | None, dtypes: Sequence[str] | None = None, again: str = "") -> Look:
+    """Check one op on a backend, and time it where its time means something.
+
+    `again` goes behind the command that shows a failure again.
+    """
     results: list[CheckResult] = []
     for name, dtype in planned(backend, op, dtypes):
         results.append(run_check(name, op, backend, dtype))
         if not results[-1].ok:
             break  # a person mends one thing at a time
     failed = next((r for r in results if not r.ok), None)
-    gradient = next((r for r in results if r.check == "gradient"), None)
-    problem = "" if failed is None else failed.message
+    problem = "" if failed is None else failed.message + again
     seconds = share = sectors = ideal = None
     try:
         if failed is None and backend.emulated:
@@ -64,7 +66,7 @@ def look(op: Op, backend: Backend, peaks: Peaks | None, dtypes: Sequence[str] | 
     return Look(
         op.name, backend.by(op), not problem, problem, len(results),
         _worst(results, "ulp_max"), _worst(results, "bound_share"),
-        "" if gradient is None else "exact" if gradient.ok else "wrong", seconds, share, sectors, ideal,
+        gradient_verdict(results), seconds, share, sectors, ideal,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from minibert.kernels.linear import linear, matmul
 from minibert.kernels.op import Array, Op, outputs
 from minibert.kernels.softmax import softmax
 from minibert.kernels.view import transpose
-from minibert.lab.conform.check import CHECKS, check, find_op, planned, run_check
+from minibert.lab.conform.check import CHECKS, check, find_op, gradient_verdict, planned, run_check
 from minibert.lab.conform.judge import judge
 
 HERE = [status.backend for status in backends.available() if status.backend is not None]
@@ -122,6 +122,14 @@ def leaves_the_last_unwritten(x: np.ndarray, factor: float) -> np.ndarray:
         (lambda x, factor: x / 0, "follows_formula", "got inf"),
         (lambda x, factor: (x * factor, x), "follows_formula", "expected 1 outputs, got 2"),
         (lambda x, factor: x.nonesuch, "follows_formula", "raised AttributeError"),
+        (lambda x, factor: x.nonesuch, "gradient_rounding", "test_check.py:"),
+        *(
+            (lambda x, factor: None, check, "output 0: expected an array of shape (3, 7), got NoneType")
+            for check in CHECKS
+            if check not in ("part_in_step", "gradient")
+        ),
+        (lambda x, factor: (None, x), "deterministic", "expected 1 outputs, got 2"),
+        (lambda x, factor: "x", "fresh_output", "expected an array of shape (3, 7), got str"),
     ],
 )  # fmt: skip
 def test_a_wrong_kernel_is_caught_and_named(kernel: Callable[..., Any], caught_by: str, message: str) -> None:
@@ -131,6 +139,30 @@ def test_a_wrong_kernel_is_caught_and_named(kernel: Callable[..., Any], caught_b
     assert message in result.message
     assert result.by == "kernel"
     assert result.message.endswith("again by: minibert check scale --backend numpy --dtype float32 --seed 3")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "verdict"),
+    [
+        (lambda x, factor: x * x.dtype.type(factor), "exact"),
+        (lambda x, factor: x * x.dtype.type(factor * 1.001) + 1, "wrong"),
+        (lambda x, factor: x.nonesuch, ""),
+        (lambda x, factor: None, ""),
+        (lambda x, factor: x[..., :1] * factor, ""),
+    ],
+)
+def test_a_gradient_is_wrong_only_where_one_was_computed(kernel: Callable[..., Any], verdict: str) -> None:
+    with backends.get("numpy").using({scale: kernel}) as numpy:
+        assert gradient_verdict([run_check("gradient", scale, numpy, "float64")]) == verdict
+    assert gradient_verdict([]) == ""
+
+
+def test_nothing_is_measured_of_what_is_no_array() -> None:
+    with backends.get("numpy").using({scale: lambda x, factor: None}) as numpy:
+        result = run_check("follows_formula", scale, numpy, "float32")
+    assert (result.ulp_max, result.err_over_us, result.bound_share) == (None, None, None)
+    judgement = judge(add, (np.ones(2, np.float32),) * 2, {}, np.asarray(None), "float32")
+    assert judgement.problem == "output 0: expected an array of shape (2,), got NoneType"
 
 
 @pytest.mark.parametrize("rows", [100, 1000])

@@ -1,0 +1,33 @@
+"""Where an exception came from in the code of whoever wrote the kernel."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+import traceback
+from pathlib import Path
+
+import minibert
+from minibert import backends, kernels
+from minibert.errors import UserError
+
+KERNELS = str(Path(str(kernels.__file__)).parent)
+OURS = (str(Path(str(minibert.__file__)).parent), str(Path(str(backends.__file__)).parent), KERNELS)
+LIBRARIES = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"))
+
+
+def writers_line(error: BaseException) -> traceback.FrameSummary | None:
+    """The last line of a user's own that an exception passed, else the last of a kernel's file here; None: neither.
+
+    Of a UserError that tells of another exception, that other's.
+    """
+    cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
+    frames = [f for f in traceback.extract_tb(cause.__traceback__) if not f.filename.startswith("<")]
+    theirs = [f for f in frames if not f.filename.startswith(OURS) and all(one not in f.filename for one in LIBRARIES)]
+    return next(reversed(theirs or [f for f in frames if f.filename.startswith(KERNELS)]), None)
+
+
+def raised_at(error: BaseException) -> str:
+    """`, at mine.py:7: in softmax`, to go behind what was raised; empty where no such line is known."""
+    at = writers_line(error)
+    return "" if at is None else f", at {os.path.relpath(at.filename)}:{at.lineno}: in {at.name}"
