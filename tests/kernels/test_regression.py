@@ -35,7 +35,7 @@ def typical_error(op: Op, backend: Backend) -> float:
     errors = []
     for one in case.inputs():
         with np.errstate(all="ignore"):
-            results = case.download(case.run(case.upload(one.arrays), one.params))
+            results = case.download(case.run(case.upload(one.arrays), one))
         for result, b in zip(results, one.expected, strict=True):
             errors.append((np.abs(result - b.value) / np.maximum(unit * b.terms, tiny)).ravel())
     return float(np.percentile(np.concatenate(errors), 99.9))

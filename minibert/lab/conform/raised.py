@@ -28,6 +28,9 @@ def writers_line(error: BaseException) -> traceback.FrameSummary | None:
 
 
 def raised_at(error: BaseException) -> str:
-    """`, at mine.py:7: in softmax`, to go behind what was raised; empty where no such line is known."""
-    at = writers_line(error)
+    """`, at mine.py:7: in softmax`, to go behind what was raised; empty where no such line is known.
+
+    What the emulator finds is known only later, when somebody waits for the device, and has places of its own.
+    """
+    at = None if hasattr(error, "findings") else writers_line(error)
     return "" if at is None else f", at {os.path.relpath(at.filename)}:{at.lineno}: in {at.name}"
