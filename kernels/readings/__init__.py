@@ -1,17 +1,21 @@
-"""Other readings of a formula: its error bound, its exact derivative, its cost. None of them is written per op."""
+"""Other readings of a formula: its error bound, where it cannot round, its exact derivative, its
+cost. None of them is written per op."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minibert.kernels.op import Array, Op, holds_floats, outputs
-from minibert.kernels.readings.bounded import PRECISIONS, bounded_module
+from minibert.kernels.readings.bounded import bounded_module
 from minibert.kernels.readings.counted import Cost, cost
 from minibert.kernels.readings.dual import Dual, dual_module
+from minibert.kernels.readings.exact import exact_module
+from minibert.kernels.readings.precisions import PRECISIONS
 
-__all__ = ["PRECISIONS", "Bound", "Cost", "bound", "bounded_module", "cost", "dual_module", "jvp"]
+__all__ = ["PRECISIONS", "Bound", "Cost", "bound", "bounded_module", "cost", "dual_module", "exact", "jvp"]
 
 
 class Bound(NamedTuple):
@@ -34,15 +38,36 @@ def bound(
     rounded to what the backend sees. `products` "tf32": on tensor cores, which round their operands.
     """
     module = bounded_module(precision, storage, products)
-    lift = module.reading.lift
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
-        results = op.formula(module, *(lift(a) if holds_floats(a) else a for a in map(np.asarray, arrays)), **params)
     bounds = []
-    for k, result in enumerate(map(lift, outputs(results))):
+    for k, result in enumerate(_read(op, module, arrays, params)):
         wide = storage is None or k in op.wide_outputs
         kept = result if wide else module.stored(result)
         bounds.append(Bound(kept.value, kept.error, kept.terms, precision if wide else str(storage)))
     return bounds
+
+
+def exact(
+    op: Op, *arrays: Array, precision: str = "float32", storage: str | None = None, products: str = "float32",
+    **params: Any,
+) -> list[np.ndarray]:  # fmt: skip
+    """For each output of `op`, which of its elements every order of evaluation gives to the last bit.
+
+    Arguments as of `bound`.
+    """
+    module = exact_module(precision, storage, products)
+    masks = []
+    for k, result in enumerate(_read(op, module, arrays, params)):
+        kept = result if k in op.wide_outputs else module.stored(result)
+        masks.append(kept.within(PRECISIONS[precision].roundoff))
+    return masks
+
+
+def _read(op: Op, module: Any, arrays: Sequence[Array], params: Mapping[str, Any]) -> list[Any]:
+    """The outputs of the formula as one reading has them."""
+    lift = module.reading.lift
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
+        results = op.formula(module, *(lift(a) if holds_floats(a) else a for a in map(np.asarray, arrays)), **params)
+        return [lift(result) for result in outputs(results)]
 
 
 def jvp(op: Op, arrays: tuple[Array, ...], tangents: tuple[Array | None, ...], **params: Any) -> np.ndarray:

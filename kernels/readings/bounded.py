@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from scipy import special
 
+from minibert.kernels.readings.precisions import PRECISIONS, PRODUCTS, Precision
 from minibert.kernels.readings.reading import Reading, ReadingModule
 
 # What a library function may commit, in units of the unit roundoff (half an ulp), relative to its result.
@@ -24,25 +25,6 @@ ALLOWANCE = {"exp": 4, "log": 4, "sqrt": 1, "tanh": 8, "erf": 8}
 
 
 LONGEST_CHAIN = 2**20  # additions one after the other, each with its rounding
-
-
-class Precision(NamedTuple):
-    """The arithmetic under test: each primitive rounds with `roundoff`; numbers below `tiny` may be flushed to zero."""
-
-    roundoff: float
-    tiny: float
-    largest: float
-
-
-PRECISIONS = {
-    "float64": Precision(2.0**-53, 2.0**-1022, (2 - 2.0**-52) * 2.0**1023),
-    "float32": Precision(2.0**-24, 2.0**-126, (2 - 2.0**-23) * 2.0**127),
-    "float16": Precision(2.0**-11, 2.0**-14, (2 - 2.0**-10) * 2.0**15),
-    "bfloat16": Precision(2.0**-8, 2.0**-126, (2 - 2.0**-7) * 2.0**127),
-}
-
-
-PRODUCTS = {"float32": 0.0, "tf32": 2.0**-11}  # what an operand of a product loses first, by the mode of products
 
 
 class Bounded(Reading):

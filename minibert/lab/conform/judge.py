@@ -12,6 +12,9 @@ analysis). With u the unit roundoff of the precision:
 
 The float64 evaluation has rounding errors as well. They are at most u(float64) / u of those bounded, so the bound is
 widened by that share: by 2^-29 for float32, and doubled for float64, where both sides commit it.
+
+Where no order of evaluation could round (`minibert.kernels.readings.exact`) the bound may be asked to be 0: then one
+element that was dropped, counted twice or taken from next door is a difference, however many were added.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import numpy as np
 
 from minibert.backends.base import NARROW, dtype_of
 from minibert.kernels.op import Array, Op, holds_floats, outputs
-from minibert.kernels.readings import PRECISIONS, Bound, bound
+from minibert.kernels.readings import PRECISIONS, Bound, bound, exact
 
 
 class Worst(NamedTuple):
@@ -60,20 +63,26 @@ def stored_as(op: Op, arrays: Sequence[Array], dtype: str) -> list[np.dtype[Any]
 
 
 def expect(
-    op: Op, arrays: Sequence[Array], params: Mapping[str, Any], dtype: str, products: str = "float32"
-) -> list[Bound]:
+    op: Op, arrays: Sequence[Array], params: Mapping[str, Any], dtype: str, products: str = "float32",
+    exactly: bool = False,
+) -> list[Bound]:  # fmt: skip
     """What `op` should give on these NumPy arrays, with the bound for an evaluation in `dtype`.
 
     In 16 bits arrays are stored, and results rounded once; arithmetic is in float32. `products` is the backend's
-    `product_mode`.
+    `product_mode`. `exactly`: where no order of evaluation could round, the bound is 0 (for samples that are drawn to
+    be of that kind: finding the places costs a second reading of the formula).
 
     For an op that writes in place: the arrays as they were before.
     """
     precision, storage = ("float32", dtype) if dtype in NARROW else (dtype, None)
     widened = 1 + PRECISIONS["float64"].roundoff / PRECISIONS[precision].roundoff
     products = products if dtype == "float32" else "float32"
-    found = bound(op, *arrays, precision=precision, storage=storage, products=products, **params)
-    return [b._replace(error=b.error * widened) for b in found]
+    arithmetic: dict[str, Any] = {"precision": precision, "storage": storage, "products": products}
+    found = [b._replace(error=b.error * widened) for b in bound(op, *arrays, **arithmetic, **params)]
+    if not exactly:
+        return found
+    masks = exact(op, *arrays, **arithmetic, **params)
+    return [b._replace(error=np.where(mask, 0.0, b.error)) for b, mask in zip(found, masks, strict=True)]
 
 
 def judge(
