@@ -44,6 +44,8 @@ class Op:
     `vjp(run, g, outs, *arrays, **params)` gives one gradient per array (None where there is none), in ops.
     `again(run, kept, *arrays, **params)` is the output once more, in ops, from what was kept for the gradient: where
     that is cheap. Then nothing holds the output from forward to backward.
+    `kept(xp, *arrays, **params)` gives, by number, the inputs that a forward op made and kept, as its formula makes
+    them of the others: they carry its error, and a kernel may make them again instead of reading them.
     `samples(rng)` yields the inputs it is checked on, `bench(rng, size)` the input it is timed on.
     `writes` names the arrays that it updates in place; the formula then returns their new values in that order.
     `bytes` overrides the memory traffic that sizes of inputs and outputs suggest, where an op reads less.
@@ -57,6 +59,7 @@ class Op:
     bench: Callable[[np.random.Generator, BertSize], Sample]
     vjp: Callable[..., tuple[Any, ...]] | None = None
     again: Callable[..., Array] | None = None
+    kept: Callable[..., dict[int, Array]] | None = None
     writes: tuple[int, ...] = ()
     bytes: Callable[..., int] | None = None
     wide_inputs: tuple[int, ...] = ()

@@ -97,6 +97,12 @@ def _attention_grad(
     return xp.concatenate(rows)
 
 
+def _kept(
+    xp: Any, g: Array, qkv: Array, y: Array, lse: Array, cu_seqlens: Array, **params: Any
+) -> dict[int, Array]:  # fmt: skip
+    return dict(zip((2, 3), _attention(xp, qkv, cu_seqlens, **params), strict=True))
+
+
 def _attention_vjp(
     run: Run, g: Array, outs: tuple[Array, ...], qkv: Array, cu_seqlens: Array, **params: Any
 ) -> tuple[Any, ...]:
@@ -141,6 +147,7 @@ attention_grad = Op(
     _attention_grad,
     samples=lambda rng: (_with_gradient(rng, sample) for sample in _samples(rng)),
     bench=lambda rng, size: _with_gradient(rng, _bench(rng, size)),
+    kept=_kept,
     wide_inputs=(3,),
 )
 attention = Op("attention", _attention, samples=_samples, bench=_bench, vjp=_attention_vjp, wide_outputs=(1,))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minibert.kernels.op import Array, Op, holds_floats, outputs
-from minibert.kernels.readings.bounded import bounded_module
+from minibert.kernels.readings.bounded import Bounded, bounded_module
 from minibert.kernels.readings.counted import Cost, cost
 from minibert.kernels.readings.dual import Dual, dual_module
 from minibert.kernels.readings.exact import exact_module
@@ -35,11 +35,17 @@ def bound(
 
     `storage` (float16, bfloat16) adds the rounding of what is computed in `precision` and stored in fewer bits: every
     output but the op's `wide_outputs`, and what its formula calls `stored`. Float arrays are read as they are, already
-    rounded to what the backend sees. `products` "tf32": on tensor cores, which round their operands.
+    rounded to what the backend sees; those that a forward op kept (`Op.kept`) may be made again by a kernel instead of
+    read, so they carry what rounding may do to that. `products` "tf32": on tensor cores, which round their operands.
     """
     module = bounded_module(precision, storage, products)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
+        given = _lifted(module, arrays)
+        for i, (made, is_kept) in _kept(op, module, given, params).items():
+            given[i] = given[i].unless_made_again(made, is_kept)
+        results = map(module.reading.lift, outputs(op.formula(module, *given, **params)))
     bounds = []
-    for k, result in enumerate(_read(op, module, arrays, params)):
+    for k, result in enumerate(results):
         wide = storage is None or k in op.wide_outputs
         kept = result if wide else module.stored(result)
         bounds.append(Bound(kept.value, kept.error, kept.terms, precision if wide else str(storage)))
@@ -54,20 +60,40 @@ def exact(
 
     Arguments as of `bound`.
     """
-    module = exact_module(precision, storage, products)
-    masks = []
-    for k, result in enumerate(_read(op, module, arrays, params)):
-        kept = result if k in op.wide_outputs else module.stored(result)
-        masks.append(kept.within(PRECISIONS[precision].roundoff))
-    return masks
-
-
-def _read(op: Op, module: Any, arrays: Sequence[Array], params: Mapping[str, Any]) -> list[Any]:
-    """The outputs of the formula as one reading has them."""
-    lift = module.reading.lift
+    module, bounded = (make(precision, storage, products) for make in (exact_module, bounded_module))
+    roundoff = PRECISIONS[precision].roundoff
     with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
-        results = op.formula(module, *(lift(a) if holds_floats(a) else a for a in map(np.asarray, arrays)), **params)
-        return [lift(result) for result in outputs(results)]
+        given = _lifted(module, arrays)
+        made = op.kept(module, *given, **params) if op.kept else {}
+        for i, (_, is_kept) in _kept(op, bounded, _lifted(bounded, arrays), params).items():
+            given[i] = given[i].unless(is_kept & ~made[i].within(roundoff))
+        results = map(module.reading.lift, outputs(op.formula(module, *given, **params)))
+        stored = (result if k in op.wide_outputs else module.stored(result) for k, result in enumerate(results))
+        return [result.within(roundoff) for result in stored]
+
+
+def _lifted(module: Any, arrays: Sequence[Array]) -> list[Any]:
+    return [module.reading.lift(a) if holds_floats(a) else a for a in map(np.asarray, arrays)]
+
+
+def _kept(op: Op, module: Any, given: Sequence[Any], params: Mapping[str, Any]) -> dict[int, tuple[Any, np.ndarray]]:
+    """Of the inputs that a forward op made: what the others give for them, and which elements may be taken for that.
+
+    The forward may have seen the others before they were rounded to what is at hand.
+    """
+    if op.kept is None:
+        return {}
+
+    def made_of(arrays: Sequence[Any]) -> dict[int, Any]:
+        made = op.kept(module, *arrays, **params)  # type: ignore[misc]
+        return {i: x if i in op.wide_inputs else module.stored(x) for i, x in made.items()}
+
+    made = made_of(given)
+    within = {i: given[i].lies_within(x) for i, x in made.items()}
+    if not all(w.all() for w in within.values()):
+        unrounded = [x.before_rounding() if isinstance(x, Bounded) else x for x in given]
+        within = {i: given[i].lies_within(x) & np.isfinite(made[i].error) for i, x in made_of(unrounded).items()}
+    return {i: (x, within[i]) for i, x in made.items()}
 
 
 def jvp(op: Op, arrays: tuple[Array, ...], tangents: tuple[Array | None, ...], **params: Any) -> np.ndarray:

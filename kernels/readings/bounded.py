@@ -43,6 +43,22 @@ class Bounded(Reading):
         own = self.storage.roundoff * (np.abs(self.value) + self.error + self.storage.tiny)
         return type(self)(self.value, self.error + own, self.terms)
 
+    def before_rounding(self) -> Self:
+        """An input as it may have been before it was rounded to what is at hand."""
+        kept = self.storage or self.precision
+        return type(self)(self.value, self.error + kept.roundoff * np.abs(self.value) + kept.tiny, self.terms)
+
+    def lies_within(self, made: Self) -> np.ndarray:
+        """Where these numbers may be those that an evaluation made."""
+        return (np.abs(self.value - made.value) <= made.error) & np.isfinite(made.error)
+
+    def unless_made_again(self, made: Self, where: np.ndarray) -> Self:
+        """These numbers, or there what an evaluation makes of others, which should be the same."""
+        apart = np.where(where, np.abs(self.value - made.value) + made.error, 0)
+        return type(self)(
+            self.value, self.error + apart, np.where(where, np.maximum(self.terms, made.terms), self.terms)
+        )
+
     @classmethod
     def lift(cls, x: Any) -> Self:
         if isinstance(x, cls):
