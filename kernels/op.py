@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +44,7 @@ class Op:
     """One operation, defined once; it registers itself in `OPS`.
 
     `formula(xp, *arrays, **params)` is the math over an array module `xp`. It returns the output, or
-    `(output, *residuals)` where something is kept for the gradient.
+    `(output, *residuals)` where something is kept for the gradient. Messages call arrays what it calls them.
     `vjp(run, g, outs, *arrays, **params)` gives one gradient per array (None where there is none), in ops.
     `again(run, kept, *arrays, **params)` is the output once more, in ops, from what was kept for the gradient: where
     that is cheap. Then nothing holds the output from forward to backward.
@@ -101,3 +105,38 @@ def holds_floats(array: Array) -> bool:
 def outputs(result: Any) -> tuple[Any, ...]:
     """What an op returned, as a tuple."""
     return result if isinstance(result, tuple) else (result,)
+
+
+def input_name(op: Op, number: int) -> str:
+    """What the formula calls the array with that number, from 0; one of `*arrays` is `arrays 2`."""
+    _, *parameters = inspect.signature(op.formula).parameters.values()  # the first is the array module
+    for k, parameter in enumerate(parameters[: number + 1]):
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            return f"{parameter.name} {number - k}"
+    return parameters[number].name
+
+
+def output_name(op: Op, number: int) -> str:
+    """What the formula calls the output with that number, from 0: `rstd` where it ends in `return y, mean, rstd`.
+
+    What an op writes in place is called as it is among the inputs. An expression has no name: the first output is then
+    `y`, another `output 2`.
+    """
+    if op.writes:
+        return input_name(op, op.writes[number])
+    names = _returned_names(op.formula)
+    return (names[number] if number < len(names) else "") or (f"output {number}" if number else "y")
+
+
+@lru_cache
+def _returned_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Of a function's last `return`; "" where an expression stands; of a function without source none."""
+    try:
+        (defined,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, SyntaxError, ValueError):  # made by exec, or a lambda amid an expression
+        return ()
+    last = defined.body[-1] if isinstance(defined, ast.FunctionDef) else None
+    if not isinstance(last, ast.Return):
+        return ()
+    returned = last.value.elts if isinstance(last.value, ast.Tuple) else [last.value]
+    return tuple(one.id if isinstance(one, ast.Name) else "" for one in returned)

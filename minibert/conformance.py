@@ -44,7 +44,7 @@ WHERE = re.compile(
     r"(?P<found>.*)",
     re.S,
 )
-WORST = re.compile(r"(?P<place>output [^:]*): expected (?P<expected>.*), got (?P<got>.*?), (?P<off>off by .*)")
+WORST = re.compile(r"(?P<place>[^:]*): expected (?P<expected>.*), got (?P<got>.*?), (?P<off>off by .*)")
 
 SUITE = pytest.StashKey[Suite]()
 

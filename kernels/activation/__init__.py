@@ -28,8 +28,10 @@ def gelu_formula(xp: Any, x: Array, *, approximate: str = "none") -> Array:
 def _gelu_grad(xp: Any, g: Array, x: Array, *, approximate: str = "none") -> Array:
     if approximate == "tanh":
         t = xp.tanh(SQRT_2_OVER_PI * (x + CUBIC * x**3))
-        return g * 0.5 * ((1 + t) + x * (1 - t * t) * SQRT_2_OVER_PI * (1 + 3 * CUBIC * x**2))
-    return g * (0.5 * (1 + xp.erf(x * sqrt(0.5))) + x * xp.exp(-0.5 * x * x) * sqrt(0.5 / pi))
+        dx = g * 0.5 * ((1 + t) + x * (1 - t * t) * SQRT_2_OVER_PI * (1 + 3 * CUBIC * x**2))
+    else:
+        dx = g * (0.5 * (1 + xp.erf(x * sqrt(0.5))) + x * xp.exp(-0.5 * x * x) * sqrt(0.5 / pi))
+    return dx
 
 
 def _relu(xp: Any, x: Array) -> Array:
@@ -37,7 +39,8 @@ def _relu(xp: Any, x: Array) -> Array:
 
 
 def _relu_grad(xp: Any, g: Array, x: Array) -> Array:
-    return xp.where(x > 0, g, 0.0)
+    dx = xp.where(x > 0, g, 0.0)
+    return dx
 
 
 def _tanh(xp: Any, x: Array) -> Array:
@@ -45,7 +48,8 @@ def _tanh(xp: Any, x: Array) -> Array:
 
 
 def _tanh_grad(xp: Any, g: Array, y: Array) -> Array:
-    return g * (1 - y * y)
+    dx = g * (1 - y * y)
+    return dx
 
 
 def _inputs(rng: np.random.Generator) -> Iterator[np.ndarray]:

@@ -44,7 +44,8 @@ def _square_norm(xp: Any, x: Array) -> Array:
 
 def _clip_scale(xp: Any, square_norm: Array, *, max_norm: float) -> Array:
     norm = xp.sqrt(square_norm) + 1e-6  # the constant of torch.nn.utils.clip_grad_norm_
-    return -xp.maximum(-(max_norm / norm), -1.0)
+    s = -xp.maximum(-(max_norm / norm), -1.0)
+    return s
 
 
 def _state(rng: np.random.Generator, count: int, size: float = 1e-3) -> tuple[np.ndarray, ...]:

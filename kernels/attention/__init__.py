@@ -1,9 +1,9 @@
-"""attention: y = dropout(softmax(q k' / sqrt D)) v, per sequence and head, on packed tokens; keeps log sum exp.
+"""attention: y = dropout(softmax(q k' / sqrt D)) v, per sequence and head, on packed tokens; keeps lse, log sum exp.
 
 Vaswani et al., "Attention is all you need" (2017), equation 1, for sequences of any lengths laid one after the other:
 qkv (N, 3C) holds q, k and v of every token, sequence b is rows cu_seqlens[b] .. cu_seqlens[b + 1], D = C / heads. The
 score of query n and key j (counted in its sequence) in head h draws element ((n heads) + h) width + j of `stream`,
-width the longest length rounded up to a multiple of 4. Shapes: y (N, C), log sum exp (N, heads).
+width the longest length rounded up to a multiple of 4. Shapes: y (N, C), lse (N, heads).
 
 attention_grad: p = exp(q k' / sqrt D - lse), dv = dropout(p)' g, ds = p (dropout(g v') - sum g y) / sqrt D,
 dq = ds k, dk = ds' q (Dao et al., "FlashAttention" (2022), appendix B.4).
@@ -77,7 +77,8 @@ def _attention(
         total = e.sum(axis=-1, keepdims=True)
         ys.append(_merge(xp.stored(_dropped(xp, e / total, span, width, rate, stream)) @ v))
         lses.append((top + xp.log(total))[:, :, 0].swapaxes(0, 1))
-    return xp.concatenate(ys), xp.concatenate(lses)
+    y, lse = xp.concatenate(ys), xp.concatenate(lses)
+    return y, lse
 
 
 def _attention_grad(
@@ -94,7 +95,8 @@ def _attention_grad(
         dp = _dropped(xp, gy @ v.swapaxes(1, 2), span, width, rate, stream)
         ds = xp.stored(p * (dp - (gy * ys).sum(axis=-1, keepdims=True)) * scale)
         rows.append(xp.concatenate([_merge(ds @ k), _merge(ds.swapaxes(1, 2) @ q), _merge(dv)], axis=1))
-    return xp.concatenate(rows)
+    dqkv = xp.concatenate(rows)
+    return dqkv
 
 
 def _kept(

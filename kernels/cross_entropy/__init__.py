@@ -1,6 +1,7 @@
-"""cross_entropy: loss = mean over rows of log sum exp(z) - z[label]; keeps dz = (softmax(z) - onehot) / rows.
+"""cross_entropy: loss = mean over rows of log sum exp(z) - z[label]; keeps dlogits = (softmax(z) - onehot) / rows.
 
-A row whose label is `IGNORED` counts for nothing: the mean is over the others (0 where there is none), and its dz is 0.
+A row whose label is `IGNORED` counts for nothing: the mean is over the others (0 where there is none), and its dlogits
+are 0.
 linear_cross_entropy: loss = mean over rows of log sum exp(z) - z[label], z = x W' + b: decoder and loss in one op, so
 that the logits live once, and are overwritten by their gradient.
 Shapes: z (M, V), labels (M,) in [0, V) or IGNORED, x (M, C), W (V, C), b (V,); loss ().
@@ -30,12 +31,14 @@ def _cross_entropy(xp: Any, logits: Array, labels: Array) -> tuple[Array, Array]
     losses = xp.log(total[:, 0]) - (logits - top)[rows, columns]
     hit = labels[:, None] == xp.arange(logits.shape[1])
     p = e / total
-    dlogits = xp.where(kept[:, None], xp.where(hit, p - 1, p), 0.0)
-    return xp.where(kept, losses, 0.0).sum() / count, dlogits / count
+    loss = xp.where(kept, losses, 0.0).sum() / count
+    dlogits = xp.where(kept[:, None], xp.where(hit, p - 1, p), 0.0) / count
+    return loss, dlogits
 
 
 def _linear_cross_entropy(xp: Any, x: Array, weight: Array, bias: Array, labels: Array) -> tuple[Array, Array]:
-    return _cross_entropy(xp, xp.stored(x @ weight.swapaxes(0, 1) + bias), labels)
+    loss, dlogits = _cross_entropy(xp, xp.stored(x @ weight.swapaxes(0, 1) + bias), labels)
+    return loss, dlogits
 
 
 def _linear_cross_entropy_vjp(

@@ -24,7 +24,8 @@ from minibert.kernels.philox import NO_STREAM, Stream
 
 def _layer_norm(xp: Any, x: Array, weight: Array, bias: Array, *, eps: float = 1e-12) -> tuple[Array, Array, Array]:
     mean, d, rstd = _statistics(xp, x, eps)
-    return d * rstd[:, None] * weight + bias, mean, rstd
+    y = d * rstd[:, None] * weight + bias
+    return y, mean, rstd
 
 
 def _statistics(xp: Any, x: Array, eps: float) -> tuple[Array, Array, Array]:
@@ -44,7 +45,8 @@ def _layer_norm_grad(xp: Any, g: Array, x: Array, weight: Array, mean: Array, rs
     n = (x - mean[:, None]) * rstd[:, None]
     h = g * weight
     dx = (h - h.mean(axis=-1, keepdims=True) - n * (h * n).mean(axis=-1, keepdims=True)) * rstd[:, None]
-    return dx, (g * n).sum(axis=0), g.sum(axis=0)
+    dw, db = (g * n).sum(axis=0), g.sum(axis=0)
+    return dx, dw, db
 
 
 def _add_layer_norm(
@@ -60,8 +62,9 @@ def _add_layer_norm_grad(
     xp: Any, g: Array, z: Array, weight: Array, mean: Array, rstd: Array,
     *, rate: float = 0.0, stream: Stream = NO_STREAM,
 ) -> tuple[Array, ...]:  # fmt: skip
-    dz, dw, db = _layer_norm_grad(xp, g, z, weight, mean, rstd)
-    return dropout_formula(xp, dz, rate=rate, stream=stream), dz, dw, db
+    dresidual, dw, db = _layer_norm_grad(xp, g, z, weight, mean, rstd)
+    dx = dropout_formula(xp, dresidual, rate=rate, stream=stream)
+    return dx, dresidual, dw, db
 
 
 def _layer_norm_vjp(

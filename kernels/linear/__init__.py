@@ -1,6 +1,6 @@
-"""matmul: y = a b; linear: y = x W' + b, W (out, in); linear_gelu: y = gelu(x W' + b), keeps x W' + b.
+"""matmul: y = a b; linear: y = x W' + b, W (out, in); linear_gelu: y = gelu(z), z = x W' + b; keeps z.
 
-linear_grad: dW = g' x and db, the sum of g over its rows, of which the product reads every element anyway; g (N, out),
+linear_grad: dw = g' x and db, the sum of g over its rows, of which the product reads every element anyway; g (N, out),
 x (N, in). add_linear_grad: total += g' x, in place, for a weight that has a gradient already.
 """
 
@@ -26,12 +26,14 @@ def _linear(xp: Any, x: Array, weight: Array, bias: Array) -> Array:
 
 
 def _linear_gelu(xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str = "none") -> tuple[Array, Array]:
-    before = xp.stored(x @ weight.swapaxes(0, 1) + bias)
-    return gelu_formula(xp, before, approximate=approximate), before
+    z = xp.stored(x @ weight.swapaxes(0, 1) + bias)
+    y = gelu_formula(xp, z, approximate=approximate)
+    return y, z
 
 
 def _linear_grad(xp: Any, g: Array, x: Array) -> tuple[Array, Array]:
-    return g.swapaxes(0, 1) @ x, g.sum(axis=0)
+    dw, db = g.swapaxes(0, 1) @ x, g.sum(axis=0)
+    return dw, db
 
 
 def _add_linear_grad(xp: Any, total: Array, g: Array, x: Array) -> tuple[Array]:

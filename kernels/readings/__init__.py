@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minibert.kernels.op import Array, Op, holds_floats, outputs
+from minibert.kernels.op import Array, Op, holds_floats, output_name, outputs
 from minibert.kernels.readings.bounded import Bounded, bounded_module
 from minibert.kernels.readings.counted import Cost, cost
 from minibert.kernels.readings.dual import Dual, dual_module
@@ -25,6 +25,7 @@ class Bound(NamedTuple):
     error: np.ndarray  # the hard bound on |computed - value|
     terms: np.ndarray  # S: the sum of the absolute values of the terms that were added on the way
     dtype: str  # in which it is stored
+    name: str  # what the formula calls it
 
 
 def bound(
@@ -48,7 +49,8 @@ def bound(
     for k, result in enumerate(results):
         wide = storage is None or k in op.wide_outputs
         kept = result if wide else module.stored(result)
-        bounds.append(Bound(kept.value, kept.error, kept.terms, precision if wide else str(storage)))
+        stored = precision if wide else str(storage)
+        bounds.append(Bound(kept.value, kept.error, kept.terms, stored, output_name(op, k)))
     return bounds
 
 

@@ -20,7 +20,8 @@ def softmax_formula(xp: Any, x: Array) -> Array:
 
 
 def _softmax_grad(xp: Any, g: Array, y: Array) -> Array:
-    return y * (g - (g * y).sum(axis=-1, keepdims=True))
+    dx = y * (g - (g * y).sum(axis=-1, keepdims=True))
+    return dx
 
 
 def _rows(rng: np.random.Generator) -> Iterator[Sample]:

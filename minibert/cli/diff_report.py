@@ -50,10 +50,9 @@ def _what(wrong: Assessment | None) -> str:
     worst = wrong.judgement.worst
     if worst is None:
         return wrong.judgement.problem
-    where = f"output {worst.output}" + (f"[{', '.join(map(str, worst.place))}]" if worst.place else "")
     share = wrong.judgement.bound_share
     off = f"{share:.3g} times its bound" if math.isfinite(share) else "where its bound allows no other number"
-    return f"{where}: expected {worst.expected:.9g}, got {worst.got:.9g}, {off}"
+    return f"{worst.where}: expected {worst.expected:.9g}, got {worst.got:.9g}, {off}"
 
 
 def summary(found: Difference, batch: PackedBatch) -> str:
@@ -191,7 +190,7 @@ def _element(result: Assessment) -> dict[str, Any] | None:
     if worst is None:
         return None
     numbers = {name: finite(getattr(worst, name)) for name in ("expected", "got", "bound")}
-    return {"output": worst.output, "index": list(worst.place), **numbers}
+    return {"output": worst.output, "name": worst.name, "index": list(worst.place), **numbers}
 
 
 def finite(value: float | None) -> float | None:

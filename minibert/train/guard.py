@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minibert.errors import UserError
-from minibert.kernels.op import Array, Op, holds_floats, outputs
+from minibert.kernels.op import Array, Op, holds_floats, input_name, output_name, outputs
 
 
 class NonFiniteError(UserError):
@@ -29,10 +29,12 @@ class FirstNonFinite:
             place = self.place(output)
             if place is not None:
                 value = self.to_numpy(output)[place]
-                inputs = f"its input {bad_inputs[0]} was not finite before" if bad_inputs else "its inputs were finite"
+                inputs = "its inputs were finite"
+                if bad_inputs:
+                    inputs = f"its input {input_name(op, bad_inputs[0])} was not finite before"
                 raise NonFiniteError(
-                    f"first in op {op.name} (call {self.calls} of the step): element {list(place)} of output {i}, of "
-                    f"shape {self.to_numpy(output).shape}, is {value}; {inputs}"
+                    f"first in op {op.name} (call {self.calls} of the step): element {list(place)} of output "
+                    f"{output_name(op, i)}, of shape {self.to_numpy(output).shape}, is {value}; {inputs}"
                 )
         return result
 

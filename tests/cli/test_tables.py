@@ -159,8 +159,8 @@ def far(x):
     ("function", "cells", "message"),
     [
         ("raises", r"kernel +\d+ +0 +FAIL$", "raised ValueError: boom, at mine.py:3: in raises (arrays of shapes"),
-        ("none", r"kernel +\d+ +0 +FAIL$", "output 0: expected an array of shape (3, 7), got NoneType; again by"),
-        ("far", r"kernel +\d+ +\d+ +\S+e\+\d+ +\de\+\d\d% +wrong +FAIL$", "output 0"),
+        ("none", r"kernel +\d+ +0 +FAIL$", "output y: expected an array of shape (3, 7), got NoneType; again by"),
+        ("far", r"kernel +\d+ +\d+ +\S+e\+\d+ +\de\+\d\d% +wrong +FAIL$", "y["),
     ],
 )
 def test_check_shows_what_was_computed_and_where_a_kernel_broke(

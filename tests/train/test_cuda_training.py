@@ -254,7 +254,7 @@ def test_a_step_that_is_not_finite_updates_nothing(trainer: MakeTrainer, dtype: 
         run.train_step()
     message = str(caught.value)
     assert message.startswith("step 4: the loss is nan: first in op linear (call ") and "\n" not in message
-    assert "its input 1 was not finite before. Nothing was updated" in message
+    assert "its input weight was not finite before. Nothing was updated" in message
     weight[...] = kept
     assert run.step == run.optimizer.step_count == 3
     assert_same_state(run, undisturbed)

@@ -20,7 +20,7 @@ from minibert import backends as _backends
 from minibert.backends import Backend
 from minibert.errors import UserError
 from minibert.kernels import OPS, Array, Op
-from minibert.kernels.op import BertSize, Sample, holds_floats, outputs
+from minibert.kernels.op import BertSize, Sample, holds_floats, input_name, outputs
 from minibert.kernels.readings import Bound, bounded_module, jvp
 from minibert.lab.conform.judge import Judgement, expect, judge, judge_against, misshapen, stored_as
 from minibert.lab.conform.raised import raised_at
@@ -193,7 +193,8 @@ def inputs_left_alone(case: Case, tally: Tally) -> None:
             tally.judge(case, one, [arrays[i] for i in case.op.writes], ", read from the arrays it should have written")
         for i, (before, after) in enumerate(zip(one.arrays, case.download(arrays), strict=True)):
             if i not in case.op.writes and not _same_bits(before, after):
-                raise Broken(f"{_describe(one.number, one.arrays, one.params)}: input {i} was changed")
+                where = _describe(one.number, one.arrays, one.params)
+                raise Broken(f"{where}: input {input_name(case.op, i)} was changed")
         tally.inputs += 1
 
 
@@ -232,7 +233,8 @@ def _no_views_but_the_formulas(case: Case, one: Input, arrays: Sequence[Array], 
                 plain = plain or outputs(case.op.formula(reference, *one.arrays, **one.params))
                 if not np.may_share_memory(plain[k], one.arrays[i]):
                     where = _describe(one.number, one.arrays, one.params)
-                    raise Broken(f"{where}: output {k} lies in the memory of input {i}; the formula makes a new array")
+                    lies = f"output {one.expected[k].name} lies in the memory of input {input_name(case.op, i)}"
+                    raise Broken(f"{where}: {lies}; the formula makes a new array")
 
 
 def order_of_work(case: Case, tally: Tally) -> None:
@@ -287,15 +289,16 @@ def _gradient_of_each(
     if len(grads) != len(one.arrays):
         raise Broken(f"{where}: expected {len(one.arrays)} gradients, one per array, got {len(grads)}")
     for i, (a, grad) in enumerate(zip(one.arrays, grads, strict=True)):
+        name = input_name(case.op, i)
         if not holds_floats(a):
             if grad is not None:
-                raise Broken(f"{where}: input {i} holds {a.dtype}, so its gradient must be None")
+                raise Broken(f"{where}: input {name} holds {a.dtype}, so its gradient must be None")
             continue
         if grad is None:
-            raise Broken(f"{where}: no gradient of input {i}")
+            raise Broken(f"{where}: no gradient of {name}")
         grad = case.backend.numpy(grad)
         if grad.shape != a.shape or grad.dtype != a.dtype:
-            raise Broken(f"{where}: gradient of input {i}: expected {a.dtype} {a.shape}, got {grad.dtype} {grad.shape}")
+            raise Broken(f"{where}: gradient of {name}: expected {a.dtype} {a.shape}, got {grad.dtype} {grad.shape}")
         for _ in range(2):  # directions
             v = rng.standard_normal(a.shape)
             tangents = tuple(v if j == i else None for j in range(len(one.arrays)))
@@ -303,11 +306,11 @@ def _gradient_of_each(
             rounding = GRADIENT_BOUNDS * float((np.abs(v) * errors[i]).sum())
             allowed = rounding + DOT_ROUNDING * float(np.abs(left).sum() + np.abs(right).sum())
             if not np.isfinite(allowed):
-                raise Broken(f"{where}: gradient of input {i}: the bound of its rounding is infinite")
+                raise Broken(f"{where}: gradient of {name}: the bound of its rounding is infinite")
             apart = abs(left.sum() - right.sum())
             if not apart <= allowed:
                 raise Broken(
-                    f"{where}: gradient of input {i}: <J v, w> = {left.sum():.15g}, <v, vjp(w)> = {right.sum():.15g}, "
+                    f"{where}: gradient of {name}: <J v, w> = {left.sum():.15g}, <v, vjp(w)> = {right.sum():.15g}, "
                     f"apart by {apart:.3g}, allowed {allowed:.3g}"
                 )
             tally.note(bound_share=apart / allowed if apart else 0.0)
@@ -341,9 +344,10 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _demand_same_bits(one: Input, first: Sequence[np.ndarray], second: Sequence[np.ndarray], otherwise: str) -> None:
-    for k, (a, b) in enumerate(zip(first, second, strict=True)):
+    for expected, a, b in zip(one.expected, first, second, strict=True):
         if not _same_bits(a, b):
-            raise Broken(f"{_describe(one.number, one.arrays, one.params)}: output {k}: {otherwise}")
+            where = _describe(one.number, one.arrays, one.params)
+            raise Broken(f"{where}: output {expected.name}: {otherwise}")
 
 
 CHECKS: dict[str, Callable[[Case, Tally], None]] = {

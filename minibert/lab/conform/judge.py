@@ -37,11 +37,17 @@ class Worst(NamedTuple):
     expected: float
     got: float
     bound: float
+    name: str  # what the formula calls that output
+
+    @property
+    def where(self) -> str:
+        """As `rstd[3]`."""
+        return self.name + (f"[{', '.join(map(str, self.place))}]" if self.place else "")
 
     def __str__(self) -> str:
-        where = f"output {self.output}" + (f"[{', '.join(map(str, self.place))}]" if self.place else "")
         off = abs(self.got - self.expected)
-        return f"{where}: expected {self.expected:.9g}, got {self.got:.9g}, off by {off:.3g}, allowed {self.bound:.3g}"
+        got = f"expected {self.expected:.9g}, got {self.got:.9g}"
+        return f"{self.where}: {got}, off by {off:.3g}, allowed {self.bound:.3g}"
 
 
 class Judgement(NamedTuple):
@@ -109,7 +115,7 @@ def judge_against(expected: Sequence[Bound], got: Any) -> Judgement:
         shares = _share(off, allowed)
         at = np.unravel_index(int(shares.argmax()), shares.shape)
         if worst is None or shares[at] > share:
-            worst = Worst(k, tuple(map(int, at)), float(b.value[at]), float(result[at]), float(allowed[at]))
+            worst = Worst(k, tuple(map(int, at)), float(b.value[at]), float(result[at]), float(allowed[at]), b.name)
         share = max(share, float(shares[at]))
         ulp = max(ulp, float((off / unit_in_last_place(b.value, b.dtype)).max()))
         unit = np.maximum(PRECISIONS[b.dtype].roundoff * b.terms, PRECISIONS[b.dtype].tiny)
@@ -122,7 +128,7 @@ def _problem(expected: Sequence[Bound], results: tuple[Array, ...]) -> str:
     problem = misshapen(expected, results)
     wrong = (k for k, (b, r) in enumerate(zip(expected, results, strict=False)) if r.dtype.name != b.dtype)
     for k in () if problem else wrong:
-        return f"output {k}: expected dtype {expected[k].dtype}, got {results[k].dtype}"
+        return f"output {expected[k].name}: expected dtype {expected[k].dtype}, got {results[k].dtype}"
     return problem
 
 
@@ -130,12 +136,12 @@ def misshapen(expected: Sequence[Bound], results: Sequence[Array]) -> str:
     """What is wrong with the number or the shapes of results, on whatever device they lie; empty if nothing is."""
     if len(results) != len(expected):
         return f"expected {len(expected)} outputs, got {len(results)}"
-    for k, (b, result) in enumerate(zip(expected, results, strict=True)):
+    for b, result in zip(expected, results, strict=True):
         if isinstance(result, np.ndarray) and result.dtype.kind in "OSU" and not result.shape:  # no array was returned
             kind = type(result.item()).__name__
-            return f"output {k}: expected an array of shape {b.value.shape}, got {kind}"
+            return f"output {b.name}: expected an array of shape {b.value.shape}, got {kind}"
         if tuple(result.shape) != b.value.shape:
-            return f"output {k}: expected shape {b.value.shape}, got {tuple(result.shape)}"
+            return f"output {b.name}: expected shape {b.value.shape}, got {tuple(result.shape)}"
     return ""
 
 

@@ -20,7 +20,7 @@ from minibert import backends
 from minibert.backends import Backend
 from minibert.errors import UserError
 from minibert.kernels.array_module import numpy_module
-from minibert.kernels.op import Op, holds_floats, outputs
+from minibert.kernels.op import Op, holds_floats, input_name, outputs
 from minibert.kernels.philox import Stream
 from minibert.lab.conform.judge import Judgement, expect
 from minibert.lab.lockstep.assess import assess
@@ -50,7 +50,7 @@ def run_call(side: Side, op: Op, params: Mapping[str, Any], inputs: Sequence[np.
         except Exception as error:  # whatever a kernel does is part of the verdict
             return Tried(Judgement(np.inf, np.inf, np.inf, False, None, raised(error), 0), [])
         if changed:
-            problem = f"input {changed[0]} was changed"
+            problem = f"input {input_name(op, changed[0])} was changed"
             return Tried(Judgement(np.inf, np.inf, np.inf, False, None, problem, 0), got)
         return Tried(assess(op, inputs, params, [got], side.products)[0].judgement, got)
 

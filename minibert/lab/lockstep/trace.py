@@ -25,7 +25,7 @@ from minibert.backends.base import Backend, Kernel, dtype_of
 from minibert.data.batching import PackedBatch
 from minibert.errors import UserError
 from minibert.kernels import OPS
-from minibert.kernels.op import Array, Op, outputs
+from minibert.kernels.op import Array, Op, input_name, outputs
 from minibert.model.checkpoint import read_arrays, write_arrays
 from minibert.model.tensor import current_place
 from minibert.train.optim import AdamW, parameter_groups
@@ -170,7 +170,7 @@ def _watcher(backend: Backend, phase: str, look: Look) -> Any:
             raise
         kept = [i for i in range(len(arrays)) if i not in op.writes]
         changed = [i for i in kept if not same_bits(given[i], copied(backend, arrays[i]))]
-        problem = f"input {changed[0]} was changed" if changed else ""
+        problem = f"input {input_name(op, changed[0])} was changed" if changed else ""
         look(Seen(op, phase, current_place(), params, given, None, got, problem))
         return result
 

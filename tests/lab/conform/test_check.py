@@ -110,9 +110,9 @@ def leaves_the_last_unwritten(x: np.ndarray, factor: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("kernel", "caught_by", "message"),
     [
-        (writes_to_its_input, "inputs_left_alone", "input 0 was changed"),
-        (returns_its_input, "fresh_output", "output 0 lies in the memory of input 0"),
-        (wants_contiguous, "strided_inputs", "inputs laid out every second: output 0"),
+        (writes_to_its_input, "inputs_left_alone", "input a was changed"),
+        (returns_its_input, "fresh_output", "output y lies in the memory of input a"),
+        (wants_contiguous, "strided_inputs", "inputs laid out every second: y["),
         (widens, "follows_formula", "expected dtype float32, got float64"),
         (differs_each_time(), "deterministic", "a second run gave other bits"),
         (keeps_a_buffer(), "fresh_output", "a later run changed the result of an earlier one"),
@@ -124,7 +124,7 @@ def leaves_the_last_unwritten(x: np.ndarray, factor: float) -> np.ndarray:
         (lambda x, factor: x.nonesuch, "follows_formula", "raised AttributeError"),
         (lambda x, factor: x.nonesuch, "gradient_rounding", "test_check.py:"),
         *(
-            (lambda x, factor: None, check, "output 0: expected an array of shape (3, 7), got NoneType")
+            (lambda x, factor: None, check, "output y: expected an array of shape (3, 7), got NoneType")
             for check in CHECKS
             if check not in ("part_in_step", "gradient")
         ),
@@ -162,7 +162,7 @@ def test_nothing_is_measured_of_what_is_no_array() -> None:
         result = run_check("follows_formula", scale, numpy, "float32")
     assert (result.ulp_max, result.err_over_us, result.bound_share) == (None, None, None)
     judgement = judge(add, (np.ones(2, np.float32),) * 2, {}, np.asarray(None), "float32")
-    assert judgement.problem == "output 0: expected an array of shape (2,), got NoneType"
+    assert judgement.problem == "output y: expected an array of shape (2,), got NoneType"
 
 
 @pytest.mark.parametrize("rows", [100, 1000])
@@ -278,7 +278,7 @@ def test_judgement_of_one_element_off_by_one_ulp() -> None:
     assert not judgement.ok
     assert judgement.worst is not None
     assert judgement.worst[:4] == (0, (1,), -2.0, float(got[1]))
-    assert "output 0[1]: expected -2, got -2.00000024, off by 2.38e-07, allowed 1.19e-07" in str(judgement.worst)
+    assert "y[1]: expected -2, got -2.00000024, off by 2.38e-07, allowed 1.19e-07" in str(judgement.worst)
 
 
 def test_a_bound_of_zero_means_the_very_same_number() -> None:

@@ -87,7 +87,7 @@ def test_side_a_may_be_the_wrong_one() -> None:
     found = diff(side, Side(NUMPY), maker(), batch())
     assert found.culprit is not None
     assert (found.culprit.op, found.culprit.side) == ("gelu_grad", "A")
-    assert "side A (numba) is wrong: output 0[" in verdict(found)
+    assert "side A (numba) is wrong: dx[" in verdict(found)
     both = diff(side, side, maker(), batch())
     assert both.culprit is not None and both.culprit.side == "both"
     assert "both sides (numba, numba) are wrong" in verdict(both)
@@ -132,7 +132,7 @@ def test_an_input_that_was_changed_is_found() -> None:
     found = diff(Side(NUMPY), Side(NUMBA, kernels={OPS["gelu_grad"]: careless}), maker(), batch())
     assert found.culprit is not None
     assert (found.culprit.op, found.culprit.side) == ("gelu_grad", "B")
-    assert "input 1 was changed" in verdict(found)
+    assert "input x was changed" in verdict(found)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     )
     assert status == 1
     assert out.startswith("CULPRIT gelu_grad in cls.predictions.transform (backward, call ")
-    assert "side B (numba) is wrong: output 0[" in out.partition("\n")[0]
+    assert "side B (numba) is wrong: dx[" in out.partition("\n")[0]
     found = json.loads(facts_file.read_text())
     assert {k: found["culprit"][k] for k in ("op", "phase", "place", "side")} == {
         "op": "gelu_grad", "phase": "backward", "place": "cls.predictions.transform", "side": "B",
