@@ -25,12 +25,15 @@ import numpy as np
 
 from minibert.data.batching import PackedBatch
 from minibert.errors import UserError
+from minibert.kernels.array_module import numpy_module
+from minibert.kernels.op import holds_floats, outputs
+from minibert.kernels.readings import PRECISIONS
 from minibert.lab.lockstep.diff import Difference, diff_step
-from minibert.lab.lockstep.trace import MakeModel, Side, Training, raised
+from minibert.lab.lockstep.trace import MakeModel, Seen, Side, Training, raised
 from minibert.model.checkpoint import read_arrays, write_arrays
 
-JUDGED = 5  # steps that stand out most are judged before a run is called clean
-NOISE = 1e-7  # relative: what is nearer than this stands nowhere apart
+JUDGED = 2  # steps that stand out most in each measure are judged before a run is called clean
+NOISE = {"gradients": 1e-7, "updates": 10.0, "loss": 1e-7}  # what is nearer than this stands nowhere apart
 STANDS_OUT = 10  # times as far as the first step
 LEAST_SHARE = 1e-4  # a parameter whose gradient is less than that of the whole gradient is compared with the whole
 
@@ -41,17 +44,17 @@ class StepDistance:
 
     step: int  # from 1
     gradients: float  # of the parameter that stands furthest: norm of the difference over the norm
-    updates: float  # the same of what the step added to the weights
-    typical: float  # of what it added: the median over a parameter's elements, each relative to itself
+    updates: float  # of an element that the optimiser wrote, from its formula on B's own gradients: in roundings
     loss: float  # relative
     broken: str = ""  # what ended B's step
 
     def against(self, first: StepDistance) -> float:
-        """How many times as far as a step that is known to be clean; each measure has a noise of its own."""
-        if self.broken:
-            return math.inf
-        names = ("gradients", "updates", "typical", "loss")
-        return max(getattr(self, name) / max(getattr(first, name), NOISE) for name in names)
+        """How many times as far as a step that is known to be clean, in the measure that says most."""
+        return max(self.measure(name, first) for name in NOISE)
+
+    def measure(self, name: str, first: StepDistance) -> float:
+        """How many times as far, in one measure: each has a noise of its own."""
+        return math.inf if self.broken else getattr(self, name) / max(getattr(first, name), NOISE[name])
 
 
 @dataclass
@@ -71,6 +74,12 @@ class Bisection:
     def first(self) -> int | None:
         """The first step that was found wrong."""
         return min((step for step, found in self.judged.items() if not found.ok), default=None)
+
+    def suspects(self) -> list[StepDistance]:
+        """Of each measure the steps that stand out most: what one shows is not to be lost in the noise of another."""
+        first, *rest = self.distances
+        most = {d.step: d for name in NOISE for d in sorted(rest, key=lambda d: -d.measure(name, first))[:JUDGED]}
+        return sorted(most.values(), key=lambda d: -d.against(first))
 
     @property
     def found(self) -> Difference:
@@ -99,8 +108,8 @@ def bisect(
         if not run.judge(1).ok:
             return run.found
         run.go_through()
-        first, *rest = run.found.distances
-        for distance in sorted(rest, key=lambda d: -d.against(first))[:JUDGED]:
+        first = run.found.distances[0]
+        for distance in run.found.suspects():
             if run.found.first is not None and run.found.first < distance.step:
                 continue
             if not run.judge(distance.step).ok:
@@ -152,20 +161,16 @@ class _Run:
     def _repeated(self, number: int, before: Mapping[str, np.ndarray]) -> StepDistance:
         """B's step from A's state."""
         self.b.restore(before)
+        updates = [0.0]
         try:
-            loss = self.b.step()
+            loss = self.b.step(lambda seen: updates.append(_from_formula(seen)), phases=("optimiser",))
         except MemoryError:
             raise
         except Exception as error:  # whatever a wrong kernel leads to
-            return StepDistance(number, 0.0, 0.0, 0.0, 0.0, raised(error))
-        after = self.a.state(), self.b.state()
-        weights = [name for name in before if name.startswith("model.")]
-        gradients = [_gradients(x) for x in (self.a, self.b)]
-        updates = [{n.removeprefix("model."): s[n].astype(np.float64) - before[n] for n in weights} for s in after]
+            return StepDistance(number, 0.0, 0.0, 0.0, raised(error))
         expected = self.losses[number]
         apart = abs(loss - expected) / abs(expected) if expected else abs(loss)
-        typical = _typical(gradients[0], *updates)
-        return StepDistance(number, _furthest(*gradients), _furthest(*updates), typical, apart)
+        return StepDistance(number, _furthest(_gradients(self.a), _gradients(self.b)), max(updates), apart)
 
     def replay(self, taken: int) -> None:
         """Put A where it stood after so many steps, through the checkpoint before."""
@@ -232,17 +237,26 @@ def _furthest(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
     return max((math.inf if math.isnan(share) else share for share in shares), default=0.0)
 
 
-def _typical(gradients: Mapping[str, Any], a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
-    """How far half of the elements of some parameter stand, each relative to itself.
+def _from_formula(seen: Seen) -> float:
+    """The element of a call that stands furthest from the formula on the same inputs, in roundings of its dtype.
 
-    Where a gradient is all but zero, AdamW divides rounding by rounding: such elements hide from the norm what all
-    others have in common, a learning rate that is wrong by a percent, say.
+    AdamW divides by the size of a gradient: where that is all but zero, the update is rounding divided by rounding, and
+    two sides that are both right make something else of it. So an update is measured on the gradient that it was made
+    from, whatever error that has; the gradients are compared by themselves. A rounding is that of the larger of what
+    was there before and what is expected: the terms of an update are of that size, its sum may be smaller.
     """
-    norms = {name: float(np.linalg.norm(x)) for name, x in gradients.items()}
-    least = LEAST_SHARE * math.hypot(*norms.values())
-    medians = [0.0]
-    for name, gradient in gradients.items():
-        moved = (gradient != 0) & (a[name] != 0)
-        if norms[name] >= least and moved.any():
-            medians.append(float(np.median(np.abs(b[name] - a[name])[moved] / np.abs(a[name])[moved])))
-    return max(math.inf if math.isnan(median) else median for median in medians)
+    op = seen.op
+    with np.errstate(all="ignore"):
+        wide = [x.astype(np.float64) if holds_floats(x) else x for x in map(np.asarray, seen.inputs)]
+        expected = outputs(op.formula(numpy_module, *wide, **seen.params))
+        if seen.problem or [np.shape(x) for x in expected] != [x.shape for x in seen.outputs]:
+            return math.inf
+        furthest = 0.0
+        for k, (x, got) in enumerate(zip(expected, seen.outputs, strict=True)):
+            size = np.maximum(np.abs(x), np.abs(wide[op.writes[k]])) if op.writes else np.abs(x)
+            precision = PRECISIONS[got.dtype.name]
+            unit = precision.roundoff * np.maximum(size, precision.tiny)
+            furthest = max(
+                furthest, float(np.nan_to_num(np.abs(got.astype(np.float64) - x) / unit, nan=np.inf).max(initial=0.0))
+            )
+    return furthest

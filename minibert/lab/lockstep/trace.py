@@ -33,6 +33,8 @@ from minibert.train.optim import AdamW, parameter_groups
 FORMAT = "minibert trace 1"
 IN_MEMORY = 1 << 30  # bytes of recorded arrays that are kept in memory; what comes after them goes to a temporary file
 
+PHASES = ("forward", "backward", "optimiser")
+
 MakeModel = Callable[[Backend, str], Any]  # backend, dtype -> model
 
 
@@ -84,7 +86,7 @@ class Seen(NamedTuple):
     """One call of an op. An input of which only the key is known is None."""
 
     op: Op
-    phase: str  # "forward", "backward" or "optimiser"
+    phase: str  # of PHASES
     place: str  # the module, as `bert.encoder.layer.0.attention.self`; "" outside of modules
     params: Mapping[str, Any]
     inputs: Sequence[np.ndarray | None]  # as they were before the call
@@ -111,8 +113,8 @@ class Training:
             self.model = make_model(backend, side.dtype).train()
             self.optimiser = AdamW(parameter_groups(self.model, 0.01), lr=learning_rate, max_grad_norm=1.0)
 
-    def step(self, look: Look | None = None) -> float:
-        """Run the next step, and show every call to `look`; returns the loss.
+    def step(self, look: Look | None = None, phases: Sequence[str] = PHASES) -> float:
+        """Run the next step, and show every call of these phases to `look`; returns the loss.
 
         Raises FloatingPointError where the gradients are not finite, and what a kernel raises.
         """
@@ -126,7 +128,9 @@ class Training:
         with self.side.working() as backend:
 
             def seen(phase: str) -> AbstractContextManager[Any]:
-                return nullcontext() if look is None else backend.watched_by(_watcher(backend, phase, look))
+                if look is None or phase not in phases:
+                    return nullcontext()
+                return backend.watched_by(_watcher(backend, phase, look))
 
             self.optimiser.zero_grad()
             with seen("forward"):
