@@ -50,7 +50,9 @@ class Op:
     that is cheap. Then nothing holds the output from forward to backward.
     `kept(xp, *arrays, **params)` gives, by number, the inputs that a forward op made and kept, as its formula makes
     them of the others: they carry its error, and a kernel may make them again instead of reading them.
-    `samples(rng)` yields the inputs it is checked on, `bench(rng, size)` the input it is timed on.
+    `draw(draw, *sizes of axes)` says what its arrays hold: inputs of any size are drawn from it (`kernels.drawing`).
+    `sizes` are some to draw besides, where one large axis is not enough.
+    `samples(rng)` yields those on which every check is made, `bench(rng, size)` the input it is timed on.
     `writes` names the arrays that it updates in place; the formula then returns their new values in that order.
     `bytes` overrides the memory traffic that sizes of inputs and outputs suggest, where an op reads less.
     `wide_inputs` and `wide_outputs` name the arrays that stay float32 where the others are stored in 16 bits:
@@ -61,6 +63,8 @@ class Op:
     formula: Callable[..., Any]
     samples: Callable[[np.random.Generator], Iterator[Sample]]
     bench: Callable[[np.random.Generator, BertSize], Sample]
+    draw: Callable[..., Sample] | None = None
+    sizes: tuple[Mapping[str, int], ...] = ()
     vjp: Callable[..., tuple[Any, ...]] | None = None
     again: Callable[..., Array] | None = None
     kept: Callable[..., dict[int, Array]] | None = None

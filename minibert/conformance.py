@@ -24,7 +24,7 @@ from minibert.backends import Backend, BackendUnavailable
 from minibert.errors import UserError
 from minibert.kernels import Op
 from minibert.lab.conform import gradcheck as own_inputs
-from minibert.lab.conform.check import STEP, Broken, Case, Tally
+from minibert.lab.conform.case import STEP, Broken, Case, Tally
 from minibert.lab.conform.raised import raised_at, writers_line
 from minibert.lab.conform.suite import (
     CHECKS,
@@ -40,7 +40,7 @@ from minibert.lab.conform.suite import (
 
 # "sample 3 (shapes (5, 7); params {'axis': -1}), inputs laid out reversed: " and what was found there
 WHERE = re.compile(
-    r"(?:sample )?(?P<sample>\d+|part in a step) \(shapes (?P<shapes>.*?); params (?P<params>.*?\})\)(?P<how>.*?): "
+    r"(?:sample )?(?P<sample>[^(]*?) \(shapes (?P<shapes>.*?); params (?P<params>.*?\})\)(?P<how>.*?): "
     r"(?P<found>.*)",
     re.S,
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from minibert.kernels.drawing import Drawing
 from minibert.kernels.op import Array, BertSize, Op, Sample
 
 SQRT_2_OVER_PI = sqrt(2 / pi)
@@ -82,17 +83,49 @@ def _bench(arrays: int, columns: str = "intermediate") -> Any:
     return bench
 
 
-gelu_grad = Op("gelu_grad", _gelu_grad, samples=lambda rng: _gelu_samples(rng, _two), bench=_bench(2))
+def _draw_one(draw: Drawing, rows: int, columns: int) -> Sample:
+    return Sample((draw.floats(rows, columns),))
+
+
+def _draw_two(draw: Drawing, rows: int, columns: int) -> Sample:
+    return Sample((draw.floats(rows, columns), draw.floats(rows, columns)))
+
+
+def _draw_gelu(arrays: int) -> Any:
+    def draw(draw: Drawing, rows: int, columns: int) -> Sample:
+        given = tuple(draw.floats(rows, columns) for _ in range(arrays))
+        return Sample(given, {"approximate": draw.among("none", "tanh")})
+
+    return draw
+
+
+gelu_grad = Op(
+    "gelu_grad", _gelu_grad, samples=lambda rng: _gelu_samples(rng, _two), bench=_bench(2), draw=_draw_gelu(2)
+)
 gelu = Op(
     "gelu",
     gelu_formula,
     samples=_gelu_samples,
+    draw=_draw_gelu(1),
     bench=_bench(1),
     vjp=lambda run, g, outs, x, **params: (run(gelu_grad, g, x, **params),),
 )
-relu_grad = Op("relu_grad", _relu_grad, samples=_two, bench=_bench(2))
-relu = Op("relu", _relu, samples=_one, bench=_bench(1), vjp=lambda run, g, outs, x: (run(relu_grad, g, x),))
-tanh_grad = Op("tanh_grad", _tanh_grad, samples=_tanh_grads, bench=_bench(2, "hidden"))
+relu_grad = Op("relu_grad", _relu_grad, samples=_two, bench=_bench(2), draw=_draw_two)
+relu = Op(
+    "relu", _relu, samples=_one, bench=_bench(1), draw=_draw_one, vjp=lambda run, g, outs, x: (run(relu_grad, g, x),)
+)
+tanh_grad = Op(
+    "tanh_grad",
+    _tanh_grad,
+    samples=_tanh_grads,
+    bench=_bench(2, "hidden"),
+    draw=lambda draw, rows, columns: Sample((draw.floats(rows, columns), np.tanh(draw.floats(rows, columns)))),
+)
 tanh = Op(
-    "tanh", _tanh, samples=_one, bench=_bench(1, "hidden"), vjp=lambda run, g, outs, x: (run(tanh_grad, g, outs[0]),)
+    "tanh",
+    _tanh,
+    samples=_one,
+    bench=_bench(1, "hidden"),
+    draw=_draw_one,
+    vjp=lambda run, g, outs, x: (run(tanh_grad, g, outs[0]),),
 )

@@ -57,10 +57,12 @@ def gelu_tanh_grad_loop(g: Array, x: Array, dx: Array, start: int, stop: int) ->
     g, x, dx = g[start:stop], x[start:stop], dx[start:stop]
     half, one = x.dtype.type(0.5), x.dtype.type(1)
     slope, cubic, cubic3 = x.dtype.type(SQRT_2_OVER_PI), x.dtype.type(CUBIC), x.dtype.type(3 * CUBIC)
+    far = x.dtype.type(20)
     for i in range(x.size):
         v = x[i]
         t = tanh_of(slope * (v + cubic * v * v * v))
-        dx[i] = g[i] * half * ((one + t) + v * (one - t * t) * slope * (one + cubic3 * v * v))
+        near = vmax(-far, -vmax(-far, -v))  # beyond it 1 - t t is 0, and a product of powers of v would overflow
+        dx[i] = g[i] * half * ((one + t) + near * (one - t * t) * slope * (one + cubic3 * near * near))
 
 
 def gelu_grad(g: Array, x: Array, *, approximate: str = "none") -> Array:

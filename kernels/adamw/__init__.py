@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from minibert.kernels.drawing import Drawing
 from minibert.kernels.elementwise import mul, scale
 from minibert.kernels.op import Array, BertSize, Op, Sample
 
@@ -88,6 +89,19 @@ def _norms(rng: np.random.Generator) -> Iterator[Sample]:
     yield Sample((np.array(1e-10),), {"max_norm": 2e-6})  # as small as the constant beside the norm
 
 
+def _draw_state(draw: Drawing, count: int = 2**20) -> Sample:
+    numbers = {"lr": 1e-2, "step": draw.among(1, 3, 1000), "weight_decay": draw.among(0.1, 0.0)}
+    moments = draw.floats(count) * 1e-3, draw.positive(count) * 1e-6
+    return Sample(
+        (draw.floats(count), draw.floats(count) * 1e-3, *moments, np.array(draw.rng.uniform(0.3, 1))), numbers
+    )
+
+
+def _draw_state_with_shadow(draw: Drawing, count: int = 2**20) -> Sample:
+    arrays, numbers = _draw_state(draw, count)
+    return Sample((draw.rng.standard_normal(count), *arrays), numbers)
+
+
 def _bench(rng: np.random.Generator, size: BertSize) -> Sample:
     return Sample(_state(rng, 12 * size.hidden * size.hidden), {"lr": 1e-3, "step": 3})  # one layer's matrices
 
@@ -101,6 +115,7 @@ adamw = Op(
     "adamw",
     _adamw,
     samples=_states,
+    draw=_draw_state,
     bench=_bench,
     writes=(0, 2, 3),
     wide_inputs=(0, 2, 3, 4),
@@ -110,6 +125,7 @@ adamw_shadow = Op(
     "adamw_shadow",
     _adamw_shadow,
     samples=_states_with_shadow,
+    draw=_draw_state_with_shadow,
     bench=_bench_shadow,
     writes=(0, 1, 3, 4),
     wide_inputs=(1, 3, 4, 5),
@@ -119,6 +135,7 @@ square_norm = Op(
     "square_norm",
     _square_norm,
     samples=_vectors,
+    draw=lambda draw, count=2**20: Sample((draw.floats(count),)),
     bench=lambda rng, size: Sample((rng.standard_normal(12 * size.hidden * size.hidden),)),
     vjp=lambda run, g, outs, x: (run(mul, run(scale, x, factor=2.0), g),),
     wide_outputs=(0,),
@@ -127,6 +144,7 @@ clip_scale = Op(
     "clip_scale",
     _clip_scale,
     samples=_norms,
+    draw=lambda draw: Sample((draw.positive(),), {"max_norm": draw.among(1.0, 0.1)}),
     bench=lambda rng, size: Sample((np.array(4.0),), {"max_norm": 1.0}),
     wide_inputs=(0,),
     wide_outputs=(0,),

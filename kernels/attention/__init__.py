@@ -18,8 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minibert.kernels.array_module import numpy_module
+from minibert.kernels.drawing import Drawing
 from minibert.kernels.op import Array, BertSize, Op, Run, Sample
 from minibert.kernels.philox import NO_STREAM, Stream, random_words, threshold
+
+MANY_TOKENS = ({"batch": 1400, "length": 50, "heads": 1, "head_size": 1},)  # more than 16 bits count
 
 
 class Span(NamedTuple):
@@ -133,6 +136,18 @@ def _samples(rng: np.random.Generator) -> Iterator[Sample]:
         )
 
 
+def _draw(draw: Drawing, batch: int = 9, length: int = 600, heads: int = 17, head_size: int = 128) -> Sample:
+    cu_seqlens = draw.offsets(batch, length)
+    qkv = draw.floats(int(cu_seqlens[-1]), 3 * heads * head_size)
+    return Sample((qkv, cu_seqlens), {"num_heads": heads, "rate": draw.among(0.0, 0.5, 0.1), "stream": draw.stream()})
+
+
+def _draw_gradient(
+    draw: Drawing, batch: int = 9, length: int = 600, heads: int = 17, head_size: int = 128
+) -> Sample:  # fmt: skip
+    return _with_gradient(draw.rng, _draw(draw, batch, length, heads, head_size))
+
+
 def _with_gradient(rng: np.random.Generator, sample: Sample) -> Sample:
     (qkv, cu_seqlens), params = sample
     y, lse = _attention(numpy_module, qkv, cu_seqlens, **params)
@@ -150,6 +165,11 @@ attention_grad = Op(
     samples=lambda rng: (_with_gradient(rng, sample) for sample in _samples(rng)),
     bench=lambda rng, size: _with_gradient(rng, _bench(rng, size)),
     kept=_kept,
+    draw=_draw_gradient,
+    sizes=MANY_TOKENS,
     wide_inputs=(3,),
 )
-attention = Op("attention", _attention, samples=_samples, bench=_bench, vjp=_attention_vjp, wide_outputs=(1,))
+attention = Op(
+    "attention", _attention, samples=_samples, bench=_bench, draw=_draw, sizes=MANY_TOKENS, vjp=_attention_vjp,
+    wide_outputs=(1,),
+)  # fmt: skip

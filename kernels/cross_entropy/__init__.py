@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from minibert.kernels.drawing import IGNORED, Drawing
 from minibert.kernels.elementwise import mul
 from minibert.kernels.linear import matmul, parameter_gradients
 from minibert.kernels.op import Array, BertSize, Op, Run, Sample
-
-IGNORED = -100  # the label of a row that is not predicted, as in torch and transformers
 
 
 def _cross_entropy(xp: Any, logits: Array, labels: Array) -> tuple[Array, Array]:
@@ -69,6 +68,11 @@ def _linear_samples(rng: np.random.Generator) -> Iterator[Sample]:
         yield Sample((*arrays, _some_labels(rng, rows, classes)))
 
 
+def _draw_linear(draw: Drawing, rows: int, inputs: int, classes: int) -> Sample:
+    arrays = draw.floats(rows, inputs), draw.floats(classes, inputs), draw.floats(classes)
+    return Sample((*arrays, draw.labels(rows, classes)))
+
+
 def _bench(rng: np.random.Generator, size: BertSize) -> Sample:
     labels = rng.integers(0, size.vocabulary, size.predicted)
     return Sample((rng.standard_normal((size.predicted, size.vocabulary)), labels))
@@ -83,6 +87,7 @@ cross_entropy = Op(
     "cross_entropy",
     _cross_entropy,
     samples=_samples,
+    draw=lambda draw, rows, classes: Sample((draw.floats(rows, classes), draw.labels(rows, classes))),
     bench=_bench,
     vjp=lambda run, g, outs, logits, labels: (run(mul, outs[1], g), None),
     wide_outputs=(0,),
@@ -91,6 +96,7 @@ linear_cross_entropy = Op(
     "linear_cross_entropy",
     _linear_cross_entropy,
     samples=_linear_samples,
+    draw=_draw_linear,
     bench=_bench_linear,
     vjp=_linear_cross_entropy_vjp,
     wide_outputs=(0,),

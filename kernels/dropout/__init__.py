@@ -29,6 +29,9 @@ dropout: Op = Op(
     "dropout",
     dropout_formula,
     samples=_samples,
+    draw=lambda draw, rows, columns: Sample(
+        (draw.floats(rows, columns),), {"rate": draw.among(0.5, 0.1, 0.0, 0.9), "stream": draw.stream()}
+    ),
     bench=lambda rng, size: Sample(
         (rng.standard_normal((size.tokens, size.hidden)),), {"rate": 0.1, "stream": Stream(1, 16, 1, 1)}
     ),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from minibert.kernels.drawing import Drawing
 from minibert.kernels.op import Array, BertSize, Op, Run, Sample
 from minibert.kernels.reduction import sum_to
 
@@ -60,10 +61,21 @@ def _choices(rng: np.random.Generator) -> Iterator[Sample]:
         yield Sample((rng.random(condition) < 0.6, rng.standard_normal(a), rng.standard_normal(b)))
 
 
+def _draw_pair(draw: Drawing, rows: int, columns: int) -> Sample:
+    other = draw.among((rows, columns), (columns,), (rows, 1), ())
+    return Sample((draw.floats(rows, columns), draw.floats(*other)))
+
+
+def _draw_choice(draw: Drawing, rows: int, columns: int) -> Sample:
+    flags = draw.flags(*draw.among((rows, columns), (rows, 1)))
+    return Sample((flags, draw.floats(rows, columns), draw.floats(*draw.among((rows, columns), ()))))
+
+
 add = Op(
     "add",
     _add,
     samples=_pairs,
+    draw=_draw_pair,
     bench=_two_rows,
     vjp=lambda run, g, outs, a, b: (sum_to(run, g, a), sum_to(run, g, b)),
 )
@@ -71,6 +83,7 @@ mul: Op = Op(
     "mul",
     _mul,
     samples=_pairs,
+    draw=_draw_pair,
     bench=_two_rows,
     vjp=lambda run, g, outs, a, b: (sum_to(run, run(mul, g, b), a), sum_to(run, run(mul, g, a), b)),
 )
@@ -78,6 +91,7 @@ scale: Op = Op(
     "scale",
     _scale,
     samples=_one,
+    draw=lambda draw, rows, columns: Sample((draw.floats(rows, columns),), {"factor": draw.among(0.125, -3.0, 1 / 3)}),
     bench=lambda rng, size: Sample((rng.standard_normal((size.tokens, size.hidden)),), {"factor": 0.125}),
     vjp=lambda run, g, outs, a, *, factor: (run(scale, g, factor=factor),),
 )
@@ -92,6 +106,7 @@ where = Op(
     "where",
     _where,
     samples=_choices,
+    draw=_draw_choice,
     bench=lambda rng, size: Sample((rng.random((size.tokens, size.hidden)) < 0.9, *_two_rows(rng, size).arrays)),
     vjp=_where_vjp,
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from minibert.kernels.drawing import Drawing
 from minibert.kernels.linear import gradients_of
 from minibert.kernels.op import Array, BertSize, Op, Run, Sample
 
@@ -101,6 +102,25 @@ def _additions(rng: np.random.Generator) -> Iterator[Sample]:
         yield Sample((total, x, index), {"skip": params.get("skip")})
 
 
+def _draw_embedding(draw: Drawing, rows: int, columns: int, words: int, positions: int = 2**10) -> Sample:
+    tables = draw.floats(words, columns), draw.floats(positions, columns), draw.floats(2, columns)
+    return Sample((*tables, draw.ids(rows, words), draw.ids(rows, positions), draw.ids(rows, 2)))
+
+
+def _draw_gather(draw: Drawing, rows: int, columns: int, table: int) -> Sample:
+    return Sample((draw.floats(table, columns), draw.ids(rows, table)), {"skip": draw.among(None, 0)})
+
+
+def _draw_scatter(draw: Drawing, rows: int, columns: int, table: int) -> Sample:
+    params = {"num_rows": table, "skip": draw.among(None, 0)}
+    return Sample((draw.floats(rows, columns), draw.ids(rows, table)), params)
+
+
+def _draw_addition(draw: Drawing, rows: int, columns: int, table: int) -> Sample:
+    (x, index), params = _draw_scatter(draw, rows, columns, table)
+    return Sample((draw.floats(table, columns), x, index), {"skip": params["skip"]})
+
+
 def _zipf(rng: np.random.Generator, size: BertSize) -> np.ndarray:
     """Word ids as text has them: few words often, many seldom (Zipf)."""
     return (rng.zipf(1.3, size.tokens) % size.vocabulary).astype(np.int32)
@@ -139,14 +159,18 @@ scatter_rows = Op(
     "scatter_rows",
     _scatter_rows,
     samples=_scatters,
+    draw=_draw_scatter,
     bench=_bench_scatter,
     vjp=lambda run, g, outs, x, index, *, num_rows, skip=None: (run(gather_rows, g, index, skip=skip), None),
 )
-add_rows = Op("add_rows", _add_rows, samples=_additions, bench=_bench_add, writes=(0,), bytes=_rows_bytes(3))
+add_rows = Op(
+    "add_rows", _add_rows, samples=_additions, bench=_bench_add, draw=_draw_addition, writes=(0,), bytes=_rows_bytes(3)
+)
 gather_rows: Op = Op(
     "gather_rows",
     _gather_rows,
     samples=_gathers,
+    draw=_draw_gather,
     bench=_bench_gather,
     vjp=lambda run, g, outs, x, index, *, skip=None: (
         run(scatter_rows, g, index, num_rows=x.shape[0], skip=skip),
@@ -155,5 +179,11 @@ gather_rows: Op = Op(
     bytes=_rows_bytes(2),
 )
 embedding = Op(
-    "embedding", _embedding, samples=_samples, bench=_bench_embedding, vjp=_embedding_vjp, bytes=_rows_bytes(4)
+    "embedding",
+    _embedding,
+    samples=_samples,
+    bench=_bench_embedding,
+    draw=_draw_embedding,
+    vjp=_embedding_vjp,
+    bytes=_rows_bytes(4),
 )

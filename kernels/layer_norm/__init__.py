@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from minibert.kernels.array_module import numpy_module
+from minibert.kernels.drawing import Drawing
 from minibert.kernels.dropout import dropout_formula
 from minibert.kernels.op import Array, BertSize, Op, Run, Sample
 from minibert.kernels.philox import NO_STREAM, Stream
@@ -111,6 +112,19 @@ def _add_grad_samples(rng: np.random.Generator) -> Iterator[Sample]:
         yield Sample((rng.standard_normal(x.shape), x, w, *_layer_norm(numpy_module, x, w, b)[1:]), params)
 
 
+def _draw(grad: bool, add: bool) -> Any:
+    def draw(draw: Drawing, rows: int, columns: int) -> Sample:
+        x, w, b = draw.floats(rows, columns), draw.floats(columns), draw.floats(columns)
+        params = {"rate": draw.among(0.5, 0.1, 0.0), "stream": draw.stream()} if add else {}
+        if grad:
+            statistics = _layer_norm(numpy_module, x, w, b)[1:]
+            return Sample((draw.floats(rows, columns), x, w, *statistics), params)
+        params["eps"] = draw.among(1e-12, 0.1)
+        return Sample((x, draw.floats(rows, columns), w, b) if add else (x, w, b), params)
+
+    return draw
+
+
 def _bench(grad: bool, add: bool) -> Any:
     def bench(rng: np.random.Generator, size: BertSize) -> Sample:
         x, g = rng.standard_normal((2, size.tokens, size.hidden))
@@ -130,18 +144,19 @@ def _add_layer_norm_again(
 
 
 layer_norm_grad = Op(
-    "layer_norm_grad", _layer_norm_grad, samples=_grad_samples, bench=_bench(grad=True, add=False), kept=_kept,
-    wide_inputs=(3, 4),
+    "layer_norm_grad", _layer_norm_grad, samples=_grad_samples, bench=_bench(grad=True, add=False),
+    draw=_draw(grad=True, add=False), kept=_kept, wide_inputs=(3, 4),
 )  # fmt: skip
 layer_norm = Op(
     "layer_norm", _layer_norm, samples=_samples, bench=_bench(grad=False, add=False), vjp=_layer_norm_vjp,
+    draw=_draw(grad=False, add=False),
     wide_outputs=(1, 2),
 )  # fmt: skip
 add_layer_norm_grad = Op(
     "add_layer_norm_grad", _add_layer_norm_grad, samples=_add_grad_samples, bench=_bench(grad=True, add=True),
-    kept=_kept, wide_inputs=(3, 4),
+    draw=_draw(grad=True, add=True), kept=_kept, wide_inputs=(3, 4),
 )  # fmt: skip
 add_layer_norm = Op(
     "add_layer_norm", _add_layer_norm, samples=_add_samples, bench=_bench(grad=False, add=True),
-    vjp=_add_layer_norm_vjp, again=_add_layer_norm_again, wide_outputs=(2, 3),
+    vjp=_add_layer_norm_vjp, again=_add_layer_norm_again, draw=_draw(grad=False, add=True), wide_outputs=(2, 3),
 )  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from minibert.kernels.activation import gelu, gelu_formula, gelu_grad
+from minibert.kernels.drawing import Drawing
 from minibert.kernels.op import Array, BertSize, Op, Run, Sample
 from minibert.kernels.reduction import reduce_sum, sum_to
 from minibert.kernels.view import reshape
@@ -113,6 +114,27 @@ def _additions(rng: np.random.Generator) -> Iterator[Sample]:
         yield Sample((rng.standard_normal((g.shape[1], x.shape[1])), g, x))
 
 
+def _draw_product(draw: Drawing, rows: int, inner: int, columns: int) -> Sample:
+    batch = draw.among((), (2, 3))
+    return Sample((draw.floats(*batch, rows, inner), draw.floats(*draw.among(batch, ()), inner, columns)))
+
+
+def _draw_layer(**params: tuple[Any, ...]) -> Any:
+    def draw(draw: Drawing, rows: int, inputs: int, outs: int) -> Sample:
+        chosen = {name: draw.among(*choices) for name, choices in params.items()}
+        return Sample((draw.floats(rows, inputs), draw.floats(outs, inputs), draw.floats(outs)), chosen)
+
+    return draw
+
+
+def _draw_gradients(draw: Drawing, rows: int, inputs: int, outs: int) -> Sample:
+    return Sample((draw.floats(rows, outs), draw.floats(rows, inputs)))
+
+
+def _draw_additions(draw: Drawing, rows: int, inputs: int, outs: int) -> Sample:
+    return Sample((draw.floats(outs, inputs), draw.floats(rows, outs), draw.floats(rows, inputs)))
+
+
 def _bench(rng: np.random.Generator, size: BertSize) -> Sample:
     n, c, i = size.tokens, size.hidden, size.intermediate
     return Sample((rng.standard_normal((n, c)), rng.standard_normal((i, c)) * 0.05, rng.standard_normal(i)))
@@ -135,14 +157,17 @@ def _bench_add(rng: np.random.Generator, size: BertSize) -> Sample:
     return Sample((rng.standard_normal((size.intermediate, size.hidden)), g, x))
 
 
-matmul = Op("matmul", _matmul, samples=_products, bench=_bench_matmul, vjp=_matmul_vjp)
-linear = Op("linear", _linear, samples=_layers, bench=_bench, vjp=linear_vjp)
-linear_grad = Op("linear_grad", _linear_grad, samples=_gradients, bench=_bench_grad)
-add_linear_grad = Op("add_linear_grad", _add_linear_grad, samples=_additions, bench=_bench_add, writes=(0,))
+matmul = Op("matmul", _matmul, samples=_products, bench=_bench_matmul, draw=_draw_product, vjp=_matmul_vjp)
+linear = Op("linear", _linear, samples=_layers, bench=_bench, draw=_draw_layer(), vjp=linear_vjp)
+linear_grad = Op("linear_grad", _linear_grad, samples=_gradients, bench=_bench_grad, draw=_draw_gradients)
+add_linear_grad = Op(
+    "add_linear_grad", _add_linear_grad, samples=_additions, bench=_bench_add, draw=_draw_additions, writes=(0,)
+)
 linear_gelu = Op(
     "linear_gelu",
     _linear_gelu,
     samples=_gelu_layers,
+    draw=_draw_layer(approximate=("none", "tanh")),
     bench=_bench,
     vjp=lambda run, g, outs, *arrays, **params: linear_vjp(run, run(gelu_grad, g, outs[1], **params), None, *arrays),
     again=lambda run, kept, *_, **params: run(gelu, kept[0], **params),

@@ -60,6 +60,7 @@ reduce_sum = Op(
     "reduce_sum",
     _reduce_sum,
     samples=_sums,
+    draw=lambda draw, rows, columns: Sample((draw.floats(rows, columns),), {"axis": draw.among(-1, 0, None, (0, 1))}),
     bench=lambda rng, size: Sample((rng.standard_normal((size.tokens, size.intermediate)),), {"axis": 0}),
     vjp=_sum_vjp,
 )
@@ -67,6 +68,9 @@ broadcast = Op(
     "broadcast",
     _broadcast,
     samples=_layouts,
+    draw=lambda draw, rows, columns: Sample(
+        (draw.floats(*draw.among((columns,), (rows, 1), (1, columns), ())),), {"shape": (rows, columns)}
+    ),
     bench=lambda rng, size: Sample((rng.standard_normal(size.hidden),), {"shape": (size.tokens, size.hidden)}),
     vjp=lambda run, g, outs, x, *, shape: (sum_to(run, g, x),),
 )

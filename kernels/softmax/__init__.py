@@ -53,11 +53,15 @@ softmax_grad = Op(
     _softmax_grad,
     samples=_grad_rows,
     bench=_bench_grad,
+    draw=lambda draw, rows, columns: Sample(
+        (draw.floats(rows, columns), softmax_formula(numpy_module, draw.floats(rows, columns)))
+    ),
 )
 softmax = Op(
     "softmax",
     softmax_formula,
     samples=_rows,
     bench=_bench,
+    draw=lambda draw, rows, columns: Sample((draw.floats(rows, columns),)),
     vjp=lambda run, g, outs, x: (run(softmax_grad, g, outs[0]),),
 )

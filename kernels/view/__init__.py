@@ -51,6 +51,10 @@ def _with(*cases: tuple[tuple[int, ...], dict[str, Any]]) -> Callable[[np.random
     return samples
 
 
+def _drawn(params: Callable[[int, int], dict[str, Any]]) -> Callable[..., Sample]:
+    return lambda draw, rows, columns: Sample((draw.floats(rows, columns),), params(rows, columns))
+
+
 def _bench(**params: Any) -> Callable[[np.random.Generator, BertSize], Sample]:
     return lambda rng, size: Sample((rng.standard_normal((size.tokens, size.hidden)),), params)
 
@@ -65,6 +69,7 @@ reshape: Op = Op(
     _reshape,
     samples=_with(((3, 8), {"shape": (2, 12)}), ((1,), {"shape": ()}), ((5, 1031), {"shape": (1031, 5)})),
     bench=_bench(shape=(-1,)),
+    draw=_drawn(lambda rows, columns: {"shape": (columns, rows)}),
     vjp=lambda run, g, outs, x, *, shape: (run(reshape, g, shape=x.shape),),
 )
 transpose: Op = Op(
@@ -72,6 +77,7 @@ transpose: Op = Op(
     _transpose,
     samples=_with(((3, 8), {"axes": (1, 0)}), ((1, 2, 3), {"axes": (2, 0, 1)}), ((7, 1031), {"axes": (1, 0)})),
     bench=_bench(axes=(1, 0)),
+    draw=_drawn(lambda rows, columns: {"axes": (1, 0)}),
     vjp=lambda run, g, outs, x, *, axes: (run(transpose, g, axes=tuple(int(i) for i in np.argsort(axes))),),
 )
 slice_axis = Op(
@@ -79,6 +85,7 @@ slice_axis = Op(
     _slice_axis,
     samples=_with(((6, 8), {"axis": 0, "start": 1, "stop": 4}), ((3, 1031), {"axis": 1, "start": 0, "stop": 1030})),
     bench=_bench(axis=1, start=0, stop=64),
+    draw=_drawn(lambda rows, columns: {"axis": 1, "start": columns // 3, "stop": columns}),
     vjp=lambda run, g, outs, x, *, axis, start, stop: (
         run(pad_axis, g, axis=axis, before=start, after=x.shape[axis] - stop),
     ),
@@ -88,6 +95,7 @@ pad_axis: Op = Op(
     _pad_axis,
     samples=_with(((3, 8), {"axis": 0, "before": 1, "after": 2}), ((3, 1031), {"axis": 1, "before": 0, "after": 1})),
     bench=_bench(axis=0, before=8, after=8),
+    draw=_drawn(lambda rows, columns: {"axis": 0, "before": 1, "after": 2}),
     vjp=lambda run, g, outs, x, *, axis, before, after: (
         run(slice_axis, g, axis=axis, start=before, stop=before + x.shape[axis]),
     ),
@@ -96,6 +104,7 @@ concatenate = Op(
     "concatenate",
     _concatenate,
     samples=_parts,
+    draw=lambda draw, rows, columns: Sample((draw.floats(rows, columns), draw.floats(rows + 1, columns)), {"axis": 0}),
     bench=lambda rng, size: Sample(
         tuple(rng.standard_normal((size.hidden, size.hidden)) for _ in range(3)), {"axis": 0}
     ),

@@ -14,7 +14,7 @@ import numpy as np
 
 from minibert.kernels import Array, Op
 from minibert.kernels.array_module import numpy_module
-from minibert.lab.conform.check import Case, Input, Tally
+from minibert.lab.conform.case import Case, Input, Tally
 from minibert.lab.conform.judge import expect, stored_as
 
 SAMPLES = 4  # of each op that are cut: the first are small

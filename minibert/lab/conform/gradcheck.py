@@ -20,7 +20,9 @@ from minibert.kernels import Op
 from minibert.kernels.op import holds_floats, outputs
 from minibert.kernels.readings import bounded_module, dual_module
 from minibert.kernels.readings.dual import Dual
-from minibert.lab.conform.check import CHECKS, DOT_ROUNDING, GRADIENT_BOUNDS, Broken, Case, Input, Tally, find_op
+from minibert.lab.conform.case import Broken, Case, Input, Tally
+from minibert.lab.conform.check import CHECKS, find_op
+from minibert.lab.conform.demands import DOT_ROUNDING, GRADIENT_BOUNDS
 from minibert.lab.conform.judge import expect, judge, stored_as
 from minibert.model.tensor import Tensor
 

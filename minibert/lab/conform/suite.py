@@ -24,8 +24,9 @@ from minibert.backends import Backend
 from minibert.backends.own import module_name
 from minibert.errors import UserError
 from minibert.kernels import OPS, Op
+from minibert.lab.conform.case import Case, Input
 from minibert.lab.conform.check import CHECKS as USUAL_CHECKS
-from minibert.lab.conform.check import Case, Input, find_op, planned
+from minibert.lab.conform.check import find_op, planned
 from minibert.lab.conform.empty import empty_inputs, empty_samples
 from minibert.lab.conform.own_kernels import TriedKernel, load_kernels
 

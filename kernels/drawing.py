@@ -1,0 +1,179 @@
+"""Inputs drawn from what an op says of its axes and of what its arrays hold.
+
+An op's `draw` is a function of a `Drawing` and of the sizes of its axes, which are its other parameters; a default is
+the largest size of that axis. It says in a line or two what the arrays are:
+
+    draw=lambda draw, rows, classes: Sample((draw.floats(rows, classes), draw.labels(rows, classes)))
+
+Whoever calls it chooses sizes (`ladder`) and a regime of values (`REGIMES`): the same line gives an input of one column
+and one of 100 003, rows that are negative throughout, labels that are all ignored. The formula decides what is in the
+domain: where it has no finite answer, nothing is asked.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minibert.kernels.philox import Stream
+
+LARGEST = 2**17  # size of an axis, unless an op says another
+EVERY = 66  # up to here each size is a rung of the ladder, then what lies around a power of two, and a few between
+BETWEEN = (96, 97, 192, 211, 384, 509, 768, 1536, 2053, 3072, 5171, 10007, 30011, 100003, 500009)
+SPIKE = 200.0  # outweighs 2**17 others in a variance, and all of them in a softmax
+IGNORED = -100  # the label of a row that is not predicted, as in torch and transformers
+
+Values = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(rng.standard_normal(shape))
+
+
+def _whole(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(rng.integers(-3, 4, shape), np.float64)
+
+
+def _alike(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.broadcast_to(_whole(rng, (*shape[:-1], 1)[: len(shape)]), shape).copy()
+
+
+def _spike(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    x = _normal(rng, shape)
+    if x.size and x.ndim:
+        last = shape[-1] - 1
+        x[..., (last, rng.integers(0, last + 1), 0)[rng.choice(3, p=(0.6, 0.3, 0.1))]] = SPIKE
+    return x
+
+
+def _far_apart(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(rng.choice((-SPIKE, 0.0, SPIKE), shape))
+
+
+def _spread(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return _normal(rng, shape) * 10.0 ** rng.uniform(-6, 4, shape)
+
+
+# What floats hold. `whole`: sums and products are exact in any order, so that one term lost is seen at any size.
+REGIMES: dict[str, Values] = {
+    "normal": _normal,
+    "whole numbers": _whole,
+    "one number in each row": _alike,
+    "one element that outweighs": _spike,
+    "about -10000": lambda rng, shape: _normal(rng, shape) - 1e4,
+    "about 10000": lambda rng, shape: _normal(rng, shape) + 1e4,
+    "all equal": lambda rng, shape: np.full(shape, 0.1),
+    "far apart": _far_apart,
+    "of all sizes": _spread,
+    "tiny": lambda rng, shape: _normal(rng, shape) * 1e-38,  # about the smallest normal number of float32, and below it
+    "huge": lambda rng, shape: _normal(rng, shape) * 1e18,
+    "rising": lambda rng, shape: np.sort(_normal(rng, shape), axis=-1) if shape else _normal(rng, shape),
+    "falling": lambda rng, shape: -np.sort(_normal(rng, shape), axis=-1) if shape else _normal(rng, shape),
+    "ties": lambda rng, shape: np.asarray(rng.choice((-1.0, 0.5, 1.0), shape)),
+    "zeros": lambda rng, shape: np.asarray(rng.choice((-0.0, 0.0), shape)),
+}
+
+
+class Drawn(NamedTuple):
+    """How an input was drawn: enough to draw it again, or with other sizes."""
+
+    seed: int
+    number: int  # of the choices that `draw` has, such as rates of dropout and kinds of labels
+    sizes: Mapping[str, int]
+    regime: str = "normal"
+    array: int | None = None  # the float array that is of this regime, the others being normal; None: all
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{size} {axis.replace('_', ' ')}" for axis, size in self.sizes.items())
+        return sizes if self.regime == "normal" else f"{sizes}{', ' if sizes else ''}values {self.regime}"
+
+
+class Drawing:
+    """What an op's `draw` draws from: arrays in float64 and of integers, and choices, all by seed and number."""
+
+    def __init__(self, drawn: Drawn) -> None:
+        self.drawn = drawn
+        self.rng = np.random.default_rng((drawn.seed, drawn.number))
+        self._floats = 0  # arrays of floats so far
+        self._choices = drawn.number  # its digits are the choices
+
+    def floats(self, *shape: int) -> np.ndarray:
+        """Floats of the regime, (*shape)."""
+        mine = self.drawn.array in (None, self._floats)
+        self._floats += 1
+        return REGIMES[self.drawn.regime if mine else "normal"](self.rng, shape)
+
+    def positive(self, *shape: int) -> np.ndarray:
+        """Their squares."""
+        return self.floats(*shape) ** 2
+
+    def among(self, *choices: Any) -> Any:
+        """One of these; by the number of the input, so that all of them have their turn."""
+        self._choices, chosen = divmod(self._choices, len(choices))
+        return choices[chosen]
+
+    def flags(self, *shape: int) -> np.ndarray:
+        """Booleans, some of them true."""
+        return np.asarray(self.rng.random(shape) < self.among(0.6, 1.1, 0.0))
+
+    def ids(self, count: int, below: int) -> np.ndarray:
+        """(count,) int32 in [0, below): any, all the same, all different as far as they go, the first and the last."""
+        kind = self.among("any", "different", "same", "ends")
+        if kind == "any" or not below:
+            ids = self.rng.integers(0, max(1, below), count)
+        elif kind == "different":
+            ids = self.rng.permutation(max(count, below))[:count] % below
+        elif kind == "same":
+            ids = np.full(count, self.rng.integers(0, below))
+        else:
+            ids = self.rng.choice((0, below - 1), count)
+        return ids.astype(np.int32)
+
+    def labels(self, rows: int, classes: int) -> np.ndarray:
+        """(rows,) int64 in [0, classes): a few ignored, none, all, all but one; of the first and the last class."""
+        labels = self.rng.integers(0, classes, rows)
+        kind = self.among("some", "none", "all", "but one", "ends")
+        if kind == "some":
+            labels[: max(0, rows - 5) : 4] = IGNORED
+        elif kind == "all":
+            labels[:] = IGNORED
+        elif kind == "but one" and rows:
+            labels[np.arange(rows) != self.rng.integers(0, rows)] = IGNORED
+        elif kind == "ends":
+            labels = self.rng.choice((0, classes - 1), rows)
+        return labels
+
+    def offsets(self, batch: int, length: int) -> np.ndarray:
+        """cu_seqlens (batch + 1,) int32: lengths from 0 to `length`, or one that long among short ones, or all."""
+        kind = self.among("all", "any", "one long")
+        lengths = self.rng.integers(0 if kind == "any" else 1, 4 if kind == "one long" else length + 1, batch)
+        lengths[:] = length if kind == "all" else np.minimum(lengths, length)
+        if batch:
+            lengths[self.rng.integers(0, batch)] = length
+        return np.cumsum([0, *lengths]).astype(np.int32)
+
+    def stream(self) -> Stream:
+        """Where dropout draws from."""
+        return Stream(*(int(n) for n in self.rng.integers(0, 2**32, 4)))
+
+
+def axes_of(draw: Callable[..., Any]) -> dict[str, int]:
+    """The axes that an op's `draw` takes, each with its largest size."""
+    _, *axes = inspect.signature(draw).parameters.values()
+    return {axis.name: LARGEST if axis.default is axis.empty else axis.default for axis in axes}
+
+
+def ladder(largest: int) -> list[int]:
+    """Sizes of an axis: each up to `EVERY`, then around every power of two, and a few between, to the largest."""
+    around = [2**p + k for p in range(6, 21) for k in ((-1, 0, 1) if p < 12 else (1,))]
+    rungs = {*range(1, EVERY + 1), *around, *BETWEEN}
+    return sorted({size for size in rungs if size <= largest} | {largest + (largest >= 2**12)})
+
+
+def small(limits: Mapping[str, int], number: int, beside: int = 1) -> dict[str, int]:
+    """A small size for each axis: unlike each other, others for the next number, and smaller `beside` a large one."""
+    sizes = (3, 5, 2, 7, 4) if beside <= EVERY else (3, 2)
+    return {axis: min(limits[axis], sizes[(k + number) % len(sizes)]) for k, axis in enumerate(limits)}

@@ -1,0 +1,187 @@
+"""Demands on inputs that are drawn from what an op says of its axes and values (`minibert.kernels.drawing`).
+
+Any size: one axis at a time goes up a ladder, the others stay small. Any values: each regime, in one array and in all.
+What is asked is what the formula answers: where NumPy's evaluation of it in the same dtype is not finite, or the bound
+says nothing, an input is left out. One that fails is made smaller before it is told.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from minibert.backends.base import NARROW
+from minibert.kernels import Op
+from minibert.kernels.array_module import numpy_module
+from minibert.kernels.drawing import REGIMES, Drawing, Drawn, axes_of, ladder, small
+from minibert.kernels.op import holds_floats, input_name, outputs
+from minibert.lab.conform.case import Broken, Case, Input, Tally, rounded
+from minibert.lab.conform.judge import expect
+
+BY_SIZE = ("whole numbers", "one element that outweighs", "normal")  # in turn, on the way up
+ALONE = 2**14  # from here on
+EXACT = ("whole numbers", "one number in each row")  # arithmetic on which may round nothing
+LARGEST_DRAWN = 2**19  # elements of an array, where sizes are drawn at random
+SHRINKING_SECONDS = 3.0
+POISONS = (np.nan, np.inf, -np.inf)
+
+
+def any_size(case: Case, tally: Tally) -> None:
+    """The formula is followed at any size: each axis in turn from 1 to 100000 and more, the others small."""
+    for drawn in sizes_of(case):
+        judge_drawn(case, tally, drawn)
+
+
+def any_values(case: Case, tally: Tally) -> None:
+    """The formula is followed on any values: all negative, equal, far apart, tiny, sorted, tied; ids and labels too."""
+    for drawn in values_of(case):
+        judge_drawn(case, tally, drawn)
+
+
+def propagates(case: Case, tally: Tally) -> None:
+    """NaN or infinity in one element reaches the outputs that the formula says, and no other."""
+    axes = axes_of(_draw_of(case.op))
+    for number in range(3):
+        drawn = Drawn(case.seed, number, small(axes, number))
+        arrays, params = rounded(case.op, _draw_of(case.op)(Drawing(drawn), **drawn.sizes), case.dtype)
+        rng = np.random.default_rng((case.seed, number))
+        for i, array in enumerate(arrays):
+            if not holds_floats(array) or not array.size:
+                continue
+            at = np.unravel_index(rng.integers(array.size), array.shape)
+            for poison in POISONS:
+                _poisoned(case, tally, drawn, arrays, params, i, at, poison)
+
+
+def sizes_of(case: Case) -> Iterator[Drawn]:
+    """What `any_size` asks for."""
+    axes = axes_of(_draw_of(case.op))
+    number = 0
+    for axis, largest in axes.items():
+        for size in ladder(largest):
+            regime = BY_SIZE[number % (3 if size < ALONE else 2)]
+            yield Drawn(case.seed, number, {**small(axes, number, size), axis: size}, regime)
+            number += 1
+    for sizes in case.op.sizes:
+        yield Drawn(case.seed, 0, sizes)
+
+
+def values_of(case: Case) -> Iterator[Drawn]:
+    """What `any_values` asks for."""
+    axes = axes_of(_draw_of(case.op))
+    sizes = {axis: min(largest, (6, 37, 9, 5)[k % 4]) for k, (axis, largest) in enumerate(axes.items())}
+    first = _draw_of(case.op)(Drawing(Drawn(case.seed, 0, sizes)), **sizes)
+    floats = sum(map(holds_floats, map(np.asarray, first.arrays)))
+    number = 0
+    for regime in REGIMES:
+        for array in (None, *range(floats if floats > 1 else 0)):
+            for _ in range(2):
+                yield Drawn(case.seed, number, sizes, regime, array)
+                number += 1
+
+
+def anything(case: Case, rng: np.random.Generator) -> Drawn:
+    """Sizes, regime and choices at random, for `thorough`."""
+    axes = axes_of(_draw_of(case.op))
+    room, sizes = float(LARGEST_DRAWN), {}
+    for axis in rng.permutation(list(axes)):
+        sizes[str(axis)] = int(min(axes[axis], room) ** rng.random())
+        room = max(1.0, room / sizes[str(axis)])
+    array = None if rng.random() < 0.5 else int(rng.integers(len(axes) + 1))
+    number = int(rng.integers(2**30))
+    return Drawn(case.seed, number, {axis: sizes[axis] for axis in axes}, str(rng.choice(list(REGIMES))), array)
+
+
+def thorough(case: Case, tally: Tally, seconds: float, progress: Callable[[int], None] = lambda inputs: None) -> None:
+    """The formula is followed on whatever is drawn, for so many seconds."""
+    end, rng = time.monotonic() + seconds, np.random.default_rng((case.seed, 1))
+    while time.monotonic() < end:
+        judge_drawn(case, tally, anything(case, rng))
+        progress(tally.inputs)
+
+
+def _draw_of(op: Op) -> Callable[..., Any]:
+    assert op.draw is not None
+    return op.draw
+
+
+def drawn_input(case: Case, drawn: Drawn) -> Input | None:
+    """That input; None where the formula has no finite answer in this dtype, or its bound says nothing."""
+    op = case.op
+    arrays, params = rounded(op, _draw_of(op)(Drawing(drawn), **drawn.sizes), case.dtype)
+    wide = [a.astype(np.float32) if case.dtype in NARROW and holds_floats(a) else a for a in arrays]
+    if not all(np.isfinite(r).all() for r in outputs(op.formula(numpy_module, *wide, **params))):
+        return None
+    expected = expect(op, arrays, params, case.dtype, case.backend.product_mode, exactly=drawn.regime in EXACT)
+    if not all(np.isfinite(b.error).all() and np.isfinite(b.value).all() for b in expected):
+        return None
+    return Input(drawn.number, arrays, params, expected, drawn)
+
+
+def judge_drawn(case: Case, tally: Tally, drawn: Drawn) -> None:
+    """Judge one; where it fails, raise what the smallest that still fails is told by."""
+    one = drawn_input(case, drawn)
+    if one is None:
+        return
+    tally.inputs += 1
+    try:
+        tally.judge(case, one, case.run(case.upload(one.arrays), one))
+    except Exception as error:
+        smaller = _smallest(case, drawn)
+        raise smaller or error from error
+
+
+def _smallest(case: Case, drawn: Drawn) -> Broken | None:
+    """What the smallest input of this kind that still fails is told by, found by halving; None if it cannot be had."""
+    end, found = time.monotonic() + SHRINKING_SECONDS, None
+
+    def fails(tried: Drawn) -> Broken | None:
+        one = drawn_input(case, tried)
+        if one is None:
+            return None
+        try:
+            Tally().judge(case, one, case.run(case.upload(one.arrays), one))
+        except Broken as broken:
+            return broken
+        except Exception:  # of another kind than what is told
+            return None
+        return None
+
+    for axis in drawn.sizes:
+        passes, size = 0, drawn.sizes[axis]
+        while size - passes > 1 and time.monotonic() < end:
+            middle = (passes + size) // 2
+            tried = drawn._replace(sizes={**drawn.sizes, axis: middle})
+            broken = fails(tried)
+            if broken is None:
+                passes = middle
+            else:
+                drawn, size, found = tried, middle, broken
+    return found
+
+
+def _poisoned(
+    case: Case, tally: Tally, drawn: Drawn, arrays: tuple[np.ndarray, ...], params: dict[str, Any], i: int,
+    at: tuple[Any, ...], poison: float,
+) -> None:  # fmt: skip
+    given = [a.copy() for a in arrays]
+    given[i][at] = poison
+    expected = expect(case.op, given, params, case.dtype, case.backend.product_mode)
+    one = Input(drawn.number, tuple(given), params, expected, drawn)
+    results = case.download(case.run(case.upload(given), one))
+    place = f"{input_name(case.op, i)}[{', '.join(str(int(n)) for n in at)}]"
+    for b, result in zip(expected, results, strict=True):
+        got = np.asarray(result, np.float64)
+        told = np.isnan(b.value) if np.isnan(poison) else ~np.isfinite(b.value)
+        open_to_both = np.isnan(b.value) & (not np.isnan(poison))  # inf - inf or 0 inf: whoever avoids it is no worse
+        wrong = (np.isfinite(got) if not np.isnan(poison) else ~np.isnan(got)) & told & ~open_to_both
+        wrong |= ~np.isfinite(got) & np.isfinite(b.value) & (np.abs(b.value) + b.error < np.inf)
+        if wrong.any():
+            first = tuple(int(n[0]) for n in np.nonzero(np.atleast_1d(wrong)))
+            where = f"{b.name}[{', '.join(map(str, first))}]" if b.value.ndim else b.name
+            value, came = np.atleast_1d(b.value)[first], np.atleast_1d(got)[first]
+            raise Broken(f"{one}: {place} is {poison}: {where}: expected {value:.9g}, got {came:.9g}")
+    tally.inputs += 1
