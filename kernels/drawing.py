@@ -147,10 +147,10 @@ class Drawing:
         return labels
 
     def offsets(self, batch: int, length: int) -> np.ndarray:
-        """cu_seqlens (batch + 1,) int32: lengths from 0 to `length`, or one that long among short ones, or all."""
-        kind = self.among("all", "any", "one long")
-        lengths = self.rng.integers(0 if kind == "any" else 1, 4 if kind == "one long" else length + 1, batch)
-        lengths[:] = length if kind == "all" else np.minimum(lengths, length)
+        """cu_seqlens (batch + 1,) int32: one sequence of `length`, the others as long (up to `EVERY`), shorter or short."""
+        kind, usual = self.among("all", "any", "one long"), min(length, EVERY)
+        lengths = self.rng.integers(0 if kind == "any" else 1, (4 if kind == "one long" else usual) + 1, batch)
+        lengths[:] = usual if kind == "all" else np.minimum(lengths, usual)
         if batch:
             lengths[self.rng.integers(0, batch)] = length
         return np.cumsum([0, *lengths]).astype(np.int32)
