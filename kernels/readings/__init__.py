@@ -23,6 +23,7 @@ class Bound(NamedTuple):
 
     value: np.ndarray  # float64
     error: np.ndarray  # the hard bound on |computed - value|
+    likely: np.ndarray  # what it stays under in a sensible order of evaluation, on numbers as random as data are
     terms: np.ndarray  # S: the sum of the absolute values of the terms that were added on the way
     dtype: str  # in which it is stored
     name: str  # what the formula calls it
@@ -50,7 +51,7 @@ def bound(
         wide = storage is None or k in op.wide_outputs
         kept = result if wide else module.stored(result)
         stored = precision if wide else str(storage)
-        bounds.append(Bound(kept.value, kept.error, kept.terms, stored, output_name(op, k)))
+        bounds.append(Bound(kept.value, kept.error, kept.likely, kept.terms, stored, output_name(op, k)))
     return bounds
 
 

@@ -2,17 +2,28 @@
 
 Running error analysis (Wilkinson; Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., ch. 3): beside its
 value in float64 an array carries `error`, a bound on |computed - value| over every evaluation in the given precision
-in which each primitive commits at most its own rounding and sums run in any order. A fused kernel is judged by the
-plain math, and cancellation is paid for where it happens. It also carries S, the sum of the absolute values of the
-terms that were added on the way, handed on like an error: times the other factor, times a function's slope. It is the
-unit in which an evaluation is judged that adds in another order (for a dot product: sum |x_i y_i|).
+in which each primitive commits at most its own rounding. A fused kernel is judged by the plain math, and cancellation
+is paid for where it happens.
+
+It also carries S, the sum of the absolute values of the terms that were added on the way (for a dot product: sum
+|x_i y_i|), times the factors that came after; what goes through a function or into a divisor is one number from there.
+An evaluation may add terms in any order, and may multiply each by a factor that the formula applies to their sum: as
+y = x a + (b - mean a), a = rstd w, for y = (x - mean) rstd w + b. So products, quotients and sums round at S; and where
+an operand of + or - is itself the result of k additions (`adds`), each of them may have come after the other terms: it
+rounds at S as well. Of that y the formula's own roundings are, in u, |d a| for d = x - mean, then twice (|x| + S_mean)
+|a|, then |y| + (|x| + S_mean) |a| + |b|; the other road commits |d a| in making a, |x a| + |mean a| in the products,
+|b - mean a| <= |b| + |mean a| and |y| in the additions: never more, for all rows and offsets.
+
+And `likely`, what a sensible evaluation stays under (Higham and Mary, "A new approach to probabilistic rounding error
+analysis", 2019, theorem 2.4): as `error`, but n roundings of a sum count as `LAMBDA` sqrt(n), being as often up as
+down. They are not where terms are all equal, or sorted so that the small ones come last: there it says nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from scipy import special
@@ -23,41 +34,26 @@ from minibert.kernels.readings.reading import Reading, ReadingModule
 # What a library function may commit, in units of the unit roundoff (half an ulp), relative to its result.
 ALLOWANCE = {"exp": 4, "log": 4, "sqrt": 1, "tanh": 8, "erf": 8}
 
-
 LONGEST_CHAIN = 2**20  # additions one after the other, each with its rounding
+LAMBDA = 4.0  # float32 sums one after the other of up to 2^17 random numbers, of one sign or both, reach 1.3
+
+Rule = Callable[..., np.ndarray]  # what a result inherits of its operands' errors
+
+
+class Both(NamedTuple):
+    """Of the hard bound and of the likely one: an error, or how much n roundings are, relative to what is rounded."""
+
+    hard: Any
+    likely: Any
 
 
 class Bounded(Reading):
-    """value, error, S; `precision`, `storage` and `operand_roundoff` are set by `bounded_module`."""
+    """value, error, likely, S, adds; `precision`, `storage` and `operand_roundoff` are set by `bounded_module`."""
 
-    width = 3
+    width = 5
     precision: Precision
     storage: Precision | None  # in which results, and what the formula calls `stored`, are kept
     operand_roundoff: float  # of the operands of a product, on tensor cores
-
-    def stored(self) -> Self:
-        """What memory gives back: rounded, where it keeps fewer bits than the arithmetic has."""
-        if self.storage is None:
-            return self
-        # conversions round below the smallest normal number too, and never flush
-        own = self.storage.roundoff * (np.abs(self.value) + self.error + self.storage.tiny)
-        return type(self)(self.value, self.error + own, self.terms)
-
-    def before_rounding(self) -> Self:
-        """An input as it may have been before it was rounded to what is at hand."""
-        kept = self.storage or self.precision
-        return type(self)(self.value, self.error + kept.roundoff * np.abs(self.value) + kept.tiny, self.terms)
-
-    def lies_within(self, made: Self) -> np.ndarray:
-        """Where these numbers may be those that an evaluation made."""
-        return (np.abs(self.value - made.value) <= made.error) & np.isfinite(made.error)
-
-    def unless_made_again(self, made: Self, where: np.ndarray) -> Self:
-        """These numbers, or there what an evaluation makes of others, which should be the same."""
-        apart = np.where(where, np.abs(self.value - made.value) + made.error, 0)
-        return type(self)(
-            self.value, self.error + apart, np.where(where, np.maximum(self.terms, made.terms), self.terms)
-        )
 
     @classmethod
     def lift(cls, x: Any) -> Self:
@@ -68,23 +64,51 @@ class Bounded(Reading):
         if isinstance(x, float):  # a constant of the formula is rounded to the precision when it meets an array
             mantissa = np.frexp(x)[0] / cls.precision.roundoff
             error = abs(value) * cls.precision.roundoff * (mantissa != np.rint(mantissa))
-        return cls(value, error, np.abs(value))
+        return cls(value, error, error, np.abs(value), np.zeros(value.shape, np.int16))
 
-    @property
-    def error(self) -> np.ndarray:
-        return self.parts[1]
+    error = property(lambda self: self.parts[1])
+    likely = property(lambda self: self.parts[2])
+    terms = property(lambda self: self.parts[3])
+    adds = property(lambda self: self.parts[4])
 
-    @property
-    def terms(self) -> np.ndarray:
-        return self.parts[2]
+    def each(self, move: Callable[[np.ndarray], np.ndarray]) -> Self:
+        moved = {id(part): move(part) for part in self.parts}  # `likely` is `error` itself until something is summed
+        return type(self)(*(moved[id(part)] for part in self.parts))
 
-    @classmethod
-    def rounded(cls, value: np.ndarray, error: Any, terms: Any = None, units: float = 1) -> Self:
-        """`value` with what it inherited, plus `units` roundings of the computed result."""
-        size = np.abs(value)
-        error = np.asarray(error, np.float64)
-        own = units * cls.precision.roundoff * (size + error) + cls.precision.tiny
-        return cls(value, error + own, size if terms is None else terms)
+    def erring(self, more: Both, terms: np.ndarray | None = None, adds: np.ndarray | None = None) -> Self:
+        """These numbers with so much more error."""
+        return type(self)(
+            self.value, self.error + more.hard, self.likely + more.likely,
+            self.terms if terms is None else terms, self.adds if adds is None else adds,
+        )  # fmt: skip
+
+    def stored(self) -> Self:
+        """What memory gives back: rounded, where it keeps fewer bits than the arithmetic has."""
+        kept = self.storage
+        if kept is None:
+            return self
+        # conversions round below the smallest normal number too, and never flush
+        size = np.abs(self.value) + kept.tiny
+        return self.erring(Both(*(kept.roundoff * (size + error) for error in (self.error, self.likely))))
+
+    def before_rounding(self) -> Self:
+        """An input as it may have been before it was rounded to what is at hand."""
+        kept = self.storage or self.precision
+        more = kept.roundoff * np.abs(self.value) + kept.tiny
+        return self.erring(Both(more, more))
+
+    def lies_within(self, made: Self) -> np.ndarray:
+        """Where these numbers may be those that an evaluation made."""
+        return (np.abs(self.value - made.value) <= made.error) & np.isfinite(made.error)
+
+    def unless_made_again(self, made: Self, where: np.ndarray) -> Self:
+        """These numbers, or there what an evaluation makes of others, which should be the same."""
+        apart = np.abs(self.value - made.value)
+        more = Both(*(np.where(where, apart + error, 0) for error in (made.error, made.likely)))
+        terms, adds = (
+            np.where(where, np.maximum(a, b), a) for a, b in zip(self.parts[3:], made.parts[3:], strict=True)
+        )
+        return self.erring(more, terms, adds)
 
     @classmethod
     def gamma(cls, count: Any) -> Any:
@@ -96,46 +120,82 @@ class Bounded(Reading):
         product = np.minimum(np.asarray(count, np.float64), LONGEST_CHAIN) * cls.precision.roundoff
         return np.where(product < 1, product / np.where(product < 1, 1 - product, 1), np.inf)
 
+    @classmethod
+    def roundings(cls, count: Any) -> Both:
+        """What that many roundings of partial sums may be, and probably are."""
+        hard = cls.gamma(count)
+        return Both(hard, np.minimum(hard, cls.gamma(LAMBDA * np.sqrt(np.minimum(count, LONGEST_CHAIN)))))
+
+    @classmethod
+    def made(
+        cls, value: np.ndarray, rule: Rule, operands: tuple[Self, ...], at: np.ndarray, terms: np.ndarray,
+        rounded: Both | None = None, adds: Any = 0, tiny: Any = 1.0,
+    ) -> Self:  # fmt: skip
+        """A result with what it inherits by `rule`, and its own roundings (by default one) of what is as large as `at`.
+
+        `tiny`: how many of the smallest normal numbers may have been flushed.
+        """
+        rounded = rounded or Both(cls.precision.roundoff, cls.precision.roundoff)
+
+        def total(errors: tuple[np.ndarray, ...], share: Any) -> np.ndarray:
+            inherited = rule(*errors)
+            return np.asarray(inherited + share * (at + inherited) + tiny * cls.precision.tiny, np.float64)
+
+        error = likely = total(tuple(x.error for x in operands), rounded.hard)
+        if rounded.likely is not rounded.hard or any(x.likely is not x.error for x in operands):
+            likely = total(tuple(x.likely for x in operands), rounded.likely)
+        value = np.asarray(value)
+        return cls(value, error, likely, np.asarray(terms), np.broadcast_to(np.asarray(adds, np.int16), value.shape))
+
     def add(self, other: Self) -> Self:
-        return self.rounded(self.value + other.value, self.error + other.error, self.terms + other.terms)
+        value, terms, before = self.value + other.value, self.terms + other.terms, self.adds + other.adds
+        at = np.abs(value) + before * terms
+        return self.made(value, np.add, (self, other), at, terms, adds=before + 1)
 
     def subtract(self, other: Self) -> Self:
-        return self.rounded(self.value - other.value, self.error + other.error, self.terms + other.terms)
+        return self.add(other.negative())
 
     def negative(self) -> Self:
-        return type(self)(-self.value, self.error, self.terms)
+        return type(self)(-self.value, *self.parts[1:])
 
     def multiply(self, other: Self) -> Self:
         a, b = abs(self.value), abs(other.value)
-        inherited = a * other.error + self.error * b + self.error * other.error
-        return self.rounded(self.value * other.value, inherited, np.maximum(self.terms * b, a * other.terms))
+        terms = np.maximum(self.terms * b, a * other.terms)
+        adds = np.maximum(self.adds, other.adds)
+        return self.made(
+            self.value * other.value, lambda e, f: a * f + e * b + e * f, (self, other), terms, terms, adds=adds
+        )
 
     def divide(self, other: Self) -> Self:
-        value = self.value / other.value
-        smallest = abs(other.value) - other.error  # the divisor may have been computed this small
-        with np.errstate(divide="ignore", invalid="ignore"):
-            inherited = np.where(
-                smallest > 0, (self.error + abs(value) * other.error) / np.where(smallest > 0, smallest, 1), np.inf
-            )
-        return self.rounded(value, inherited, np.maximum(self.terms, abs(value) * other.terms) / abs(other.value))
+        value, size = self.value / other.value, abs(other.value)
+
+        def inherited(e: np.ndarray, f: np.ndarray) -> np.ndarray:
+            smallest = size - f  # the divisor may have been computed this small
+            return np.where(smallest > 0, (e + abs(value) * f) / np.where(smallest > 0, smallest, 1), np.inf)
+
+        terms = self.terms / size
+        return self.made(value, inherited, (self, other), terms, terms, adds=np.broadcast_to(self.adds, value.shape))
 
     def matmul(self, other: Self) -> Self:
-        a, b = abs(self.value), abs(other.value)
+        a, b, r = abs(self.value), abs(other.value), self.operand_roundoff
+        size = a @ b
+        terms = size if self._is_plain() and other._is_plain() else np.maximum(self.terms @ b, a @ other.terms)
+
+        def inherited(e: np.ndarray, f: np.ndarray) -> np.ndarray:
+            return (_product(a, f) + _product(e, b + f)) * (1 + r) ** 2 + r * (2 + r) * size
+
         k = self.shape[-1]
-        terms = a @ b
-        r = self.operand_roundoff
-        inherited = (a @ other.error + self.error @ (b + other.error)) * (1 + r) ** 2 + r * (2 + r) * terms
-        error = inherited + self.gamma(k) * (terms + inherited) + k * self.precision.tiny
-        return type(self)(self.value @ other.value, error, np.maximum(self.terms @ b, a @ other.terms))
+        return self.made(
+            self.value @ other.value, inherited, (self, other), size, terms, self.roundings(k), tiny=float(k)
+        )
 
     def sum(self, axis: Any = None, keepdims: Any = False) -> Self:
-        value = self.value.sum(axis=axis, keepdims=keepdims)
-        size, inherited, terms = (
-            x.sum(axis=axis, keepdims=keepdims) for x in (abs(self.value), self.error, self.terms)
-        )
+        def total(part: np.ndarray) -> np.ndarray:
+            return np.asarray(part.sum(axis=axis, keepdims=keepdims))
+
+        value, size, terms = total(self.value), total(abs(self.value)), total(self.terms)
         count = self.size // max(1, value.size)
-        error = inherited + self.gamma(max(0, count - 1)) * (size + inherited) + self.precision.tiny
-        return type(self)(np.asarray(value), np.asarray(error), np.asarray(terms))
+        return self.made(value, total, (self,), size, terms, self.roundings(max(0, count - 1)))
 
     def segment_sum(self, ids: np.ndarray, count: int) -> Self:
         def total(part: np.ndarray) -> np.ndarray:
@@ -143,10 +203,14 @@ class Bounded(Reading):
             np.add.at(out, ids, part)
             return out
 
-        size, inherited = total(abs(self.value)), total(self.error)
+        size, terms = total(abs(self.value)), total(self.terms)
         repeats = np.bincount(ids, minlength=count).reshape(-1, *(1,) * (self.ndim - 1))
-        error = inherited + self.gamma(np.maximum(repeats - 1, 0)) * (size + inherited)
-        return type(self)(total(self.value), error + self.precision.tiny * (repeats > 0), total(self.terms))
+        rounded = self.roundings(np.maximum(repeats - 1, 0))
+        return self.made(total(self.value), total, (self,), size, terms, rounded, tiny=repeats > 0)
+
+    def _is_plain(self) -> bool:
+        """Whether no element is the sum of others."""
+        return bool((self.terms == abs(self.value)).all())
 
     def max(self, axis: Any = None, keepdims: Any = False) -> Self:
         return self.each(lambda part: part.max(axis=axis, keepdims=keepdims))
@@ -154,40 +218,50 @@ class Bounded(Reading):
     def maximum(self, other: Self) -> Self:
         return type(self)(*(np.maximum(a, b) for a, b in zip(self.parts, other.parts, strict=True)))
 
-    def _function(self, value: np.ndarray, slope: np.ndarray, inherited: Any, units: int) -> Self:
-        """A library function of this array, with its `slope` here and its rounding in `units` of u."""
-        return self.rounded(value, inherited, np.maximum(np.abs(value), slope * self.terms), units)
+    def _function(self, value: np.ndarray, rule: Rule, units: int, terms: np.ndarray | None = None) -> Self:
+        """A library function of this array, with its rounding in `units` of u."""
+        own, size = units * self.precision.roundoff, np.abs(value)
+        return self.made(value, rule, (self,), size, size if terms is None else terms, Both(own, own))
 
     def exp(self) -> Self:
         value = np.exp(self.value)
-        return self._function(value, value, value * np.expm1(self.error), ALLOWANCE["exp"])
+        return self._function(value, lambda e: value * np.expm1(e), ALLOWANCE["exp"])
 
     def log(self) -> Self:
-        share = self.error / self.value
-        inherited = np.where(share < 1, -np.log1p(-np.minimum(share, 1 - 1e-16)), np.inf)
-        return self._function(np.log(self.value), 1 / self.value, inherited, ALLOWANCE["log"])
+        def inherited(e: np.ndarray) -> np.ndarray:
+            share = e / self.value
+            return np.where(share < 1, -np.log1p(-np.minimum(share, 1 - 1e-16)), np.inf)
+
+        value = np.log(self.value)
+        return self._function(value, inherited, ALLOWANCE["log"], np.maximum(np.abs(value), 1))  # log x (1 + u)
 
     def sqrt(self) -> Self:
         value = np.sqrt(self.value)
         root = np.where(value > 0, value, 1)  # sqrt(x) - sqrt(x - e) <= e / sqrt(x), and <= sqrt(e)
-        inherited = np.where(value > 0, np.minimum(self.error / root, np.sqrt(self.error)), np.sqrt(self.error))
-        return self._function(value, np.where(value > 0, 0.5 / root, 0), inherited, ALLOWANCE["sqrt"])
+
+        def inherited(e: np.ndarray) -> np.ndarray:
+            return np.where(value > 0, np.minimum(e / root, np.sqrt(e)), np.sqrt(e))
+
+        return self._function(value, inherited, ALLOWANCE["sqrt"])
 
     def tanh(self) -> Self:
-        return self._function(
-            np.tanh(self.value), *self._slopes(lambda x: np.cosh(np.minimum(x, 300)) ** -2.0), ALLOWANCE["tanh"]
-        )
+        return self._steepest_at_0(np.tanh(self.value), lambda x: np.cosh(np.minimum(x, 300)) ** -2.0, "tanh")
 
     def erf(self) -> Self:
         def slope(x: np.ndarray) -> np.ndarray:
             return 2 / np.sqrt(np.pi) * np.exp(-(np.minimum(x, 30) ** 2))
 
-        return self._function(special.erf(self.value), *self._slopes(slope), ALLOWANCE["erf"])
+        return self._steepest_at_0(special.erf(self.value), slope, "erf")
 
-    def _slopes(self, slope: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Of a function steepest at 0: its slope here, and the error times the steepest slope within the error."""
+    def _steepest_at_0(self, value: np.ndarray, slope: Callable[[np.ndarray], np.ndarray], name: str) -> Self:
+        """The error times the steepest slope within the error."""
         size = np.abs(self.value)
-        return slope(size), self.error * slope(np.maximum(size - self.error, 0))
+        return self._function(value, lambda e: e * slope(np.maximum(size - e, 0)), ALLOWANCE[name])
+
+
+def _product(a: np.ndarray, b: np.ndarray) -> Any:
+    """a @ b; of no error there is none to multiply."""
+    return a @ b if a.any() and b.any() else 0.0
 
 
 class BoundedModule(ReadingModule):

@@ -1,4 +1,4 @@
-"""How far an output stands from its formula: three numbers, and a verdict element by element.
+"""How far an output stands from its formula: four numbers, and a verdict element by element.
 
 The formula is evaluated in float64 on the inputs that the backend saw (already rounded to its precision), and beside it
 runs a bound on what any evaluation in that precision may commit (`minibert.kernels.readings`: Wilkinson's running error
@@ -9,6 +9,9 @@ analysis). With u the unit roundoff of the precision:
 - `err_over_us`: the largest |got - expected| / (u S), S the sum of the absolute values of the terms added on the way.
 - `bound_share`: the largest |got - expected| / bound. Passing means at most 1 on every element; a bound of 0 (copies)
   means the very same number.
+- `likely_share`: the largest |got - expected| / likely, likely the error that a sensible evaluation stays under on
+  numbers as random as data are. Above 1, under the bound, a result is not wrong but poor: a sum in too few bits, an exp
+  good to four digits. Of equal numbers, of rows sorted or far from 0, it says nothing: their roundings do not average.
 
 The float64 evaluation has rounding errors as well. They are at most u(float64) / u of those bounded, so the bound is
 widened by that share: by 2^-29 for float32, and doubled for float64, where both sides commit it.
@@ -29,6 +32,10 @@ from minibert.kernels.op import Array, Op, holds_floats, outputs
 from minibert.kernels.readings import PRECISIONS, Bound, bound, exact
 
 
+def _place(name: str, place: tuple[int, ...]) -> str:
+    return name + (f"[{', '.join(map(str, place))}]" if place else "")
+
+
 class Worst(NamedTuple):
     """The element that used up the largest share of its bound."""
 
@@ -42,12 +49,25 @@ class Worst(NamedTuple):
     @property
     def where(self) -> str:
         """As `rstd[3]`."""
-        return self.name + (f"[{', '.join(map(str, self.place))}]" if self.place else "")
+        return _place(self.name, self.place)
 
     def __str__(self) -> str:
         off = abs(self.got - self.expected)
         got = f"expected {self.expected:.9g}, got {self.got:.9g}"
         return f"{self.where}: {got}, off by {off:.3g}, allowed {self.bound:.3g}"
+
+
+class Poor(NamedTuple):
+    """The element that stands farthest beyond what is likely, both in units of u S."""
+
+    place: tuple[int, ...]
+    off: float
+    likely: float
+    name: str  # what the formula calls its output
+
+    def __str__(self) -> str:
+        where = _place(self.name, self.place)
+        return f"{where}: off by {self.off:.3g} u S, where sensible orders of evaluation stay under {self.likely:.3g}"
 
 
 class Judgement(NamedTuple):
@@ -60,6 +80,13 @@ class Judgement(NamedTuple):
     worst: Worst | None  # None where there is no element, or `problem` says why none was looked at
     problem: str  # wrong number of outputs, shape or dtype; else empty
     unbounded: int  # elements of which the bound says nothing, being infinite: they count as right if finite
+    likely_share: float = 0.0
+    poorest: Poor | None = None  # where `likely_share` was reached; None where nothing was off
+
+    @property
+    def poor(self) -> bool:
+        """Right, and with more error than an evaluation of the formula has to have."""
+        return self.ok and self.likely_share > 1
 
 
 def stored_as(op: Op, arrays: Sequence[Array], dtype: str) -> list[np.dtype[Any] | None]:
@@ -84,11 +111,15 @@ def expect(
     widened = 1 + PRECISIONS["float64"].roundoff / PRECISIONS[precision].roundoff
     products = products if dtype == "float32" else "float32"
     arithmetic: dict[str, Any] = {"precision": precision, "storage": storage, "products": products}
-    found = [b._replace(error=b.error * widened) for b in bound(op, *arrays, **arithmetic, **params)]
+    found = bound(op, *arrays, **arithmetic, **params)
+    found = [b._replace(error=b.error * widened, likely=b.likely * widened) for b in found]
     if not exactly:
         return found
     masks = exact(op, *arrays, **arithmetic, **params)
-    return [b._replace(error=np.where(mask, 0.0, b.error)) for b, mask in zip(found, masks, strict=True)]
+    return [
+        b._replace(error=np.where(mask, 0.0, b.error), likely=np.where(mask, 0.0, b.likely))
+        for b, mask in zip(found, masks, strict=True)
+    ]
 
 
 def judge(
@@ -108,6 +139,7 @@ def judge_against(expected: Sequence[Bound], got: Any) -> Judgement:
     if problem:
         return Judgement(np.inf, np.inf, np.inf, False, None, problem, 0)
     ulp, over_us, share, unbounded, worst = 0.0, 0.0, 0.0, 0, None
+    likely_share, poorest = 0.0, None
     for k, (b, result) in enumerate(zip(expected, results, strict=True)):
         if not result.size:
             continue
@@ -120,8 +152,14 @@ def judge_against(expected: Sequence[Bound], got: Any) -> Judgement:
         ulp = max(ulp, float((off / unit_in_last_place(b.value, b.dtype)).max()))
         unit = np.maximum(PRECISIONS[b.dtype].roundoff * b.terms, PRECISIONS[b.dtype].tiny)
         over_us = max(over_us, float(_share(off, unit).max()))
+        shares = _share(off, np.minimum(allowed, np.where(np.isnan(b.likely), np.inf, b.likely)))
+        at = np.unravel_index(int(shares.argmax()), shares.shape)
+        if shares[at] > likely_share:
+            likely_share = float(shares[at])
+            off_in_units, likely = (float(x[at] / unit[at]) for x in (off, b.likely))
+            poorest = Poor(tuple(map(int, at)), off_in_units, likely, b.name)
         unbounded += int(np.isinf(allowed).sum())
-    return Judgement(ulp, over_us, share, share <= 1, worst, "", unbounded)
+    return Judgement(ulp, over_us, share, share <= 1, worst, "", unbounded, likely_share, poorest)
 
 
 def _problem(expected: Sequence[Bound], results: tuple[Array, ...]) -> str:

@@ -66,13 +66,18 @@ def _pieces(op: Op, inputs: Sequence[np.ndarray]) -> Iterator[tuple[int, Callabl
 
 def _joined(whole: Assessment, piece: Assessment, start: int) -> Assessment:
     x, y = whole.judgement, piece.judgement
-    worst = y.worst and y.worst._replace(place=(y.worst.place[0] + start,))
     joined = Judgement(
         max(x.ulp_max, y.ulp_max), max(x.err_over_us, y.err_over_us), max(x.bound_share, y.bound_share), x.ok and y.ok,
-        worst if x.worst is None or y.bound_share > x.bound_share else x.worst, x.problem or y.problem,
-        x.unbounded + y.unbounded,
+        _moved(y.worst, start) if x.worst is None or y.bound_share > x.bound_share else x.worst, x.problem or y.problem,
+        x.unbounded + y.unbounded, max(x.likely_share, y.likely_share),
+        _moved(y.poorest, start) if y.likely_share > x.likely_share else x.poorest,
     )  # fmt: skip
     return Assessment(joined, whole.ulps + piece.ulps)
+
+
+def _moved(found: Any, start: int) -> Any:
+    """An element of a piece that begins at `start`, as one of the whole."""
+    return found and found._replace(place=(found.place[0] + start,))
 
 
 def _ulps(expected: Sequence[Bound], got: Sequence[np.ndarray]) -> Counter[str]:
