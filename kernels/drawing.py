@@ -147,7 +147,7 @@ class Drawing:
         return labels
 
     def offsets(self, batch: int, length: int) -> np.ndarray:
-        """cu_seqlens (batch + 1,) int32: one sequence of `length`, the others as long (up to `EVERY`), shorter or short."""
+        """cu_seqlens (batch + 1,) int32: one of `length`, the others as long (up to `EVERY`), shorter or short."""
         kind, usual = self.among("all", "any", "one long"), min(length, EVERY)
         lengths = self.rng.integers(0 if kind == "any" else 1, (4 if kind == "one long" else usual) + 1, batch)
         lengths[:] = usual if kind == "all" else np.minimum(lengths, usual)

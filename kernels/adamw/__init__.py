@@ -144,7 +144,7 @@ clip_scale = Op(
     "clip_scale",
     _clip_scale,
     samples=_norms,
-    draw=lambda draw: Sample((draw.positive(),), {"max_norm": draw.among(1.0, 0.1)}),
+    draw=lambda draw: Sample((draw.positive(),), {"max_norm": draw.among(1.0, 0.1, 5.0)}),
     bench=lambda rng, size: Sample((np.array(4.0),), {"max_norm": 1.0}),
     wide_inputs=(0,),
     wide_outputs=(0,),

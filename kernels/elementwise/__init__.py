@@ -66,6 +66,10 @@ def _draw_pair(draw: Drawing, rows: int, columns: int) -> Sample:
     return Sample((draw.floats(rows, columns), draw.floats(*other)))
 
 
+def _draw_scale(draw: Drawing, rows: int, columns: int) -> Sample:
+    return Sample((draw.floats(rows, columns),), {"factor": draw.among(0.125, -3.0, 1 / 3, 1.0, 0.0)})
+
+
 def _draw_choice(draw: Drawing, rows: int, columns: int) -> Sample:
     flags = draw.flags(*draw.among((rows, columns), (rows, 1)))
     return Sample((flags, draw.floats(rows, columns), draw.floats(*draw.among((rows, columns), ()))))
@@ -91,7 +95,9 @@ scale: Op = Op(
     "scale",
     _scale,
     samples=_one,
-    draw=lambda draw, rows, columns: Sample((draw.floats(rows, columns),), {"factor": draw.among(0.125, -3.0, 1 / 3)}),
+    draw=lambda draw, rows, columns: Sample(
+        (draw.floats(rows, columns),), {"factor": draw.among(0.125, -3.0, 1 / 3, 1.0, 0.0)}
+    ),
     bench=lambda rng, size: Sample((rng.standard_normal((size.tokens, size.hidden)),), {"factor": 0.125}),
     vjp=lambda run, g, outs, a, *, factor: (run(scale, g, factor=factor),),
 )

@@ -104,7 +104,8 @@ def _additions(rng: np.random.Generator) -> Iterator[Sample]:
 
 def _draw_embedding(draw: Drawing, rows: int, columns: int, words: int, positions: int = 2**10) -> Sample:
     tables = draw.floats(words, columns), draw.floats(positions, columns), draw.floats(2, columns)
-    return Sample((*tables, draw.ids(rows, words), draw.ids(rows, positions), draw.ids(rows, 2)))
+    ids = draw.ids(rows, words), draw.ids(rows, positions), draw.ids(rows, 2)
+    return Sample((*tables, *ids), {"padding_idx": draw.among(None, 0)})
 
 
 def _draw_gather(draw: Drawing, rows: int, columns: int, table: int) -> Sample:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from minibert.kernels.drawing import Drawing
 from minibert.kernels.op import Array, Op, Run, Sample
 from minibert.kernels.view import reshape
 
@@ -51,6 +52,11 @@ def _sums(rng: np.random.Generator) -> Iterator[Sample]:
     yield Sample((rng.standard_normal((300, 3)) + 1e4,), {"axis": 0})  # one sign: errors add up
 
 
+def _draw_sum(draw: Drawing, rows: int, columns: int) -> Sample:
+    shape, axes = draw.among(((rows, columns), (-1, 0, None, (0, 1))), ((2, rows, columns), (-1, -2, 0, (0, 2))))
+    return Sample((draw.floats(*shape),), {"axis": draw.among(*axes)})
+
+
 def _layouts(rng: np.random.Generator) -> Iterator[Sample]:
     for shape, wide in [((3, 1), (3, 8)), ((5,), (2, 5)), ((), (1031,)), ((1,), (1,))]:
         yield Sample((rng.standard_normal(shape),), {"shape": wide})
@@ -60,7 +66,7 @@ reduce_sum = Op(
     "reduce_sum",
     _reduce_sum,
     samples=_sums,
-    draw=lambda draw, rows, columns: Sample((draw.floats(rows, columns),), {"axis": draw.among(-1, 0, None, (0, 1))}),
+    draw=_draw_sum,
     bench=lambda rng, size: Sample((rng.standard_normal((size.tokens, size.intermediate)),), {"axis": 0}),
     vjp=_sum_vjp,
 )

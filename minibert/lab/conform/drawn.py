@@ -24,6 +24,7 @@ from minibert.lab.conform.judge import expect
 BY_SIZE = ("whole numbers", "one element that outweighs", "normal")  # in turn, on the way up
 ALONE = 2**14  # from here on
 EXACT = ("whole numbers", "one number in each row")  # arithmetic on which may round nothing
+SQUARE = (1, 2, 4, 9, 16, 33)  # sizes of all axes at once
 LARGEST_DRAWN = 2**19  # elements of an array, where sizes are drawn at random
 SHRINKING_SECONDS = 3.0
 POISONS = (np.nan, np.inf, -np.inf)
@@ -65,6 +66,9 @@ def sizes_of(case: Case) -> Iterator[Drawn]:
             regime = BY_SIZE[number % (3 if size < ALONE else 2)]
             yield Drawn(case.seed, number, {**small(axes, number, size), axis: size}, regime)
             number += 1
+    for size in SQUARE:  # where an axis is taken for another of another length, nothing shows
+        yield Drawn(case.seed, number, {axis: min(size, largest) for axis, largest in axes.items()})
+        number += 1
     for sizes in case.op.sizes:
         yield Drawn(case.seed, 0, sizes)
 
