@@ -121,7 +121,15 @@ def said(run: Bisection) -> str:
             f"[green]no culprit[/green] in {run.steps} steps: B repeated each, and those that stood out most were "
             f"judged call by call: {judged}"
         )
-    return f"step {run.first} of {run.steps} (judged: {judged}): {verdict(run.found)}"
+    return f"step {run.first} of {run.steps} (judged: {judged}): {verdict(run.found)}{_by_calls(run)}"
+
+
+def _by_calls(run: Bisection) -> str:
+    """What the number of calls has to do with it, where that decides."""
+    evidence = run.found.evidence
+    if evidence is None or evidence.calls == 1:
+        return ""
+    return f"; kernel {evidence.op.name} goes wrong at its call {evidence.calls} (step {run.first})"
 
 
 def _case(run: Bisection, a: Any, b: Any, specs: list[str]) -> Case | None:
@@ -132,13 +140,15 @@ def _case(run: Bisection, a: Any, b: Any, specs: list[str]) -> Case | None:
     side = a if evidence.on == "A" else b
     found = smallest(evidence, side)
     line = Text.from_markup(verdict(run.found)).plain.removeprefix("CULPRIT ")
-    return found and Case(found, side, specs if evidence.on == "B" else (), f"Step {run.first}: {line}")
+    return found and Case(found, side, specs if evidence.on == "B" else (), f"Step {run.first}: {line}{_by_calls(run)}")
 
 
 def _facts(run: Bisection, written: list[str]) -> dict[str, Any]:
     distances = [{k: finite(v) if isinstance(v, float) else v for k, v in asdict(d).items()} for d in run.distances]
     found = {} if run.first is None else {"found": facts(run.found)}
+    evidence = None if run.first is None else run.found.evidence
     return {
         "machine": machine(), "steps": run.steps, "first": run.first, "unsteady": run.unsteady,
-        "judged": sorted(run.judged), "distances": distances, "written": written, **found,
+        "judged": sorted(run.judged), "distances": distances, "written": written,
+        "calls": evidence and evidence.calls, **found,
     }  # fmt: skip

@@ -13,7 +13,6 @@ from minibert.cli.options import plain_table
 from minibert.data import PackedBatch
 from minibert.lab.lockstep.assess import Assessment, Distance
 from minibert.lab.lockstep.diff import Difference, Row
-from minibert.lab.lockstep.trace import Side
 
 SHOWN = 20  # rows, unless all are asked for
 
@@ -71,7 +70,7 @@ def table(found: Difference, every: bool, width: int, hint: str, ulp: bool) -> T
     rows = found.rows if every else sorted(found.rows, key=_badness, reverse=True)[:SHOWN]
     title = "Every call" if every else f"The {len(rows)} calls nearest to their bound, of {len(found.rows)} ({hint})"
     made = plain_table(title=title, header_style="bold")
-    left_out = {*(() if isinstance(found.b, Side) else LOCAL), *(() if ulp else ULPS)}
+    left_out = {*(() if any(row.local for row in found.rows) else LOCAL), *(() if ulp else ULPS)}
     columns = [c for c in COLUMNS if (width >= WIDE or c.always) and c.name not in left_out]
     for column in columns:
         left = column.name in ("op", "phase", "place")
@@ -117,7 +116,7 @@ class Column(NamedTuple):
 
 WIDE = 120  # characters
 ONE_ULP = ("0", "2^-3", "2^-2", "2^-1", "2^0")
-LOCAL = ("local", "exact", "to 1 ulp")  # what B makes of A's inputs: a trace cannot be asked
+LOCAL = ("local", "exact", "to 1 ulp")  # what B makes of A's inputs, where it was asked
 ULPS = ("to 1 ulp", "max ulp")
 MEANINGS = {
     "call": "which of the step", "A of bound": "of the error that the formula allows on A's inputs",

@@ -63,6 +63,10 @@ class TriedKernel:
             raise self.mistake
         return result
 
+    def anew(self) -> TriedKernel:
+        """The kernel as it is when its file is read, whatever this one remembers of its calls."""
+        return load_kernels([self.spec])[self.op]
+
     def _launches(self) -> bool:
         """Whether the file that the function is in has CUDA kernels."""
         return any(isinstance(v, CudaKernel) for v in getattr(self.kernel, "__globals__", {}).values())

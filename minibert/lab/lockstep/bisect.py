@@ -7,9 +7,10 @@ from the checkpoint before it, bit by bit as it was, and judged call by call (`l
 bound there, bisection between it and the last step known to be clean finds the first: each step it looks at is judged
 in the same way.
 
-Bisection takes for granted that a fault which is there stays; one that comes and goes is looked at where it stood out.
-A step that stood out, is clean when it is judged, and then stands elsewhere when B repeats it, is that of a kernel
-which gives other results each time.
+Bisection takes for granted that a fault hangs on what a call is given. Where it does not (a step gives something else
+when B repeats it, or the call that went wrong is right on kernels that were just loaded), the run is gone through once
+more on such kernels, which are then called as often as in a run, and the steps that stood out are judged on the way.
+Where none is wrong any more, a kernel gives other results each time.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from minibert.errors import UserError
 from minibert.kernels.array_module import numpy_module
 from minibert.kernels.op import holds_floats, outputs
 from minibert.kernels.readings import PRECISIONS
-from minibert.lab.lockstep.diff import Difference, diff_step
+from minibert.lab.lockstep.diff import Difference, Evidence, diff_step
+from minibert.lab.lockstep.reproduce import run_call
 from minibert.lab.lockstep.trace import MakeModel, Seen, Side, Training, raised
 from minibert.model.checkpoint import read_arrays, write_arrays
 
@@ -105,18 +107,9 @@ def bisect(
     with tempfile.TemporaryDirectory(prefix="minibert-bisect-") as folder:
         run.folder = Path(folder)
         run.keep(0)
-        if not run.judge(1).ok:
-            return run.found
-        run.go_through()
-        first = run.found.distances[0]
-        for distance in run.found.suspects():
-            if run.found.first is not None and run.found.first < distance.step:
-                continue
-            if not run.judge(distance.step).ok:
-                run.narrow(distance.step)
-            elif distance.against(first) > STANDS_OUT and not run.is_steady(distance):
-                run.found.unsteady = distance.step
-                break
+        run.search()
+        if not run.found.ok and run.hangs_on_earlier_calls():
+            run.search_by_calls()
     return run.found
 
 
@@ -134,6 +127,70 @@ class _Run:
         self.every = max(1, math.isqrt(found.steps))  # steps from one checkpoint to the next
         self.kept: list[int] = []  # steps taken at each
         self.losses: dict[int, float] = {}  # of A
+
+    def search(self) -> None:
+        """The first step that is wrong on kernels as they are by the time it is judged."""
+        if not self.judge(1).ok:
+            return
+        self.load_anew()  # from here on B's calls are those of a run
+        self.go_through()
+        first = self.found.distances[0]
+        for distance in self.found.suspects():
+            if self.found.first is not None and self.found.first < distance.step:
+                continue
+            if not self.judge(distance.step).ok:
+                self.narrow(distance.step)
+            elif distance.against(first) > STANDS_OUT and not self.is_steady(distance):
+                self.found.unsteady = distance.step
+                break
+
+    def hangs_on_earlier_calls(self) -> bool:
+        """Whether what was found is not there on kernels that were just loaded, or was not when B came by first."""
+        step, evidence = self.found.first, self.found.found.evidence
+        if step is None or evidence is None or evidence.on == "A":
+            return step is None
+        if self.found.distances and not self.is_steady(self.found.distances[step - 1]):
+            return True
+        return _is_right(self.b.side, evidence)
+
+    def search_by_calls(self) -> None:
+        """The run from its start on kernels just loaded: each step that stood out is judged, until one is wrong."""
+        distances = self.found.distances
+        standing_out = [d.step for d in distances if d.against(distances[0]) > STANDS_OUT]
+        # when the first step is judged, B runs each call twice: what goes wrong there does so in the first two of a run
+        looked_at = {*standing_out, *(d.step for d in self.found.suspects())} if distances else {1, 2}
+        self.load_anew()
+        self.replay(0)
+        for number in range(1, min(max(looked_at), self.found.steps) + 1):
+            before = self.a.state()
+            if number in looked_at:
+                self.b.restore(before)
+                self.progress(f"judging step {number}")
+                found = diff_step(self.a, self.b, local=False)
+                if not found.ok:
+                    self.blame(number, found)
+                    return
+            else:
+                self.progress(f"step {number} again")
+                self._step_of_a(number)
+                if self._repeated(number, before).broken:
+                    return
+
+    def blame(self, step: int, found: Difference) -> None:
+        """Step and calls are those of a run: what was said of it before was said of kernels called more often."""
+        self.found.judged = {n: d for n, d in self.found.judged.items() if d.ok and n < step} | {step: found}
+        self.found.unsteady = None
+        row, evidence = found.culprit, found.evidence
+        if row is None or evidence is None or evidence.on == "A":
+            return
+        in_step = max(sum(r.op == row.op for r in one.rows) for one in self.found.judged.values())
+        before = sum(r.op == row.op for r in found.rows if r.call < row.call)
+        by_then = evidence._replace(calls=(step - 1) * in_step + before + 1)
+        if _is_right(self.b.side, evidence) and not _is_right(self.b.side, by_then):
+            found.evidence = by_then
+
+    def load_anew(self) -> None:
+        self.b.side = self.b.side.anew()
 
     def keep(self, taken: int) -> None:
         write_arrays(self.folder / f"{taken}.safetensors", self.a.state())
@@ -217,6 +274,11 @@ class _Run:
                 clean = middle
             else:
                 bad = middle
+
+
+def _is_right(side: Side, evidence: Evidence) -> bool:
+    """Whether the last of the calls goes well on kernels that were just loaded."""
+    return run_call(side.anew(), evidence.op, evidence.params, evidence.inputs, evidence.calls).judgement.ok
 
 
 def _gradients(training: Training) -> dict[str, np.ndarray]:

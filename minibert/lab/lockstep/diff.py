@@ -94,6 +94,7 @@ class Evidence(NamedTuple):
     params: Mapping[str, Any]
     inputs: Sequence[np.ndarray]  # as they were before the call
     on: str  # "A" or "B"
+    calls: int = 1  # the same call, one after the other, that kernels take to go wrong from when they are loaded
 
 
 @dataclass
@@ -158,12 +159,16 @@ def diff(
 
 
 def diff_step(
-    a: Training | Recording, b: Training | Recording, progress: Callable[[str], None] = lambda text: None
-) -> Difference:
-    """Compare the next step of A and of B, call by call. Raises UserError as `diff` does."""
+    a: Training | Recording, b: Training | Recording, progress: Callable[[str], None] = lambda text: None,
+    local: bool = True,
+) -> Difference:  # fmt: skip
+    """Compare the next step of A and of B, call by call. Raises UserError as `diff` does.
+
+    Without `local` nothing but its own step is asked of B, so that its kernels are called as often as in a run.
+    """
     found = Difference(_side_of(a), _side_of(b))
     recorded = record_step(a) if isinstance(a, Training) else a
-    lockstep = _Lockstep(recorded, found, progress)
+    lockstep = _Lockstep(recorded, found, progress, local)
     loss: float | None = None
     try:
         if isinstance(b, Recording):
@@ -196,9 +201,9 @@ def _side_of(run: Training | Recording) -> Side | Recording:
 class _Lockstep:
     """Sees each call of B, and sets it beside A's."""
 
-    def __init__(self, a: Recording, found: Difference, progress: Callable[[str], None]) -> None:
+    def __init__(self, a: Recording, found: Difference, progress: Callable[[str], None], local: bool) -> None:
         self.a, self.found, self.progress = a, found, progress
-        self.side = found.b if isinstance(found.b, Side) else None
+        self.side = found.b if local and isinstance(found.b, Side) else None
         self.products = found.b.products
 
     def look(self, b: Seen, recorded: Call | None = None) -> None:

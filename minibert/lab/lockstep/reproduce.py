@@ -6,11 +6,13 @@ call is wrong again. What the formula does not take (shapes that no longer fit) 
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,12 +41,16 @@ class Tried(NamedTuple):
     got: Sequence[np.ndarray]
 
 
-def run_call(side: Side, op: Op, params: Mapping[str, Any], inputs: Sequence[np.ndarray]) -> Tried:
-    """Run one call on copies of its inputs, and judge it. What a kernel raises is its problem."""
+def run_call(
+    side: Side, op: Op, params: Mapping[str, Any], inputs: Sequence[np.ndarray], calls: int = 1
+) -> Tried:  # fmt: skip
+    """Run one call on copies of its inputs so many times, and judge the last. What a kernel raises is its problem."""
     with side.working() as backend, backend.unwatched(), np.errstate(all="ignore"):
         try:
-            given = [backend.asarray(x.copy()) for x in inputs]
-            got = [copied(backend, r) for r in outputs(backend.run(op, *given, **params))]
+            for _ in range(calls):
+                given = [backend.asarray(x.copy()) for x in inputs]
+                result = backend.run(op, *given, **params)
+            got = [copied(backend, r) for r in outputs(result)]
             left = [i for i in range(len(inputs)) if i not in op.writes]
             changed = [i for i in left if not same_bits(copied(backend, given[i]), inputs[i])]
         except Exception as error:  # whatever a kernel does is part of the verdict
@@ -56,10 +62,21 @@ def run_call(side: Side, op: Op, params: Mapping[str, Any], inputs: Sequence[np.
 
 
 def smallest(evidence: Evidence, side: Side) -> Evidence | None:
-    """The same call on as little as still goes wrong; None where it does not go wrong again by itself."""
+    """The same call on as little as still goes wrong; None where it does not go wrong again by itself.
+
+    By itself is on kernels that were just loaded, as those of a test are, and at the last of `evidence.calls` calls.
+    """
+    for one in (_cut_down(evidence, side), evidence):
+        if one and not run_call(side.anew(), one.op, one.params, one.inputs, one.calls).judgement.ok:
+            return one
+    return None
+
+
+def _cut_down(evidence: Evidence, side: Side) -> Evidence | None:
+    """On kernels as they are by now: to load them for each try would take long."""
     op, params = evidence.op, evidence.params
     inputs = list(evidence.inputs)
-    tried = run_call(side, op, params, inputs)
+    tried = run_call(side, op, params, inputs, evidence.calls)
     if tried.judgement.ok:
         return None
     names = [p.name for p in list(inspect.signature(op.formula).parameters.values())[1:]]
@@ -165,23 +182,35 @@ class Case:
     specs: Sequence[str]  # of --kernel, where the side has kernels of one's own
     said: str  # what was found, in a line
 
-    @property
-    def name(self) -> str:
-        return re.sub(r"\W", "_", f"test_{self.evidence.op.name}_on_{self.side.name}")
+    def name(self, folder: Path) -> str:
+        """`test_OP_on_BACKEND_` and digits that no other case has, nor the same one in another folder.
+
+        Of two files of one name pytest takes but one, wherever they lie.
+        """
+        digits = hashlib.blake2b(f"{folder.resolve()}{self._test('', folder)}".encode(), digest_size=4)
+        for x in self.evidence.inputs:
+            digits.update(_stored(x).tobytes())
+        return re.sub(r"\W", "_", f"test_{self.evidence.op.name}_on_{self.side.name}_{digits.hexdigest()}")
 
     def write(self, folder: Path) -> tuple[Path, Path]:
-        """`test_OP_on_BACKEND.py` and its `.npz`: inputs, what they should give, the bound, what they gave.
+        """A test and its `.npz`: inputs, what they should give, the bound, what they gave.
 
-        Raises UserError where they cannot be written.
+        What is there already stays, unless it is the same. Raises UserError where they cannot be written.
         """
-        test = folder / f"{self.name}.py"
-        data = test.with_suffix(".npz")
+        first = self.name(folder)
+        names = (first if n == 1 else f"{first}_{n}" for n in count(1))
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            test, text = next(
+                (path, text)
+                for path, text in ((folder / f"{name}.py", self._test(name, folder)) for name in names)
+                if not path.exists() or path.read_text() == text
+            )
+            data = test.with_suffix(".npz")
             np.savez_compressed(data, **self._arrays())  # type: ignore[arg-type]
-            test.write_text(self._test(folder))
+            test.write_text(text)
         except OSError as error:
-            raise UserError(f"cannot write {test}: {error.strerror or error}") from None
+            raise UserError(f"cannot write {folder / first}.py: {error.strerror or error}") from None
         return test, data
 
     def _arrays(self) -> dict[str, np.ndarray]:
@@ -192,10 +221,10 @@ class Case:
         found = {f"input_{i}": _stored(x) for i, x in enumerate(inputs)}
         for i, b in enumerate(expected):
             found |= {f"expected_{i}": b.value, f"bound_{i}": b.error}
-        got = run_call(self.side, op, params, inputs).got
+        got = run_call(self.side.anew(), op, params, inputs, self.evidence.calls).got
         return found | {f"got_{i}": _stored(r) for i, r in enumerate(got) if r.dtype.kind != "O"}
 
-    def _test(self, folder: Path) -> str:
+    def _test(self, name: str, folder: Path) -> str:
         evidence, side = self.evidence, self.side
         op, params = evidence.op.name, evidence.params
         specs = [_kernel(spec, folder) for spec in self.specs if spec.endswith(f"={op}")]
@@ -210,9 +239,10 @@ class Case:
             imports.append("from minibert.kernels.philox import Stream")
         literals = "".join(f"    {name}={_literal(value)},\n" for name, value in sorted(params.items()))
         return TEST.format(
-            said=_for_a_docstring(self.said), test=self.name, op=op, backend=_found_from(side.backend, folder),
+            said=_for_a_docstring(self.said), test=name, op=op, backend=_found_from(side.backend, folder),
             side=", ".join(sides), dtypes=[x.dtype.name for x in evidence.inputs],
             params=f"dict(\n{literals})" if literals else "{}",
+            calls="" if evidence.calls == 1 else f", calls={evidence.calls}",
             products="" if side.products == "float32" else f"    backend.product_mode = {side.products!r}\n",
             imports="\n".join(sorted(imports)),
         )  # fmt: skip
@@ -246,7 +276,7 @@ def {test}():
         inputs = [case[f"input_{{i}}"].view(dtype_of(dtype)) for i, dtype in enumerate(DTYPES)]
     backend = backends.get({backend})
 {products}    side = Side({side})
-    judgement = run_call(side, OPS["{op}"], PARAMS, inputs).judgement
+    judgement = run_call(side, OPS["{op}"], PARAMS, inputs{calls}).judgement
     assert judgement.ok, judgement.problem or str(judgement.worst)
 '''
 

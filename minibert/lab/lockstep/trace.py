@@ -14,7 +14,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +59,11 @@ class Side:
         own = f", own {', '.join(op.name for op in self.kernels)}" if self.kernels else ""
         with self.working():
             return f"{self.backend.describe()}, {self.dtype}{own}"
+
+    def anew(self) -> Side:
+        """The same with its kernels as they are when they are loaded, where they know how that is (`anew`)."""
+        kernels = {op: kernel.anew() if hasattr(kernel, "anew") else kernel for op, kernel in self.kernels.items()}
+        return replace(self, kernels=kernels)
 
     @contextmanager
     def working(self) -> Iterator[Backend]:

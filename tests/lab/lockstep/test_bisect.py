@@ -17,6 +17,7 @@ from minibert.cli.drift_report import drift_facts, drift_verdict
 from minibert.errors import UserError
 from minibert.kernels import OPS
 from minibert.kernels.op import Op
+from minibert.lab.conform.own_kernels import load_kernels
 from minibert.lab.lockstep.bisect import JUDGED, NOISE, STANDS_OUT, StepDistance, bisect
 from minibert.lab.lockstep.diff import Evidence
 from minibert.lab.lockstep.drift import drift
@@ -82,6 +83,46 @@ def test_a_kernel_that_is_wrong_once_is_unsteady() -> None:
     run = bisect(Side(NUMPY), Side(NUMBA, kernels={ADAMW: flaky}), maker(TINY), small_batch, 8)
     assert run.first is None and run.unsteady == 5 and not run.ok
     assert "UNSTEADY" in said(run) and "step 5 of 8" in said(run)
+
+
+class Wears:
+    """A right kernel whose results are a percent too large at some of its calls: `anew` has none behind it."""
+
+    def __init__(self, op: Op, at: Callable[[int], bool]) -> None:
+        self.op, self.at, self.calls = op, at, 0
+
+    def anew(self) -> Wears:
+        return Wears(self.op, self.at)
+
+    def __call__(self, *arrays: Any, **params: Any) -> Any:
+        self.calls += 1
+        return wrong(self.op.name, 1.01 if self.at(self.calls) else 1.0)(*arrays, **params)
+
+
+@pytest.mark.parametrize(
+    ("op", "at", "step", "call"),
+    [
+        ("gelu_grad", lambda n: n >= 12, 6, 12),  # two calls in a step
+        ("gelu_grad", lambda n: n == 12, 6, 12),
+        ("gelu_grad", lambda n: n >= 3, 2, 3),  # while the first step is judged
+        ("linear_cross_entropy", lambda n: n >= 9, 9, 9),
+        ("gelu_grad", lambda n: n >= 1, 1, 1),
+    ],
+)
+def test_a_kernel_that_goes_wrong_after_some_calls_is_found_by_their_number(
+    op: str, at: Callable[[int], bool], step: int, call: int
+) -> None:
+    side = Side(NUMBA, kernels={OPS[op]: Wears(OPS[op], at)})
+    run = bisect(Side(NUMPY), side, maker(TINY), small_batch, 10)
+    assert run.first == step and run.unsteady is None
+    assert run.found.culprit is not None and run.found.culprit.op == op
+    assert run.found.evidence is not None and run.found.evidence.calls == call
+    assert (f"kernel {op} goes wrong at its call {call} (step {step})" in said(run)) == (call > 1)
+    found = smallest(run.found.evidence, side)
+    assert found is not None and found.calls == call
+    again = run_call(side.anew(), found.op, found.params, found.inputs, call)
+    before = run_call(side.anew(), found.op, found.params, found.inputs, call - 1) if call > 1 else None
+    assert not again.judgement.ok and (before is None or before.judgement.ok)
 
 
 def test_a_clean_run_has_no_culprit() -> None:
@@ -245,6 +286,36 @@ def test_a_path_or_message_with_quotes_makes_a_test_that_runs(tmp_path: Path) ->
     assert passes(test)
 
 
+def test_what_bisect_writes_stands_side_by_side(tmp_path: Path) -> None:
+    """pytest takes one module of a name, wherever it lies: each case has a name of its own, in each folder."""
+    ones = [Evidence(OPS["scale"], {"factor": 2.0}, [np.full(3, x, np.float32)], "B") for x in (1, 2)]
+    one, other = (Case(evidence, Side(NUMBA), (), "said") for evidence in ones)
+    first, data = one.write(tmp_path / "a")
+    written = [first, other.write(tmp_path / "a")[0], one.write(tmp_path / "b")[0]]
+    assert len({path.name for path in written}) == 3
+    kept = first.read_text(), data.read_bytes()
+    assert one.write(tmp_path / "a") == (first, data) and (first.read_text(), data.read_bytes()) == kept, "a second run"
+    first.write_text("# mine by now\n")
+    after, _ = one.write(tmp_path / "a")
+    assert after.stem == f"{first.stem}_2" and first.read_text() == "# mine by now\n"
+    assert all(f"def {path.stem}():" in path.read_text() for path in (*written[1:], after))
+
+
+def test_a_test_makes_as_many_calls_as_the_kernel_takes_to_go_wrong(tmp_path: Path) -> None:
+    wears = "seen = []\n\ndef double(x, *, factor):\n    seen.append(x)\n    return x * (factor + (len(seen) > 2))\n"
+    (tmp_path / "k.py").write_text(wears)
+    specs = [f"{tmp_path / 'k.py'}:double=scale"]
+    side = Side(NUMBA, kernels=dict(load_kernels(specs)))
+    evidence = Evidence(OPS["scale"], {"factor": 2.0}, [np.ones((5, 7), np.float32)], "B", calls=3)
+    assert smallest(evidence._replace(calls=2), side) is None, "a test of it would pass before the mend"
+    found = smallest(evidence, side)
+    assert found is not None and found.inputs[0].shape == (1, 1)
+    test, _ = Case(found, side, specs, "said").write(tmp_path)
+    assert "calls=3" in test.read_text() and not passes(test)
+    (tmp_path / "k.py").write_text(wears.replace("len(seen) > 2", "0"))
+    assert passes(test)
+
+
 def test_inputs_in_sixteen_bits_come_back_as_they_were(tmp_path: Path) -> None:
     pytest.importorskip("ml_dtypes")
     from minibert.backends.base import dtype_of
@@ -334,8 +405,8 @@ def test_the_command_finds_writes_and_says(
     assert run_command(monkeypatch, *words, *QUICK) == 1
     printed = capsys.readouterr().out
     assert printed.startswith("step 3 of 4 ") and "CULPRIT adamw (optimiser" in printed
-    test = tmp_path / "found" / "test_adamw_on_numpy.py"
-    assert "python -m pytest found" in printed and not passes(test)
+    (test,) = (tmp_path / "found").glob("test_adamw_on_numpy_*.py")
+    assert f"python -m pytest found/{test.name}" in printed and not passes(test)
     facts = json.loads((tmp_path / "f.json").read_text())
     assert facts["first"] == 3 and facts["found"]["culprit"]["op"] == "adamw" and len(facts["distances"]) == 4
     (tmp_path / "mine.py").write_text(MINE.replace("1.01", "1"))
