@@ -174,10 +174,13 @@ class Backend:
         finally:
             self._watchers = before
 
-    def require_dtype(self, dtype: str) -> None:
-        """Raise UserError unless arrays here may hold `dtype`, BackendUnavailable where NumPy lacks what knows it."""
+    def require_dtype(self, dtype: str, option: str = "--dtype") -> None:
+        """Raise UserError unless arrays here may hold `dtype`, BackendUnavailable where NumPy lacks what knows it.
+
+        `option`: as what it was given, for the message.
+        """
         if dtype not in self.dtypes:
-            raise UserError(f"dtype: backend {self.name} has arrays of {', '.join(self.dtypes)}: not {dtype!r}")
+            raise UserError(f"{option}: backend {self.name} has arrays of {', '.join(self.dtypes)}: not {dtype!r}")
         dtype_of(dtype)
 
     def asarray(self, x: Any, dtype: Any = None) -> Array:

@@ -59,10 +59,7 @@ def bisect_command(
     kernels = load_kernels(kernel)
     if b is None and not (kernels or b_threads or b_dtype is not None):
         raise UserError("expected two sides, as in `minibert bisect numpy numba`, or --kernel, --b-threads, --b-dtype")
-    first, second = (
-        sides.side(a, dtype),
-        sides.side(a if b is None else b, dtype if b_dtype is None else b_dtype, kernels, b_threads),
-    )
+    first, second = sides.side(a, dtype), sides.second_side(a, b, dtype, b_dtype, kernels, b_threads)
     if isinstance(first, Recording) or isinstance(second, Recording):
         raise UserError("bisect: a trace holds one step and cannot be run again; give two backends, or use diff")
     sides.fit(first, second, products)
@@ -82,7 +79,7 @@ def bisect_command(
     for name, side in (("A", first), ("B", second)):
         console.print(f"{name}: {sides.described(side)}", highlight=False, soft_wrap=True)
     if run.first is not None:
-        show(table(run.found, False, console.width, "the worst", ulp), MEANINGS)
+        show(table(run.found, False, "the worst", ulp), MEANINGS)
         if case is None:
             console.print(
                 "run again by itself, the call is right: it hangs on what ran before it, or gives other results each "

@@ -16,7 +16,7 @@ import typer
 from minibert import __version__, backends
 from minibert.cli import app, sides
 from minibert.cli.compiling import show_compiling
-from minibert.cli.diff_report import MEANINGS, facts, summary, table, verdict
+from minibert.cli.diff_report import MEANINGS, facts, recorded_facts, summary, table, verdict
 from minibert.cli.drift_report import DRIFT_MEANINGS, drift_facts, drift_tables, drift_verdict
 from minibert.cli.inputs import Inputs, step_inputs
 from minibert.cli.legend import ULP_HELP, show
@@ -71,7 +71,7 @@ def diff_command(
     first = sides.side(a, dtype)
     if b is None and record_file is None and not (kernels or b_threads or b_dtype is not None):
         raise UserError("expected two sides, as in `minibert diff numpy numba`, or --kernel, --b-threads or --b-dtype")
-    second = sides.side(a if b is None else b, dtype if b_dtype is None else b_dtype, kernels, b_threads)
+    second = sides.second_side(a, b, dtype, b_dtype, kernels, b_threads)
     sides.fit(first, second, products)
     inputs = step_inputs(config, text, tokens, max_seq_length, seed, steps)
     if steps > 1:
@@ -91,7 +91,7 @@ def diff_command(
         status_line = stack.enter_context(notes.status("side A"))
         stack.enter_context(show_compiling(status_line.update))
         if record_file is not None:
-            return _record(first, make_model, batch, step, settings, record_file)
+            return _record(first, make_model, batch, step, settings, record_file, json_file)
         found = diff(first, second, make_model, batch, step, progress=status_line.update)
     refuse_untriable(kernels)
     if found.ok:
@@ -103,7 +103,7 @@ def diff_command(
     console.print(f"{config}, {dtype}, seed {seed}: {summary(found, batch)}", highlight=False, soft_wrap=True)
     for name, side in (("A", first), ("B", second)):
         console.print(f"{name}: {sides.described(side)}", highlight=False, soft_wrap=True)
-    show(table(found, every, console.width, "--all", ulp), MEANINGS)
+    show(table(found, every, "--all", ulp), MEANINGS)
     return 0 if found.ok else 1
 
 
@@ -129,7 +129,7 @@ def _drift(
     console.print(what, highlight=False)
     for name, side in (("A", a), ("B", b)):
         console.print(f"{name}: {sides.described(side)}", highlight=False, soft_wrap=True)
-    for shown in drift_tables(found, console.width, ulp):
+    for shown in drift_tables(found, ulp):
         show(shown, DRIFT_MEANINGS)
     return 0 if found.ok else 1
 
@@ -158,6 +158,7 @@ def _record(
     step: int,
     settings: Mapping[str, Any],
     path: Path,
+    json_file: Path | None,
 ) -> int:
     if isinstance(side, Recording):
         raise UserError(f"--record: {side.name} is a trace already; give a backend")
@@ -166,6 +167,9 @@ def _record(
     made = record(side, make_model, batch, step)
     date = datetime.now(UTC).isoformat(timespec="seconds")
     save(made, path, {"machine": machine(), "date": date, "minibert": __version__, "settings": settings})
+    if json_file is not None:
+        about = {"machine": machine(), "settings": settings, "a": sides.described(side), "trace": str(path)}
+        json_file.write_text(json.dumps(about | recorded_facts(made), indent=1, allow_nan=False) + "\n")
     console.print(
         f"{path}: {len(made.calls)} calls on {made.what}; loss {made.loss!r}", highlight=False, soft_wrap=True
     )

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 from rich.markup import escape
 from rich.table import Table
 
-from minibert.cli.options import plain_table
+from minibert.cli.options import folded, plain_table
 from minibert.data import PackedBatch
 from minibert.lab.lockstep.assess import Assessment, Distance
 from minibert.lab.lockstep.diff import Difference, Row
+from minibert.lab.lockstep.trace import Recording
 
 SHOWN = 20  # rows, unless all are asked for
 
@@ -62,8 +63,8 @@ def summary(found: Difference, batch: PackedBatch) -> str:
     )
 
 
-def table(found: Difference, every: bool, width: int, hint: str, ulp: bool) -> Table:
-    """The calls that used up most of their bound; with `every`, all calls in order. Narrow ones leave columns out.
+def table(found: Difference, every: bool, hint: str, ulp: bool) -> Table:
+    """The calls that used up most of their bound; with `every`, all calls in order.
 
     `ulp`: with errors in units in the last place.
     """
@@ -71,10 +72,10 @@ def table(found: Difference, every: bool, width: int, hint: str, ulp: bool) -> T
     title = "Every call" if every else f"The {len(rows)} calls nearest to their bound, of {len(found.rows)} ({hint})"
     made = plain_table(title=title, header_style="bold")
     left_out = {*(() if any(row.local for row in found.rows) else LOCAL), *(() if ulp else ULPS)}
-    columns = [c for c in COLUMNS if (width >= WIDE or c.always) and c.name not in left_out]
+    columns = [c for c in COLUMNS if c.name not in left_out]
     for column in columns:
         left = column.name in ("op", "phase", "place")
-        made.add_column(column.name, justify="left" if left else "right", overflow="fold")
+        made.add_column(column.name, justify="left" if left else "right", overflow=folded(column.name == "place"))
     for row in rows:
         made.add_row(*(column.cell(row) for column in columns))
     return made
@@ -111,10 +112,8 @@ def _relative(distance: Distance | None) -> str:
 class Column(NamedTuple):
     name: str
     cell: Callable[[Row], str]
-    always: bool = False  # on a narrow terminal as well
 
 
-WIDE = 120  # characters
 ONE_ULP = ("0", "2^-3", "2^-2", "2^-1", "2^0")
 LOCAL = ("local", "exact", "to 1 ulp")  # what B makes of A's inputs, where it was asked
 ULPS = ("to 1 ulp", "max ulp")
@@ -124,12 +123,12 @@ MEANINGS = {
     "output": "how far the outputs", "growth": "these over those",
 }  # fmt: skip
 COLUMNS = (
-    Column("call", lambda row: str(row.call), always=True),
-    Column("op", lambda row: row.op, always=True),
+    Column("call", lambda row: str(row.call)),
+    Column("op", lambda row: row.op),
     Column("phase", lambda row: row.phase),
-    Column("place", lambda row: row.place, always=True),
-    Column("A of bound", lambda row: _share(row.a), always=True),
-    Column("B of bound", lambda row: _share(row.b), always=True),
+    Column("place", lambda row: row.place),
+    Column("A of bound", lambda row: _share(row.a)),
+    Column("B of bound", lambda row: _share(row.b)),
     Column("local", lambda row: _share(row.local)),
     Column("exact", lambda row: _near(row, ("0",))),
     Column("to 1 ulp", lambda row: _near(row, ONE_ULP)),
@@ -138,7 +137,7 @@ COLUMNS = (
     Column("inherited", lambda row: _relative(row.inputs)),
     Column("output", lambda row: _relative(row.outputs)),
     Column("growth", lambda row: "" if row.growth is None else f"{row.growth:.2g}"),
-    Column("wrong", lambda row: f"[red]{row.side}[/red]" if row.side else "", always=True),
+    Column("wrong", lambda row: f"[red]{row.side}[/red]" if row.side else ""),
 )
 
 
@@ -157,6 +156,20 @@ def facts(found: Difference) -> dict[str, Any]:
         "loss": dict(zip("ab", map(finite, found.losses), strict=True)),
         "unjudged": found.unjudged,
         "calls": [_row_facts(row) for row in found.rows],
+    }  # fmt: skip
+
+
+def recorded_facts(made: Recording) -> dict[str, Any]:
+    """Loss and calls of one side alone."""
+    return {
+        "loss": {"a": finite(made.loss)},
+        "calls": [
+            {
+                "call": number, "op": call.op, "phase": call.phase, "place": call.place,
+                "shapes": [list(key.shape) for key in call.inputs],
+            }
+            for number, call in enumerate(made.calls, 1)
+        ],
     }  # fmt: skip
 
 

@@ -11,11 +11,10 @@ import numpy as np
 from rich.table import Table
 
 from minibert.cli.diff_report import facts, finite, verdict
-from minibert.cli.options import plain_table
+from minibert.cli.options import folded, plain_table
 from minibert.lab.lockstep.drift import Drift, OpDrift
 
 STEPS_SHOWN = 11  # first and last, and between them at equal distances
-WIDE, WIDER = 120, 150  # characters
 
 
 def drift_verdict(found: Drift, steps: int) -> str:
@@ -43,8 +42,8 @@ DRIFT_MEANINGS = {
 }  # fmt: skip
 
 
-def drift_tables(found: Drift, width: int, ulp: bool) -> Iterator[Table]:
-    """Steps, then ops. Narrow terminals leave columns out; `ulp`: with errors in units in the last place."""
+def drift_tables(found: Drift, ulp: bool) -> Iterator[Table]:
+    """Steps, then ops; `ulp`: with errors in units in the last place."""
     if found.steps:
         steps = plain_table(title="Steps, each side on its own results", header_style="bold")
         for name in ("step", "loss A", "loss B", "losses apart", "weights apart", "of bound"):
@@ -58,26 +57,23 @@ def drift_tables(found: Drift, width: int, ulp: bool) -> Iterator[Table]:
             )  # fmt: skip
         yield steps
     ops = plain_table(title="Ops: local error is each op's own, inherited is what came in", header_style="bold")
-    wide, wider = width >= WIDE, width >= WIDER
-    names = ["op", "phase", "calls", "local of bound"]
-    names += ["in its run", *(["max ulp"] if ulp else []), "err/uS"] if wide else []
-    names += ["inherited first", "last", "growth", *(["worst at"] if wider else [])]
-    for name in names:
+    names = ["op", "phase", "calls", "local of bound", "in its run", *(["max ulp"] if ulp else []), "err/uS"]
+    for name in (*names, "inherited first", "last", "growth", "worst at"):
         left = name in ("op", "phase", "worst at")
-        ops.add_column(name, justify="left" if left else "right", no_wrap=name == "op", overflow="fold")
+        fold = folded(name == "worst at")
+        ops.add_column(name, justify="left" if left else "right", no_wrap=name == "op", overflow=fold)
     for op in found.ops.values():
-        ops.add_row(*_row(op, wide, wider, ulp))
+        ops.add_row(*_row(op, ulp))
     yield ops
 
 
-def _row(op: OpDrift, wide: bool, wider: bool, ulp: bool) -> list[str]:
+def _row(op: OpDrift, ulp: bool) -> list[str]:
     ulps = [f"{op.ulp_max:.3g}"] if ulp else []
-    more = [f"{max(op.shares['a'], op.shares['b']):.2%}", *ulps, f"{op.err_over_us:.3g}"]
     step, place = op.worst
     return [
-        op.op, op.phase, str(op.calls), f"{op.shares['local']:.2%}", *(more if wide else []),
-        f"{op.inherited[0]:.1e}", f"{op.inherited[-1]:.1e}", f"{median(op.growth):.2g}" if op.growth else "",
-        *([f"step {step} {place}"] if wider else []),
+        op.op, op.phase, str(op.calls), f"{op.shares['local']:.2%}", f"{max(op.shares['a'], op.shares['b']):.2%}",
+        *ulps, f"{op.err_over_us:.3g}", f"{op.inherited[0]:.1e}", f"{op.inherited[-1]:.1e}",
+        f"{median(op.growth):.2g}" if op.growth else "", f"step {step} {place}",
     ]  # fmt: skip
 
 

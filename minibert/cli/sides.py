@@ -30,18 +30,28 @@ Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="Thre
 Seed = Annotated[int, typer.Option(min=0, help="Seed of weights, masks and dropout.")]
 
 
-def side(name: str, dtype: str, kernels: Mapping[Any, Any] | None = None, threads: int | None = None) -> Any:
+def side(
+    name: str, dtype: str, kernels: Mapping[Any, Any] | None = None, threads: int | None = None, option: str = "--dtype"
+) -> Any:  # fmt: skip
     """A backend (by its name, or your own by FILE.py:NAME), or else the trace in that file.
 
-    Raises UserError where it cannot be a side.
+    `option` is what gave the dtype. Raises UserError where it cannot be a side.
     """
     if name not in backends.names() and (Path(name).is_file() or (":" not in name and Path(name).suffix)):
         if kernels or threads:
             raise UserError(f"side B is the trace {name}: --kernel and --b-threads need a backend there")
         return load(Path(name))
     backend = backends.get(name)
-    backend.require_dtype(dtype)
+    backend.require_dtype(dtype, option)
     return Side(backend, dtype, dict(kernels or {}), threads)
+
+
+def second_side(
+    a: str, b: str | None, dtype: str, b_dtype: str | None, kernels: Mapping[Any, Any], threads: int | None
+) -> Any:
+    """Side B: by default A again, in its dtype. Raises UserError as `side` does."""
+    given = (dtype, "--dtype") if b_dtype is None else (b_dtype, "--b-dtype")
+    return side(a if b is None else b, given[0], kernels, threads, given[1])
 
 
 def fit(a: Side | Recording, b: Side | Recording, products: str) -> None:

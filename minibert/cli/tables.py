@@ -18,7 +18,6 @@ from minibert.kernels import OPS, Op
 from minibert.kernels.op import BertSize
 from minibert.kernels.readings import cost
 
-WIDE = 110  # characters: a narrower terminal is left to the formulas
 ON_CUDA = ("cupy", "emulator")
 CUDA = Backend("cuda", None, kernel_files="gpu")  # it runs nothing
 COST = ("gradient", "MFLOP", "MB")
@@ -42,8 +41,7 @@ def list_ops(
     from minibert.lab.conform.check import find_op
 
     compared = kernels_of(backends)
-    wide = console.width >= WIDE
-    header = ["op", *compared, *(COST if wide else []), "formula"]
+    header = ["op", *compared, *COST, "formula"]
     table = plain_table(*header)
     for column in table.columns[:-1]:
         column.no_wrap = True
@@ -52,7 +50,7 @@ def list_ops(
         arrays, params = op.bench(np.random.default_rng(0), BertSize())
         work = cost(op, *(np.asarray(a, "f4") if a.dtype.kind == "f" else a for a in map(np.asarray, arrays)), **params)
         costs = ["yes" if op.vjp else "", f"{work.flops / 1e6:,.1f}", f"{work.bytes / 1e6:,.1f}"]
-        table.add_row(op.name, *(b.by(op) for b in compared.values()), *(costs if wide else []), escape(formula_of(op)))
+        table.add_row(op.name, *(b.by(op) for b in compared.values()), *costs, escape(formula_of(op)))
     meanings = {"cuda": "of cupy and emulator", "gradient": "the op has one"}
     show(table, {**meanings, header[1]: "what runs the op there: a kernel, a library or the formula"})
     if names:

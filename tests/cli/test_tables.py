@@ -16,9 +16,13 @@ from rich.console import Console
 
 import minibert
 from minibert import backends
-from minibert.cli import app, bisect, check, compare, diff, legend, main, options, pretrain, tables, watch  # noqa: F401  they register their commands
+from minibert.cli import app, bisect, check, compare, diff, diff_report, legend, main, options, pretrain, tables, watch  # noqa: F401  they register their commands
 from minibert.cli.tables import formula_of, kernels_of
 from minibert.kernels import OPS
+from minibert.lab.conform.judge import Judgement
+from minibert.lab.lockstep.assess import Assessment
+from minibert.lab.lockstep.diff import Difference, Row
+from minibert.lab.lockstep.trace import Side
 
 Shown = Callable[..., str]
 
@@ -126,6 +130,21 @@ def test_a_narrow_terminal_says_which_columns_it_lacks(shown: Shown) -> None:
     assert "err/uS" in whole and "left out" not in whole
     assert "left out of so narrow a terminal: err/uS" in " ".join(narrow.split())
     assert len(re.findall("err/uS", narrow)) == 1
+
+
+def test_all_columns_of_a_diff_are_shown_or_said_to_be_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    side, right = Side(backends.get("numpy")), Assessment(Judgement(0.0, 0.0, 0.0, True, None, "", 0))
+    row = Row(1, "linear", "forward", "bert.encoder.layer.0.attention.self", ((3,),), right, right, right, None, None)
+    for width in (70, 100, 130, options.PIPED_WIDTH):
+        monkeypatch.setattr(options, "console", Console(width=width))
+        monkeypatch.setattr(legend, "console", options.console)
+        legend.show(diff_report.table(Difference(side, side, rows=[row]), True, "", ulp=True))
+        header, _, below = " ".join(capsys.readouterr().out.split()).partition("──")
+        below = below.partition("left out of so narrow a terminal: ")[2]
+        told = [name for name in (column.name for column in diff_report.COLUMNS) if name not in f"{header} {below}"]
+        assert not told and bool(below) == (width < options.PIPED_WIDTH)
 
 
 def test_into_a_pipe_goes_each_row_on_one_line(root: Path) -> None:

@@ -133,7 +133,7 @@ def check(
         places = [_backends.get(b) if isinstance(b, str) else b for b in backends]
     for dtype in dtypes or ():
         for backend in places:
-            backend.require_dtype(dtype)
+            backend.require_dtype(dtype, "dtypes")
     for op in chosen:
         for backend in places:
             for name, dtype in planned(backend, op, dtypes):

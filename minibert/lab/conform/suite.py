@@ -98,7 +98,7 @@ def read_suite(option: Any) -> Suite:
         raise UserError(f"--conformance-seed: expected a whole number from 0, got {seed!r}")
     asked = _words("--dtypes", option.conformance_dtypes)
     for dtype in asked or ():
-        place.require_dtype(dtype)
+        place.require_dtype(dtype, "--dtypes")
     named = _words("--ops", option.conformance_ops)
     ops = [find_op(name) for name in named] if named else list(kernels) or list(OPS.values())
     for op in kernels:

@@ -310,8 +310,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert row["op"] == "gelu_grad" and row["wrong"] == "B" and row["local"]["ulps"]
     assert all(set(r) >= {"shapes", "a", "b", "local", "growth", "inputs_apart"} for r in found["calls"])
 
-    status, out, _ = run(capsys, "numba", *small, "--record", trace)
+    status, out, _ = run(capsys, "numba", *small, "--record", trace, "--json", str(facts_file))
     assert status == 0 and "91 calls" in out
+    found = json.loads(facts_file.read_text())
+    assert found["trace"] == trace and len(found["calls"]) == 91 and found["loss"]["a"] == load(Path(trace)).loss
+    assert found["calls"][0]["op"] == "embedding" and found["calls"][0]["phase"] == "forward"
     status, out, _ = run(capsys, trace, "numpy", *small, "--all", "--json", str(facts_file))
     assert status == 0
     assert out.startswith("no culprit: 91 calls within their bounds on both sides\n")
