@@ -5,14 +5,16 @@ value in float64 an array carries `error`, a bound on |computed - value| over ev
 in which each primitive commits at most its own rounding. A fused kernel is judged by the plain math, and cancellation
 is paid for where it happens.
 
-It also carries S, the sum of the absolute values of the terms that were added on the way (for a dot product: sum
-|x_i y_i|), times the factors that came after; what goes through a function or into a divisor is one number from there.
+It also carries S, the sum of the absolute values of the terms that were added on the way, handed on like an error:
+times the other factor, times a function's slope. It is the unit in which an evaluation is judged that adds in another
+order (for a dot product: sum |x_i y_i|).
+
 An evaluation may add terms in any order, and may multiply each by a factor that the formula applies to their sum: as
-y = x a + (b - mean a), a = rstd w, for y = (x - mean) rstd w + b. So products, quotients and sums round at S; and where
-an operand of + or - is itself the result of k additions (`adds`), each of them may have come after the other terms: it
-rounds at S as well. Of that y the formula's own roundings are, in u, |d a| for d = x - mean, then twice (|x| + S_mean)
-|a|, then |y| + (|x| + S_mean) |a| + |b|; the other road commits |d a| in making a, |x a| + |mean a| in the products,
-|b - mean a| <= |b| + |mean a| and |y| in the additions: never more, for all rows and offsets.
+y = x a + (b - mean a), a = rstd w, for y = (x - mean) rstd w + b. So where an operand is itself the result of k
+additions (`adds`; functions and long sums begin anew), a product or a quotient rounds at S instead of at its value, and
+an addition at its value and k times S. Of that y the formula's own roundings are, in u, |d a| for d = x - mean, then
+twice (|x| + S_mean) |a|, then |y| + (|x| + S_mean) |a| + |b|; the other road commits |d a| in making a, |x a| +
+|mean a| in the products, |b - mean a| <= |b| + |mean a| and |y| in the additions: never more, for all rows and offsets.
 
 And `likely`, what a sensible evaluation stays under (Higham and Mary, "A new approach to probabilistic rounding error
 analysis", 2019, theorem 2.4): as `error`, but n roundings of a sum count as `LAMBDA` sqrt(n), being as often up as
@@ -147,9 +149,13 @@ class Bounded(Reading):
         value = np.asarray(value)
         return cls(value, error, likely, np.asarray(terms), np.broadcast_to(np.asarray(adds, np.int16), value.shape))
 
+    def summed(self) -> np.ndarray:
+        """What an evaluation may add up instead of this number: S, where it is a sum of others."""
+        return np.where(self.adds > 0, self.terms, np.abs(self.value))
+
     def add(self, other: Self) -> Self:
         value, terms, before = self.value + other.value, self.terms + other.terms, self.adds + other.adds
-        at = np.abs(value) + before * terms
+        at = np.abs(value) + before * (self.summed() + other.summed())
         return self.made(value, np.add, (self, other), at, terms, adds=before + 1)
 
     def subtract(self, other: Self) -> Self:
@@ -161,9 +167,9 @@ class Bounded(Reading):
     def multiply(self, other: Self) -> Self:
         a, b = abs(self.value), abs(other.value)
         terms = np.maximum(self.terms * b, a * other.terms)
-        adds = np.maximum(self.adds, other.adds)
+        at, adds = np.maximum(self.summed() * b, a * other.summed()), np.maximum(self.adds, other.adds)
         return self.made(
-            self.value * other.value, lambda e, f: a * f + e * b + e * f, (self, other), terms, terms, adds=adds
+            self.value * other.value, lambda e, f: a * f + e * b + e * f, (self, other), at, terms, adds=adds
         )
 
     def divide(self, other: Self) -> Self:
@@ -173,8 +179,8 @@ class Bounded(Reading):
             smallest = size - f  # the divisor may have been computed this small
             return np.where(smallest > 0, (e + abs(value) * f) / np.where(smallest > 0, smallest, 1), np.inf)
 
-        terms = self.terms / size
-        return self.made(value, inherited, (self, other), terms, terms, adds=np.broadcast_to(self.adds, value.shape))
+        at, terms = self.summed() / size, np.maximum(self.terms, abs(value) * other.terms) / size
+        return self.made(value, inherited, (self, other), at, terms, adds=np.broadcast_to(self.adds, value.shape))
 
     def matmul(self, other: Self) -> Self:
         a, b, r = abs(self.value), abs(other.value), self.operand_roundoff
@@ -218,22 +224,21 @@ class Bounded(Reading):
     def maximum(self, other: Self) -> Self:
         return type(self)(*(np.maximum(a, b) for a, b in zip(self.parts, other.parts, strict=True)))
 
-    def _function(self, value: np.ndarray, rule: Rule, units: int, terms: np.ndarray | None = None) -> Self:
-        """A library function of this array, with its rounding in `units` of u."""
+    def _function(self, value: np.ndarray, slope: np.ndarray, rule: Rule, units: int) -> Self:
+        """A library function of this array, with its `slope` here and its rounding in `units` of u."""
         own, size = units * self.precision.roundoff, np.abs(value)
-        return self.made(value, rule, (self,), size, size if terms is None else terms, Both(own, own))
+        return self.made(value, rule, (self,), size, np.maximum(size, slope * self.terms), Both(own, own))
 
     def exp(self) -> Self:
         value = np.exp(self.value)
-        return self._function(value, lambda e: value * np.expm1(e), ALLOWANCE["exp"])
+        return self._function(value, value, lambda e: value * np.expm1(e), ALLOWANCE["exp"])
 
     def log(self) -> Self:
         def inherited(e: np.ndarray) -> np.ndarray:
             share = e / self.value
             return np.where(share < 1, -np.log1p(-np.minimum(share, 1 - 1e-16)), np.inf)
 
-        value = np.log(self.value)
-        return self._function(value, inherited, ALLOWANCE["log"], np.maximum(np.abs(value), 1))  # log x (1 + u)
+        return self._function(np.log(self.value), 1 / self.value, inherited, ALLOWANCE["log"])
 
     def sqrt(self) -> Self:
         value = np.sqrt(self.value)
@@ -242,7 +247,7 @@ class Bounded(Reading):
         def inherited(e: np.ndarray) -> np.ndarray:
             return np.where(value > 0, np.minimum(e / root, np.sqrt(e)), np.sqrt(e))
 
-        return self._function(value, inherited, ALLOWANCE["sqrt"])
+        return self._function(value, np.where(value > 0, 0.5 / root, 0), inherited, ALLOWANCE["sqrt"])
 
     def tanh(self) -> Self:
         return self._steepest_at_0(np.tanh(self.value), lambda x: np.cosh(np.minimum(x, 300)) ** -2.0, "tanh")
@@ -256,7 +261,7 @@ class Bounded(Reading):
     def _steepest_at_0(self, value: np.ndarray, slope: Callable[[np.ndarray], np.ndarray], name: str) -> Self:
         """The error times the steepest slope within the error."""
         size = np.abs(self.value)
-        return self._function(value, lambda e: e * slope(np.maximum(size - e, 0)), ALLOWANCE[name])
+        return self._function(value, slope(size), lambda e: e * slope(np.maximum(size - e, 0)), ALLOWANCE[name])
 
 
 def _product(a: np.ndarray, b: np.ndarray) -> Any:
