@@ -34,6 +34,11 @@ class Input(NamedTuple):
     expected: list[Bound]
     drawn: Drawn | None = None  # where it is no sample
 
+    @property
+    def is_random(self) -> bool:
+        """Whether roundings average out on it, so that a poor evaluation is told from a sensible one."""
+        return self.number == STEP if self.drawn is None else self.drawn.regime == "normal"
+
     def __str__(self) -> str:
         """What it is, for a person: "sample 3", "3 rows, 513 columns, values about -10000"; its shapes and params."""
         what = "part in a step" if self.number == STEP else f"sample {self.number}"
@@ -102,6 +107,9 @@ class Tally:
     def __init__(self) -> None:
         self.inputs = 0
         self.worst: dict[str, float | None] = {"ulp_max": None, "err_over_us": None, "bound_share": None}
+        self.likely_share: float | None = None  # on numbers as random as data are
+        self.poor = ""  # where it was first above 1
+        self.left_out = ""  # of what was planned, and why
 
     def note(self, **measured: float) -> None:
         for name, value in measured.items():
@@ -110,6 +118,10 @@ class Tally:
     def judge(self, case: Case, one: Input, results: Iterable[Array], what: str = "") -> None:
         judgement = judge_against(one.expected, case.download(results))
         self.add(judgement, f"{one}{what}")
+        if one.is_random:
+            self.likely_share = max(self.likely_share or 0.0, judgement.likely_share)
+            if judgement.poor and not self.poor:
+                self.poor = f"{one}{what}: {judgement.poorest}"
 
     def add(self, judgement: Judgement, where: str) -> None:
         if not judgement.problem:  # with one nothing was measured

@@ -22,7 +22,7 @@ from minibert.lab.conform.case import Broken, Case, Input, Tally, rounded
 from minibert.lab.conform.judge import expect
 
 BY_SIZE = ("whole numbers", "one element that outweighs", "normal")  # in turn, on the way up
-ALONE = 2**14  # from here on
+SLOW_SECONDS = 2.0  # an input for which a device that is played takes so long is the last of its axis
 EXACT = ("whole numbers", "one number in each row")  # arithmetic on which may round nothing
 SQUARE = (1, 2, 4, 9, 16, 33)  # sizes of all axes at once
 LARGEST_DRAWN = 2**19  # elements of an array, where sizes are drawn at random
@@ -32,8 +32,16 @@ POISONS = (np.nan, np.inf, -np.inf)
 
 def any_size(case: Case, tally: Tally) -> None:
     """The formula is followed at any size: each axis in turn from 1 to 100000 and more, the others small."""
+    slow: dict[str, int] = {}  # by axis
     for drawn in sizes_of(case):
+        axis = max(drawn.sizes, key=lambda name: drawn.sizes[name])
+        if axis in slow and drawn.sizes[axis] > slow[axis]:
+            continue
+        start = time.monotonic()
         judge_drawn(case, tally, drawn)
+        if case.backend.emulated and time.monotonic() - start > SLOW_SECONDS:
+            slow[axis] = drawn.sizes[axis]
+    tally.left_out = ", ".join(f"more than {size} {axis} (slow)" for axis, size in slow.items())
 
 
 def any_values(case: Case, tally: Tally) -> None:
@@ -63,7 +71,7 @@ def sizes_of(case: Case) -> Iterator[Drawn]:
     number = 0
     for axis, largest in axes.items():
         for size in ladder(largest):
-            regime = BY_SIZE[number % (3 if size < ALONE else 2)]
+            regime = BY_SIZE[number % len(BY_SIZE)]
             yield Drawn(case.seed, number, {**small(axes, number, size), axis: size}, regime)
             number += 1
     for size in SQUARE:  # where an axis is taken for another of another length, nothing shows
