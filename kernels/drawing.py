@@ -21,8 +21,8 @@ import numpy as np
 from minibert.kernels.philox import Stream
 
 LARGEST = 2**17  # size of an axis, unless an op says another
-EVERY = 66  # up to here each size is a rung of the ladder, then what lies around a power of two, and a few between
-BETWEEN = (96, 97, 192, 211, 384, 509, 768, 1536, 2053, 3072, 5171, 10007, 30011, 100003, 500009)
+EVERY = 65  # up to here a ladder has what lies around a multiple of 8, then around a power of two; and a few between
+BETWEEN = (28, 46, 51, 60, 80, 96, 97, 192, 211, 384, 509, 768, 1536, 2053, 3072, 5171, 10007, 30011, 100003, 500009)
 SPIKE = 200.0  # outweighs 2**17 others in a variance, and all of them in a softmax
 IGNORED = -100  # the label of a row that is not predicted, as in torch and transformers
 
@@ -97,13 +97,13 @@ class Drawing:
     def __init__(self, drawn: Drawn) -> None:
         self.drawn = drawn
         self.rng = np.random.default_rng((drawn.seed, drawn.number))
-        self._floats = 0  # arrays of floats so far
+        self.count = 0  # arrays of floats so far
         self._choices = drawn.number  # its digits are the choices
 
     def floats(self, *shape: int) -> np.ndarray:
         """Floats of the regime, (*shape)."""
-        mine = self.drawn.array in (None, self._floats)
-        self._floats += 1
+        mine = self.drawn.array in (None, self.count)
+        self.count += 1
         return REGIMES[self.drawn.regime if mine else "normal"](self.rng, shape)
 
     def positive(self, *shape: int) -> np.ndarray:
@@ -167,9 +167,10 @@ def axes_of(draw: Callable[..., Any]) -> dict[str, int]:
 
 
 def ladder(largest: int) -> list[int]:
-    """Sizes of an axis: each up to `EVERY`, then around every power of two, and a few between, to the largest."""
-    around = [2**p + k for p in range(6, 21) for k in ((-1, 0, 1) if p < 12 else (1,))]
-    rungs = {*range(1, EVERY + 1), *around, *BETWEEN}
+    """Sizes of an axis: 1 to 17, around multiples of 8, around powers of two, and a few between, to the largest."""
+    around = [2**p + k for p in range(7, 21) for k in ((-1, 0, 1) if p < 12 else (1,))]
+    steps = [8 * n + k for n in range(2, EVERY // 8 + 1) for k in (-1, 0, 1)]
+    rungs = {*range(1, 18), *steps, *around, *BETWEEN}
     return sorted({size for size in rungs if size <= largest} | {largest + (largest >= 2**12)})
 
 
