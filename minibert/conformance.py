@@ -25,6 +25,7 @@ from minibert.errors import UserError
 from minibert.kernels import Op
 from minibert.lab.conform import gradcheck as own_inputs
 from minibert.lab.conform.case import STEP, Broken, Case, Tally
+from minibert.lab.conform.guarded import refuse_harm
 from minibert.lab.conform.raised import raised_at, writers_line
 from minibert.lab.conform.suite import (
     CHECKS,
@@ -133,6 +134,7 @@ class CheckItem(pytest.Item):
             return call()
 
         with suite.under_test() as place, place.watched_by(remember), np.errstate(all="ignore"):
+            refuse_harm(self.demand.check, self.case)
             CHECKS[self.demand.check](self.case, Tally())
 
     def reportinfo(self) -> tuple[str, None, str]:

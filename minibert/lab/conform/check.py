@@ -28,8 +28,9 @@ from minibert.lab.conform.demands import (
     strided_inputs,
 )  # fmt: skip
 from minibert.lab.conform.drawn import any_size, any_values, propagates
+from minibert.lab.conform.guarded import guarded, not_tried, refuse_harm, trial
 from minibert.lab.conform.judge import expect, judge_against
-from minibert.lab.conform.raised import raised_at
+from minibert.lab.conform.raised import what_raised
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class CheckResult:
 CHECKS: dict[str, Callable[[Case, Tally], None]] = {
     check.__name__: check
     for check in (
-        follows_formula, part_in_step, any_size, any_values, propagates, strided_inputs, inputs_left_alone,
+        guarded, follows_formula, part_in_step, any_size, any_values, propagates, strided_inputs, inputs_left_alone,
         deterministic, fresh_output, order_of_work, gradient, gradient_rounding,
     )
 }  # fmt: skip
@@ -73,6 +74,8 @@ def applies(name: str, case: Case) -> bool:
         is_numpys = case.backend.by(case.op) == "formula" and case.backend.xp is numpy_module
         has_axes = case.op.draw is not None and (name != "any_size" or bool(axes_of(case.op.draw)))
         return has_axes and not is_numpys
+    if name == "guarded":
+        return not not_tried(case)
     if name == "order_of_work":
         return case.backend.by(case.op) == "kernel"
     return True
@@ -93,11 +96,10 @@ def put(demand: Callable[[Case, Tally], None], case: Case, allow_poor: bool = Fa
     tally, message, verdict = Tally(), "", "fails"
     try:
         with np.errstate(all="ignore"):  # exp(-1e4) may underflow; what the results are is judged
+            refuse_harm(demand.__name__, case)
             demand(case, tally)
     except Exception as error:
-        message = str(error)
-        if not isinstance(error, Broken | UserError):
-            message = f"raised {type(error).__name__}: {error}{raised_at(error)}"
+        message = str(error) if isinstance(error, Broken) else what_raised(error)
     if tally.poor and not message and not allow_poor:
         message, verdict = tally.poor, "is poor by"
     op, place, name = case.op, case.backend, demand.__name__
@@ -147,6 +149,8 @@ def refused(backend: Backend, op: Op, dtypes: Sequence[str] | None = None) -> di
     if getattr(backend.kernel(op), "spec", None) is None:
         return {}
     usual = [dtype for dtype in ("float32", "float64") if dtype in backend.dtypes]
+    if trial(Case(op, backend, (*(dtypes or ()), *usual)[0], 0)).harmful:
+        return {}
     why = {dtype: _refusal(Case(op, backend, dtype, 0)) for dtype in usual}
     if all(why.values()):
         return {}
@@ -154,7 +158,9 @@ def refused(backend: Backend, op: Op, dtypes: Sequence[str] | None = None) -> di
 
 
 def _refusal(case: Case) -> str:
-    """Why a kernel is not for this dtype, by the first sample; empty if it is."""
+    """Why a kernel is not for this dtype, by the first sample; empty if it is, and if it cannot be called here."""
+    if trial(case).harmful:
+        return ""
     one = case.inputs()[0]
     try:
         with np.errstate(all="ignore"):
@@ -195,6 +201,8 @@ def check(
         for backend in places:
             for name, dtype in planned(backend, op, dtypes):
                 yield run_check(name, op, backend, dtype, seed, allow_poor)
+                if trial(Case(op, backend, dtype, seed)).harmful:
+                    break
 
 
 def find_op(op: str | Op) -> Op:

@@ -18,6 +18,7 @@ from minibert.kernels.op import holds_floats, input_name, outputs
 from minibert.kernels.readings import bounded_module, jvp
 from minibert.lab.conform.case import Broken, Case, Input, Tally, demand_same_bits, same_bits, shapes_and_params
 from minibert.lab.conform.judge import judge
+from minibert.lab.conform.layouts import LAYOUTS
 
 # <J v, w> and <v, vjp(w)> are equal in exact arithmetic. The gradient's own rounding is bounded by running error
 # analysis of the vjp in float64 (so that a gradient which cancels, as that of layer_norm over two columns, is judged by
@@ -43,20 +44,8 @@ def part_in_step(case: Case, tally: Tally) -> None:
 
 def strided_inputs(case: Case, tally: Tally) -> None:
     """The same for inputs that are not contiguous: every second element, reversed, and stored column by column."""
-
-    def every_second(a: np.ndarray) -> np.ndarray:
-        wide = np.zeros((*a.shape[:-1], 2 * a.shape[-1]), a.dtype)
-        wide[..., ::2] = a
-        return wide[..., ::2]
-
-    layouts = {
-        "every second": every_second,
-        "reversed": lambda a: a[::-1].copy()[::-1],
-        "by columns": lambda a: a.swapaxes(-1, -2).copy().swapaxes(-1, -2) if a.ndim > 1 else a.copy(),
-    }
     for one in case.inputs():
-        for name, lay_out in layouts.items():
-            # (a backend on a device may make them contiguous on the way there: then this repeats what was asked before)
+        for name, lay_out in LAYOUTS.items():
             arrays = [case.backend.asarray(lay_out(a)) if a.ndim else case.backend.asarray(a) for a in one.arrays]
             tally.judge(case, one, case.run(arrays, one), f", inputs laid out {name}")
             tally.inputs += 1

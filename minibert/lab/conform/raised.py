@@ -16,6 +16,11 @@ OURS = (str(Path(str(minibert.__file__)).parent), str(Path(str(backends.__file__
 LIBRARIES = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"))
 
 
+def is_writers(filename: str) -> bool:
+    """Whether a file is neither of this package nor of a library."""
+    return not filename.startswith(OURS) and all(one not in filename for one in LIBRARIES)
+
+
 def writers_line(error: BaseException) -> traceback.FrameSummary | None:
     """The last line of a user's own that an exception passed, else the last of a kernel's file here; None: neither.
 
@@ -23,7 +28,7 @@ def writers_line(error: BaseException) -> traceback.FrameSummary | None:
     """
     cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
     frames = [f for f in traceback.extract_tb(cause.__traceback__) if not f.filename.startswith("<")]
-    theirs = [f for f in frames if not f.filename.startswith(OURS) and all(one not in f.filename for one in LIBRARIES)]
+    theirs = [f for f in frames if is_writers(f.filename)]
     return next(reversed(theirs or [f for f in frames if f.filename.startswith(KERNELS)]), None)
 
 
@@ -34,3 +39,8 @@ def raised_at(error: BaseException) -> str:
     """
     at = None if hasattr(error, "findings") else writers_line(error)
     return "" if at is None else f", at {os.path.relpath(at.filename)}:{at.lineno}: in {at.name}"
+
+
+def what_raised(error: BaseException) -> str:
+    """What an exception out of a kernel says, and where it came from; a UserError tells both itself."""
+    return str(error) if isinstance(error, UserError) else f"raised {type(error).__name__}: {error}{raised_at(error)}"

@@ -28,6 +28,7 @@ from minibert.lab.conform.case import Case, Input
 from minibert.lab.conform.check import CHECKS as USUAL_CHECKS
 from minibert.lab.conform.check import find_op, planned
 from minibert.lab.conform.empty import empty_inputs, empty_samples
+from minibert.lab.conform.guarded import not_tried
 from minibert.lab.conform.own_kernels import TriedKernel, load_kernels
 
 CHECKS = {**USUAL_CHECKS, "empty_inputs": empty_inputs}
@@ -203,6 +204,8 @@ def _reason(suite: Suite, op: Op, check: str, dtype: str) -> str:
         return "the op has no gradient"
     if check == "order_of_work" and place.by(op) != "kernel":
         return f"no kernel whose work could be divided: a {place.by(op)} runs the op"
+    if check == "guarded" and (why_not := not_tried(Case(op, place, dtype, suite.seed))):
+        return why_not
     if check == "empty_inputs" and not empty_samples(op, dtype, suite.seed, place.product_mode):
         return "the formula takes no empty arrays"
     return f"{dtype} was not asked for (--dtypes {dtype})"

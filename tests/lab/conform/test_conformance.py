@@ -137,13 +137,14 @@ def test_header_and_footer(plugin: Callable[..., Any]) -> None:
     assert ran.returncode == 0
     versions = rf"NumPy {re.escape(np.__version__)}; threads 1\nminibert \S+, Python 3\.\d+\.\d+"
     assert re.search(rf"conformance of shelf_backend.py:ShelfBackend 0.1: arrays on a shelf, {versions}", text)
-    assert "29 checks of 3 ops in float32, float64; seed 0" in text and "collected 29 items" in text
-    #                              formula part strided inputs determ. fresh order gradient rounding empty
-    assert re.search(r"^softmax\s+2\s+1\s+1\s+1\s+1\s+1\s+1\s+1\s+1\s+1$", text, re.MULTILINE)
-    assert re.search(r"^adamw\s+2\s+1\s+1\s+1\s+1\s+1\s+-\s+-\s+-\s+1$", text, re.MULTILINE)
-    assert re.search(r"^all ops\s+6\s+3\s+3\s+3\s+3\s+3\s+1\s+2\s+2\s+3$", text, re.MULTILINE)
-    assert "29 of 29 checks passed, 0 failed" in text
+    assert "30 checks of 3 ops in float32, float64; seed 0" in text and "collected 30 items" in text
+    #                     guarded formula part strided inputs determ. fresh order gradient rounding empty
+    assert re.search(r"^softmax\s+1\s+2\s+1\s+1\s+1\s+1\s+1\s+1\s+1\s+1\s+1$", text, re.MULTILINE)
+    assert re.search(r"^adamw\s+-\s+2\s+1\s+1\s+1\s+1\s+1\s+-\s+-\s+-\s+1$", text, re.MULTILINE)
+    assert re.search(r"^all ops\s+1\s+6\s+3\s+3\s+3\s+3\s+3\s+1\s+2\s+2\s+3$", text, re.MULTILINE)
+    assert "30 of 30 checks passed, 0 failed" in text
     assert "not run: gradient, gradient_rounding of adamw: the op has no gradient" in text
+    assert "not run: guarded of adamw, gelu: no kernel that could reach beyond its arrays: a formula runs" in text
     assert "not run: order_of_work of adamw, gelu: no kernel whose work could be divided: a formula runs the op" in text
     assert "of all ops: float64 was not asked for (--dtypes float64)" in text
     assert "not run: anything in float16, bfloat16: shelf has no such arrays" in text
@@ -155,7 +156,7 @@ def test_expected_failures_that_pass_are_stale(plugin: Callable[..., Any], examp
     (examples / "stale.txt").write_text(listed + "gelu-gradient-float32\n", encoding="utf-8")
     ran = plugin(*PLUGIN, "--kernel", "tanh_gelu.py:gelu=gelu", "--expected-failures", "stale.txt")
     assert ran.returncode == 1
-    said = "6 of 11 checks passed, 1 failed, 4 failed as expected, 1 passed that should fail: the list is stale"
+    said = "7 of 12 checks passed, 1 failed, 4 failed as expected, 1 passed that should fail: the list is stale"
     assert said in ran.stdout and "expected failures: 6 in stale.txt" in ran.stdout
     assert "stale: gelu-deterministic-float32 passed, though stale.txt:5 expects it to fail" in ran.stdout
     assert "gelu-gradient-float32, which stale.txt:7 expects to fail, is no check of this run" in ran.stdout
