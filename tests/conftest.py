@@ -35,8 +35,9 @@ SLOW = frozenset(
         "bench/test_bench.py bench/test_bench_ablation.py bench/test_bench_ops.py bench/test_bench_scaling.py",
         "bench/test_gpu_check.py bench/test_gpu_check_measures.py lab/compare/test_compare.py model/test_memory.py",
         # processes of their own, installations, a browser
-        "backends/test_deterministic.py cli/test_watch.py lab/conform/test_conformance.py page/test_page_browser.py",
-        "test_docs.py test_fast.py test_wheel.py kernels/test_overlap.py kernels/test_regression.py",
+        "backends/test_deterministic.py cli/test_watch.py lab/conform/test_conformance.py lab/conform/test_guarded.py",
+        "page/test_page_browser.py test_docs.py test_fast.py test_wheel.py kernels/test_overlap.py",
+        "kernels/test_regression.py",
         # every mistake that can be made in a formula or a kernel
         "kernels/test_formula_mutation.py kernels/test_mutation.py kernels/test_random_formulas.py",
         # kernels compiled in many ways, or on many threads
