@@ -69,7 +69,7 @@ REGIMES: dict[str, Values] = {
     "far apart": _far_apart,
     "of all sizes": _spread,
     "tiny": lambda rng, shape: _normal(rng, shape) * 1e-38,  # about the smallest normal number of float32, and below it
-    "huge": lambda rng, shape: _normal(rng, shape) * 1e18,
+    "huge": lambda rng, shape: _normal(rng, shape) * 1e15,
     "rising": lambda rng, shape: np.sort(_normal(rng, shape), axis=-1) if shape else _normal(rng, shape),
     "falling": lambda rng, shape: -np.sort(_normal(rng, shape), axis=-1) if shape else _normal(rng, shape),
     "ties": lambda rng, shape: np.asarray(rng.choice((-1.0, 0.5, 1.0), shape)),

@@ -27,7 +27,8 @@ from minibert.lab.conform.demands import (
     part_in_step,
     strided_inputs,
 )  # fmt: skip
-from minibert.lab.conform.drawn import any_size, any_values, propagates
+from minibert.lab.conform.drawn import any_size, any_values, propagates, thoroughly
+from minibert.lab.conform.empty import empty_inputs, empty_samples
 from minibert.lab.conform.guarded import guarded, not_tried, refuse_harm, trial
 from minibert.lab.conform.judge import expect, judge_against
 from minibert.lab.conform.raised import what_raised
@@ -57,7 +58,7 @@ CHECKS: dict[str, Callable[[Case, Tally], None]] = {
     check.__name__: check
     for check in (
         guarded, follows_formula, part_in_step, any_size, any_values, propagates, strided_inputs, inputs_left_alone,
-        deterministic, fresh_output, order_of_work, gradient, gradient_rounding,
+        empty_inputs, deterministic, fresh_output, order_of_work, gradient, gradient_rounding,
     )
 }  # fmt: skip
 
@@ -70,8 +71,10 @@ def applies(name: str, case: Case) -> bool:
         return case.op.vjp is not None and case.dtype != "float64"
     if name == "part_in_step":  # a formula in float64 is the formula
         return case.dtype != "float64" or case.backend.by(case.op) != "formula"
+    is_numpys = case.backend.by(case.op) == "formula" and case.backend.xp is numpy_module
+    if name == "empty_inputs":
+        return not is_numpys and bool(empty_samples(case.op, case.dtype, case.seed, case.backend.product_mode))
     if name in ("any_size", "any_values", "propagates"):  # NumPy's evaluation of the formula is what they go by
-        is_numpys = case.backend.by(case.op) == "formula" and case.backend.xp is numpy_module
         has_axes = case.op.draw is not None and (name != "any_size" or bool(axes_of(case.op.draw)))
         return has_axes and not is_numpys
     if name == "guarded":
@@ -183,8 +186,11 @@ def check(
     dtypes: Sequence[str] | None = None,
     seed: int = 0,
     allow_poor: bool = False,
+    thorough_seconds: float = 0,
 ) -> Iterator[CheckResult]:
     """Put every demand to `ops` (default: all) on `backends` (default: all that run here), a result at a time.
+
+    Then each op has its share of `thorough_seconds`, in which inputs of any size and values are drawn at random.
 
     Raises UserError for an op or dtype that is not known, UserError for an unknown backend and BackendUnavailable for
     one that cannot run.
@@ -203,6 +209,10 @@ def check(
                 yield run_check(name, op, backend, dtype, seed, allow_poor)
                 if trial(Case(op, backend, dtype, seed)).harmful:
                     break
+    drawn = [(op, place) for op in chosen for place in places if applies("any_values", Case(op, place, "float32", 0))]
+    for op, place in drawn if thorough_seconds else ():
+        dtype = next((dtype for _, dtype in planned(place, op, dtypes)), "float32")
+        yield put(thoroughly(thorough_seconds / len(drawn)), Case(op, place, dtype, seed), allow_poor)
 
 
 def find_op(op: str | Op) -> Op:

@@ -106,12 +106,16 @@ def anything(case: Case, rng: np.random.Generator) -> Drawn:
     return Drawn(case.seed, number, {axis: sizes[axis] for axis in axes}, str(rng.choice(list(REGIMES))), array)
 
 
-def thorough(case: Case, tally: Tally, seconds: float, progress: Callable[[int], None] = lambda inputs: None) -> None:
-    """The formula is followed on whatever is drawn, for so many seconds."""
-    end, rng = time.monotonic() + seconds, np.random.default_rng((case.seed, 1))
-    while time.monotonic() < end:
-        judge_drawn(case, tally, anything(case, rng))
-        progress(tally.inputs)
+def thoroughly(seconds: float) -> Callable[[Case, Tally], None]:
+    """A demand for so many seconds."""
+
+    def thorough(case: Case, tally: Tally) -> None:
+        """The formula is followed on whatever is drawn."""
+        end, rng = time.monotonic() + seconds, np.random.default_rng((case.seed, 1))
+        while time.monotonic() < end:
+            judge_drawn(case, tally, anything(case, rng))
+
+    return thorough
 
 
 def _draw_of(op: Op) -> Callable[..., Any]:

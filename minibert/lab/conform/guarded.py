@@ -22,6 +22,7 @@ from minibert.kernels import Op
 from minibert.kernels.drawing import Drawn
 from minibert.lab.conform.case import EMULATED_SHAPE, SHAPE, STEP, Broken, Case, Input, Tally, rounded
 from minibert.lab.conform.drawn import sizes_of, values_of
+from minibert.lab.conform.empty import empty_samples
 from minibert.lab.conform.guarded_process import START_SECONDS, Ended, GuardedProcess, Hung, guarded_process, unguarded
 from minibert.lab.conform.jobs import Given, Job, given
 from minibert.lab.conform.layouts import LAYOUTS
@@ -99,11 +100,15 @@ def _kernel_name(op: Op, backend: Backend) -> str:
     return f"{module}:{name}" if known and getattr(sys.modules.get(module), name, None) is kernel else ""
 
 
-def _inputs(case: Case, own: bool) -> tuple[list[Given], list[Drawn]]:
-    """The samples and last the op's part in a step; and what is drawn, for kernels of others: ours take a minute."""
+def _inputs(case: Case, own: bool) -> tuple[dict[int, Given], list[Drawn]]:
+    """By number the samples, empty ones, and last the op's part in a step; and what is drawn, for kernels of others:
+    ours take a minute."""
     op = case.op
+    samples = dict(enumerate(rounded(op, one, case.dtype) for one in op.samples(np.random.default_rng(case.seed))))
+    for one in empty_samples(op, case.dtype, case.seed, case.backend.product_mode):
+        samples[len(samples)] = one.arrays, one.params
     step = op.bench(np.random.default_rng(case.seed), EMULATED_SHAPE if own else SHAPE)
-    samples = [rounded(op, one, case.dtype) for one in (*op.samples(np.random.default_rng(case.seed)), step)]
+    samples[STEP] = rounded(op, step, case.dtype)
     return samples, [] if own or op.draw is None else [*values_of(case), *sizes_of(case)]
 
 
@@ -115,11 +120,11 @@ class _Trial:
         own = kernel.startswith("minibert.")
         self.case = case
         samples, drawn = _inputs(case, own)
-        self.inputs: list[Given | Drawn] = [*samples, *drawn]
-        self.numbers = [*range(len(samples) - 1), STEP]
+        self.inputs: list[Given | Drawn] = [*samples.values(), *drawn]
+        self.numbers = list(samples)
         self.job = Job(
             case.op.name, backends.spec_of(case.backend), kernel, case.dtype, case.backend.num_threads(), self.inputs,
-            _repeated(samples), OWN_REPEAT_SECONDS if own else REPEAT_SECONDS,
+            _repeated([*samples.values()]), OWN_REPEAT_SECONDS if own else REPEAT_SECONDS,
         )  # fmt: skip
         self.call: tuple[str, int] | None = None  # the way in which an input was placed or laid out, and its number
         self.addresses: Sequence[int] = ()  # of its arrays

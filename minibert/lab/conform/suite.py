@@ -25,13 +25,11 @@ from minibert.backends.own import module_name
 from minibert.errors import UserError
 from minibert.kernels import OPS, Op
 from minibert.lab.conform.case import Case, Input
-from minibert.lab.conform.check import CHECKS as USUAL_CHECKS
-from minibert.lab.conform.check import find_op, planned
-from minibert.lab.conform.empty import empty_inputs, empty_samples
+from minibert.lab.conform.check import CHECKS, find_op, planned
+from minibert.lab.conform.empty import empty_samples
 from minibert.lab.conform.guarded import not_tried
 from minibert.lab.conform.own_kernels import TriedKernel, load_kernels
 
-CHECKS = {**USUAL_CHECKS, "empty_inputs": empty_inputs}
 PREFIX = "conformance::"  # of every id
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 DEFAULT_BACKEND = "numba"
@@ -174,13 +172,8 @@ def inputs(suite: Suite, demand: Demand) -> tuple[Input, ...]:
 
 
 def _planned(suite: Suite, op: Op) -> Iterator[Demand]:
-    """What is put to one op: the usual checks, and after those of a dtype that has all of them, the empty inputs."""
-    usual = list(planned(suite.place, op, suite.asked))
-    whole = [dtype for check, dtype in usual if check == "deterministic"]
-    yield from (Demand(op, *pair) for pair in usual)
-    for dtype in whole:
-        if empty_samples(op, dtype, suite.seed, suite.place.product_mode):
-            yield Demand(op, "empty_inputs", dtype)
+    """What is put to one op."""
+    yield from (Demand(op, *pair) for pair in planned(suite.place, op, suite.asked))
 
 
 def _not_run(suite: Suite, ops: Sequence[Op]) -> dict[str, set[tuple[str, str]]]:
