@@ -37,9 +37,10 @@ KERNEL_FLAGS = [
     "-fstack-clash-protection",  # large local arrays do not step over the guard between two threads' stacks
 ]
 # Copies of whole structs stay whole (no scalar replacement), so that the hooks see a float4 as one access.
-# -fsanitize=bounds-strict calls back where a thread leaves an array of its own, which lies in no watched memory.
+# Besides the hooks (thread), the compiler calls back where a thread leaves an array of its own, which lies in no watched
+# memory (bounds-strict), where an address is none for its type (alignment), and where a GPU goes on with some number.
 SANITIZED = [
-    *("-O1", "-fno-tree-sra", "-fsanitize=thread,bounds-strict"),
+    *("-O1", "-fno-tree-sra", "-fsanitize=thread,bounds-strict,alignment,integer-divide-by-zero,float-cast-overflow"),
     *("--param", "tsan-instrument-func-entry-exit=0"),
 ]
 FAST = ["-O2"]

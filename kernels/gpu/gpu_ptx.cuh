@@ -58,7 +58,7 @@ template <class T> CUDA_EMULATOR_RAW void mma(float (&d)[4], const unsigned (&a)
 CUDA_EMULATOR_RAW static void matrix_rows(const void* row, int first, const unsigned short* (&rows)[4][2]) {
     const void* const(&given)[WARP] = cuda_emulator::warp_exchange(ALL_LANES, row);
     if (reinterpret_cast<unsigned long long>(row) % 16 != 0) {
-        cuda_emulator_fail("misaligned access", "ldmatrix takes rows at multiples of 16 bytes", nullptr);
+        cuda_emulator_fail("misaligned access", "ldmatrix takes rows at multiples of 16 bytes");
     }
     for (int m = 0; m < 4; ++m) {
         for (int i = 0; i < 2; ++i) rows[m][i] = static_cast<const unsigned short*>(given[8 * m + (first + i) % 8]);

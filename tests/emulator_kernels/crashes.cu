@@ -9,12 +9,6 @@ extern "C" __global__ void divides_by_zero(float* y, int zero) {
     y[threadIdx.x] = float(int(threadIdx.x) / zero);  // crash divides_by_zero
 }
 
-extern "C" __global__ void reads_and_divides(float* y, int zero) {
-    const float before = y[threadIdx.x];
-    __syncwarp();
-    y[threadIdx.x] = before + float(int(threadIdx.x) / zero);
-}
-
 extern "C" __global__ void never_ends(float* y, int zero) {
     volatile float* flag = y;
     while (*flag != 1) {
@@ -32,4 +26,10 @@ __device__ int depth(int n) {
 
 extern "C" __global__ void recurses(float* y, int zero) {
     y[threadIdx.x] = float(depth(zero));
+}
+
+extern "C" __global__ void reads_and_recurses(float* y, int zero) {
+    const float before = y[threadIdx.x];
+    __syncwarp();
+    y[threadIdx.x] = before + float(depth(zero));
 }

@@ -48,7 +48,7 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __grid_constant__
-#define CUDA_EMULATOR_RAW __attribute__((no_sanitize("thread"), noinline))
+#define CUDA_EMULATOR_RAW __attribute__((no_sanitize("thread,alignment"), noinline))
 #define CUDA_EMULATOR_INLINE static inline __attribute__((always_inline, unused))
 
 #include "cuda_emulator_vectors.h"

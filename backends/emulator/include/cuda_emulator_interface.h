@@ -45,7 +45,7 @@ void cuda_emulator_copy_async_commit();
 void cuda_emulator_copy_async_wait(unsigned groups_left);
 
 // A mistake of the kernel that the header itself sees; the launch goes on.
-void cuda_emulator_fail(const char* kind, const char* detail, void* pc);
+void cuda_emulator_fail(const char* kind, const char* detail);
 [[noreturn]] void cuda_emulator_trap();
 
 // --- what a library tells of its kernels while it is loaded ---

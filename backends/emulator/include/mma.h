@@ -85,10 +85,10 @@ namespace emulated {
 template <class Type>
 CUDA_EMULATOR_INLINE void check_address(const Type* from, unsigned leading) {
     if (reinterpret_cast<uintptr_t>(from) % 32) {
-        cuda_emulator_fail("misaligned access", "a wmma fragment's address must be a multiple of 32 bytes", nullptr);
+        cuda_emulator_fail("misaligned access", "a wmma fragment's address must be a multiple of 32 bytes");
     }
     if (leading * sizeof(Type) % 16) {
-        cuda_emulator_fail("misaligned access", "a wmma leading dimension must be a multiple of 16 bytes", nullptr);
+        cuda_emulator_fail("misaligned access", "a wmma leading dimension must be a multiple of 16 bytes");
     }
 }
 

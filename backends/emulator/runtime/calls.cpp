@@ -47,8 +47,8 @@ void cuda_emulator_copy_async_wait(unsigned groups_left) {
     }
 }
 
-void cuda_emulator_fail(const char* kind, const char* detail, void* pc) {
-    emulator::report({kind, emulator::here(reinterpret_cast<uintptr_t>(pc)), 0, "", {}, detail});
+void cuda_emulator_fail(const char* kind, const char* detail) {
+    emulator::report({kind, emulator::here(reinterpret_cast<uintptr_t>(__builtin_return_address(0))), 0, "", {}, detail});
 }
 
 void cuda_emulator_trap() {
@@ -64,6 +64,14 @@ void __ubsan_handle_out_of_bounds(void*, void* index) {
                   static_cast<long>(reinterpret_cast<intptr_t>(index)));
     emulator::report({"out of bounds", emulator::here(reinterpret_cast<uintptr_t>(__builtin_return_address(0))), 0, "",
                       {}, detail});
+}
+
+// -fsanitize=integer-divide-by-zero: what a GPU goes on with is some number; a CPU would end the process.
+void __ubsan_handle_divrem_overflow(void*, uintptr_t, uintptr_t) {
+    emulator::report({"integer division by zero",
+                      emulator::here(reinterpret_cast<uintptr_t>(__builtin_return_address(0))), 0, "", {},
+                      "a GPU gives no number that can be relied on"});
+    emulator::abandon_launch();
 }
 
 // assert() of a kernel: found here before the C library's, which would end the process.

@@ -100,20 +100,10 @@ inline void check_order(const Space& space, size_t offset, unsigned bytes, uintp
     }
 }
 
-// An access of 1, 2, 4, 8 or 16 bytes to a watched space.
+// An access of 1, 2, 4, 8 or 16 bytes to a watched space, at a multiple of its size.
 template <unsigned bytes, Kind kind>
 inline void check(const Space& space, uintptr_t address, uintptr_t pc) {
     const size_t offset = address - space.base;
-    if (__builtin_expect(address % bytes != 0, false)) {
-        char detail[80];
-        std::snprintf(detail, sizeof detail, "the address is %zu bytes past a multiple of %u",
-                      size_t(address % bytes), bytes);
-        report_access("misaligned access", space, kind, bytes, pc, detail);
-        if (&space != &global_space || !pages_accessible(address, bytes)) {
-            abandon_launch();
-        }
-        return;
-    }
     uint16_t* const states = space.states + offset / 8;
     uint32_t written = ((1u << (bytes < 8 ? bytes : 8)) - 1) << offset % 8;
     uint32_t state = states[0];
@@ -153,6 +143,29 @@ inline bool holds(const Space& space, uintptr_t address) {
     abandon_launch();
 }
 
+// Where an address lies that is no thread's own; null: in no memory of the device.
+inline const Space* space_of(uintptr_t address) {
+    for (const Space* space : {&global_space, &dynamic_space, &static_space, &module_space}) {
+        if (holds(*space, address)) {
+            return space;
+        }
+    }
+    return nullptr;
+}
+
+// An address that its type forbids: a GPU ends the launch there ("misaligned address"), and so does an SSE instruction.
+[[noreturn, gnu::noinline, gnu::cold]] void misaligned(uintptr_t address, unsigned alignment, const char* access, uintptr_t pc) {
+    const Space* space = space_of(address);
+    char detail[80];
+    std::snprintf(detail, sizeof detail, "the address is %zu bytes past a multiple of %u", size_t(address % alignment),
+                  alignment);
+    report({"misaligned access", here(pc, access), alignment, space ? space->name : "local", {}, detail});
+    abandon_launch();
+}
+
+template <Kind kind>
+void access_any(const volatile void* pointer, size_t bytes, void* pc);
+
 template <unsigned bytes, Kind kind>
 inline void access(const volatile void* pointer, void* return_address) {
     if (!watching) {
@@ -163,15 +176,17 @@ inline void access(const volatile void* pointer, void* return_address) {
         return;
     }
     const auto pc = reinterpret_cast<uintptr_t>(return_address);
-    const Space* space = &global_space;
-    if (!holds(*space, address)) {
-        space = holds(dynamic_space, address)  ? &dynamic_space
-                : holds(static_space, address) ? &static_space
-                                               : &module_space;
-        if (!holds(*space, address)) {
-            wild(address, kind, bytes, pc);
-            return;
+    if (__builtin_expect(address % bytes != 0, false)) {  // what its type demands is looked at apart
+        if (kind == Kind::atomic) {
+            misaligned(address, bytes, name_of(kind), pc);
         }
+        access_any<kind>(pointer, bytes, return_address);
+        return;
+    }
+    const Space* const space = space_of(address);
+    if (__builtin_expect(space == nullptr, false)) {
+        wild(address, kind, bytes, pc);
+        return;
     }
     if (launch.sanitise) {
         check<bytes, kind>(*space, address, pc);
@@ -246,6 +261,27 @@ void __tsan_read_range(void* address, long bytes) {
 
 void __tsan_write_range(void* address, long bytes) {
     emulator::access_any<Kind::write>(address, size_t(bytes), CALLER);
+}
+
+// -fsanitize=alignment: an object is used at an address that is no multiple of its type's alignment.
+struct TypeMismatch {
+    const char* file;
+    uint32_t line;
+    uint32_t column;
+    const void* type;
+    unsigned char log_alignment;
+    unsigned char kind;  // 0: it is loaded, 1: stored, 3: a member of it is used; others: a reference to it is made
+};
+
+void __ubsan_handle_type_mismatch_v1(const TypeMismatch* use, uintptr_t address) {
+    using namespace emulator;
+    const unsigned alignment = 1u << use->log_alignment;
+    const bool own = address - private_begin < private_bytes;
+    // A member is an access of its own. Of a thread's own arrays the compiler aligns those of 16 bytes and more as a
+    // GPU's would, smaller ones not.
+    if (watching && address % alignment != 0 && use->kind != 3 && !(own && alignment != 16)) {
+        misaligned(address, alignment, use->kind == 1 ? "write" : "read", reinterpret_cast<uintptr_t>(CALLER));
+    }
 }
 
 void cuda_emulator_atomic(const volatile void* address, unsigned bytes, void* pc) {

@@ -1,0 +1,115 @@
+// What a GPU does and a CPU does not: kernels that rely on it, and kernels that trip over it. A comment `fault NAME`
+// marks the line that the emulator must name for kernel NAME. All are launched as (const float* x, float* y, int n).
+
+#include <cuda_fp16.h>
+
+#define KERNEL(name) extern "C" __global__ void name(const float* x, float* y, int n)
+
+struct __align__(16) Pair {
+    double first, second;
+};
+
+// --- vectors at an address that is no multiple of their size: n is 64, and only the compiler knows the rest ---
+
+KERNEL(float4_of_global) {
+    const float4 v = *reinterpret_cast<const float4*>(x + 1);  // fault float4_of_global
+    y[threadIdx.x] = v.x + v.y + v.z + v.w;
+}
+
+KERNEL(float4_of_shared) {
+    __shared__ __align__(16) float tile[128];
+    tile[threadIdx.x] = tile[64 + threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    const float4 v = *reinterpret_cast<const float4*>(tile + 3);  // fault float4_of_shared
+    y[threadIdx.x] = v.x + v.y + v.z + v.w;
+}
+
+KERNEL(float4_to_dynamic_shared) {
+    extern __shared__ float dynamic_tile[];
+    if (threadIdx.x == 0) *reinterpret_cast<float4*>(&dynamic_tile[2]) = make_float4(1, 2, 3, 4);  // fault float4_to_dynamic_shared
+    __syncthreads();
+    y[threadIdx.x] = dynamic_tile[2 + threadIdx.x % 4];
+}
+
+KERNEL(float4_of_local) {
+    float own[16];
+    for (int i = 0; i < 16; ++i) own[i] = x[i];
+    const float4 v = *reinterpret_cast<const float4*>(own + 1);  // fault float4_of_local
+    y[threadIdx.x] = v.x + v.y + own[n % 16];
+}
+
+KERNEL(float2_to_global) {
+    if (threadIdx.x == 0) *reinterpret_cast<float2*>(y + 1) = make_float2(x[0], x[1]);  // fault float2_to_global
+}
+
+KERNEL(int4_of_global) {
+    const int4 v = reinterpret_cast<const int4*>(x + 2)[threadIdx.x % 4];  // fault int4_of_global
+    y[threadIdx.x] = float(v.x + v.w);
+}
+
+KERNEL(uint4_copied) {
+    if (threadIdx.x == 0) reinterpret_cast<uint4*>(y)[0] = reinterpret_cast<const uint4*>(x + 3)[0];  // fault uint4_copied
+}
+
+KERNEL(uint4_by_ldg) {
+    const uint4 v = __ldg(reinterpret_cast<const uint4*>(x + 1));  // fault uint4_by_ldg
+    y[threadIdx.x] = float(v.x ^ v.w);
+}
+
+KERNEL(double2_of_global) {
+    const double2 v = *reinterpret_cast<const double2*>(x + 2);  // fault double2_of_global
+    y[threadIdx.x] = float(v.x + v.y);
+}
+
+KERNEL(half2_of_shared) {
+    __shared__ __align__(16) __half tile[64];
+    tile[threadIdx.x] = __float2half(x[0]);
+    __syncthreads();
+    const __half2 v = *reinterpret_cast<const __half2*>(tile + 1);  // fault half2_of_shared
+    y[threadIdx.x] = __low2float(v) + __high2float(v);
+}
+
+KERNEL(long_long_of_global) {
+    y[threadIdx.x] = float(*reinterpret_cast<const long long*>(x + 1));  // fault long_long_of_global
+}
+
+KERNEL(aligned_struct) {
+    const Pair* pairs = reinterpret_cast<const Pair*>(x + 2);
+    const Pair pair = pairs[threadIdx.x % 8];  // fault aligned_struct
+    y[threadIdx.x] = float(pair.first + pair.second);
+}
+
+KERNEL(float4_at_a_computed_place) {
+    const float4 v = *reinterpret_cast<const float4*>(x + n / 64 + 1);  // fault float4_at_a_computed_place
+    y[threadIdx.x] = v.x + v.y + v.z + v.w;
+}
+
+// --- and right ones: structs of plain floats are copied float by float, a member is no vector, a cast of own arrays ---
+
+struct Three {
+    float a, b, c;
+};
+struct Four {
+    float a, b, c, d;
+};
+
+KERNEL(aligned_enough) {
+    const Four four = *reinterpret_cast<const Four*>(x + 1);
+    const Three three = *reinterpret_cast<const Three*>(x + 1);
+    const float member = reinterpret_cast<const float4*>(x + 1)->y;
+    float own[4] = {four.a, three.b, member, four.d};
+    const float4 v = *reinterpret_cast<const float4*>(own);
+    __half halves[2] = {__float2half(v.x), __float2half(v.y)};
+    const __half2 both = *reinterpret_cast<const __half2*>(halves);
+    float pair[2] = {v.z, v.w};
+    const float2 as_pair = *reinterpret_cast<const float2*>(pair);
+    y[threadIdx.x] = as_pair.x + as_pair.y + __low2float(both) + __high2float(both);
+}
+
+KERNEL(divides_by_zero) {
+    y[threadIdx.x] = float(int(threadIdx.x) / (n - 64));  // fault divides_by_zero
+}
+
+KERNEL(remainder_by_zero) {
+    y[threadIdx.x] = float(threadIdx.x % unsigned(n - 64));  // fault remainder_by_zero
+}
