@@ -199,10 +199,13 @@ class EmulatorDriver:
         self._compare_signatures(kernel, library)
 
         def run() -> bool:
-            report = self.process.launch(
-                library, name, grid, (kernel.block, 1, 1), shared, packed, sanitize=settings.sanitize,
-                traffic=settings.traffic, schedule=settings.schedule, seed=settings.seed,
-            )  # fmt: skip
+            try:
+                report = self.process.launch(
+                    library, name, grid, (kernel.block, 1, 1), shared, packed, sanitize=settings.sanitize,
+                    traffic=settings.traffic, schedule=settings.schedule, seed=settings.seed,
+                )  # fmt: skip
+            except EmulatorCrash as crash:
+                raise EmulatorCrash(f"{op}: {crash}", crash.findings) from None
             for line in report.traffic:
                 self._count(line)
             if report.findings:

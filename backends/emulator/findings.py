@@ -6,7 +6,7 @@ import functools
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,6 +141,42 @@ def read_findings(reports: Iterable[Mapping[str, Any]], kernel: str) -> list[Fin
     seen = {(f.kind, f.file, f.line) for f in merged.values() if f.access}
     found = [f for f in merged.values() if f.access or (f.kind, f.file, f.line) not in seen]
     return sorted(found, key=lambda finding: finding.kind != "race")
+
+
+STANDING = {  # of one thread, of several
+    "ready": ("waits for its turn", "wait for their turn"), "done": ("has returned", "have returned"),
+    "barrier": ("waits at the barrier of {}", "wait at the barrier of {}"),
+    "warp": ("waits for its warp at {}", "wait for their warp at {}"),
+}  # fmt: skip
+
+
+def without_end(findings: Sequence[Finding], told: Mapping[str, Any]) -> tuple[str, list[Finding]]:
+    """Where the threads of an endless launch stand, in words; and the findings, the last of which says so.
+
+    `told`: `stacks`, the places of the running thread at some moments, innermost first; `others` of its block; `ended`
+    of `blocks` have run to their end.
+    """
+    *before, running = findings
+    lines = find_lines(place for stack in told["stacks"] for place in stack)
+    seen = [[line for place in stack for line in lines.get(place, ())] for stack in told["stacks"]]
+    seen = [stack for stack in seen if stack]
+    text = f"thread {_show(running.thread)} of block {_show(running.block)} goes round"
+    if seen:  # the lines of the kernel itself, and of the function that it calls where that is one
+        file = seen[-1][-1].file
+        own = sorted({stack[-1].line for stack in seen if stack[-1].file == file})
+        inner = {stack[0] for stack in seen}
+        text += f" in {short(file)}:{own[0]}" + (f"-{own[-1]}" if len(own) > 1 else "")
+        text += f", called to {inner.pop()}" if len(inner) == 1 and seen[-1][0] not in {s[-1] for s in seen} else ""
+        running = replace(running, file=file, line=own[0])
+    for group in told["others"]:
+        several = group["first"] != group["last"]
+        who = f"threads {group['first']}-{group['last']}" if several else f"thread {group['first']}"
+        where = f"{short(group['file'])}:{group['line']}" if "file" in group else ""
+        text += f", {who} {STANDING[group['state']][several].format(where)}"
+    waiting = told["blocks"] - told["ended"] - 1
+    if told["blocks"] > 1:
+        text += f"; {told['ended']} of {told['blocks']} blocks have ended, {waiting} wait for their turn"
+    return text, [*before, replace(running, detail=text)]
 
 
 def read_traffic(reports: Iterable[Mapping[str, Any]]) -> list[TrafficLine]:

@@ -6,6 +6,7 @@ Device memory is one arena shared by both processes; whatever a kernel does to i
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import shutil
@@ -24,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from minibert.backends.base import BackendUnavailable
-from minibert.backends.emulator.findings import Finding, TrafficLine, read_findings, read_traffic
+from minibert.backends.emulator.findings import Finding, TrafficLine, read_findings, read_traffic, without_end
 from minibert.backends.emulator.toolchain import emulator_executable
 from minibert.errors import UserError
 
@@ -35,6 +36,13 @@ SCHEDULES = {"forward": 0, "reverse": 1, "random": 2}
 RETURNED_TO_SYSTEM = 1 << 20  # freed regions of so many bytes give their memory back
 
 SPOILT = "what arrays hold is not to be relied on"
+
+SECONDS = "MINIBERT_EMULATOR_SECONDS"  # of computing that a small launch may take
+USUAL_SECONDS = 2.0
+THREADS_PER_SHARE = 10_000  # a launch of so many more, or on a device whose arrays hold
+BYTES_PER_SHARE = 1 << 18  # ... so many bytes more, gets as many seconds again
+AFTER_AN_ENDLESS_ONE = 0.25  # of the time, for a kernel that has once been stopped
+OVERSLEPT = 30.0  # so many times what a launch may compute a busy machine may make us wait
 
 RegionState = Literal["unwritten", "freed", "written"]
 
@@ -75,15 +83,17 @@ class EmulatorProcess:
     """Starts with the first use, and again after a crash.
 
     `base` is the arena's address for kernels, `memory` the same bytes here, as NumPy uint8 of shape (memory_bytes,).
-    `timeout` bounds a launch in seconds. `gdb` runs the process under gdb, stopped at "file.cu:line"; then nothing
+    `timeout` bounds what a launch computes, in seconds; by default by its size (`seconds_for`). `gdb` runs the process under gdb, stopped at "file.cu:line"; then nothing
     is bounded, and gdb has the terminal.
     """
 
-    def __init__(self, memory_bytes: int = 1 << 36, *, timeout: float = 120.0, gdb: str | None = None) -> None:
+    def __init__(self, memory_bytes: int = 1 << 36, *, timeout: float | None = None, gdb: str | None = None) -> None:
         self.base = BASE
         self.timeout = timeout
         self.gdb = gdb
         self._bytes = memory_bytes
+        self._seconds = seconds_asked_for()
+        self._endless: set[tuple[Path, str]] = set()
         emulator_executable()  # says at once what is missing
         self._memory_fd = os.memfd_create("minibert-emulator")
         os.ftruncate(self._memory_fd, memory_bytes)
@@ -156,7 +166,7 @@ class EmulatorProcess:
         and lanes: "forward", "reverse" or "random" by `seed`.
 
         Raises UserError for a launch that a GPU would refuse, EmulatorCrash where the kernel ended the process or ran
-        for longer than `timeout`, DebuggerLeft where the user quit gdb.
+        for longer than it may, DebuggerLeft where the user quit gdb.
         """
         kernels = self._load(so)
         if kernel not in kernels:
@@ -166,15 +176,30 @@ class EmulatorProcess:
         self._flush()
         whole = [*_extent("grid", grid), *_extent("block", block), shared_bytes, sanitize | traffic << 1]
         request = struct.pack("<9I", kernels[kernel][0], *whole)
-        request += struct.pack("<IQI", SCHEDULES[schedule], seed % (1 << 64), len(arguments))
+        seconds = self.seconds_for(so, kernel, math.prod((*grid, *block)))
+        limit = 0 if self.gdb is not None else max(1, round(1000 * seconds))
+        request += struct.pack("<IQII", SCHEDULES[schedule], seed % (1 << 64), limit, len(arguments))
         for value in arguments:
             request += struct.pack("<I", len(value)) + value
-        reply = self._ask(LAUNCH, request, f"kernel {kernel}")
+        reply = self._ask(LAUNCH, request, f"kernel {kernel}", OVERSLEPT * (1 + seconds))
         findings = read_findings(reply["findings"], kernel)
+        if endless := reply.get("endless"):
+            self._stop()
+            self._endless.add((so, kernel))
+            ending, findings = without_end(findings, endless)
+            what = f"kernel {kernel} did not finish in {seconds:.2g} s of computing and was stopped: {ending}; {SPOILT}"
+            raise EmulatorCrash(what, findings)
         if reply.get("crash"):
             self._stop()
             raise EmulatorCrash(f"{findings[-1]}; {SPOILT}", findings)
         return Report(findings, read_traffic(reply["traffic"]))
+
+    def seconds_for(self, so: Path, kernel: str, threads: int) -> float:
+        """What a launch of so many threads may compute: in proportion to them, and to the bytes that arrays hold."""
+        if self.timeout is not None:
+            return self.timeout
+        size = threads / THREADS_PER_SHARE + sum(self._live.values()) / BYTES_PER_SHARE
+        return self._seconds * (1 + size) * (AFTER_AN_ENDLESS_ONE if (so, kernel) in self._endless else 1)
 
     # --- the process ---
 
@@ -211,10 +236,10 @@ class EmulatorProcess:
             payload, self._regions = bytes(self._regions), bytearray()
             self._ask(REGION, payload, "allocating device memory")
 
-    def _ask(self, opcode: int, payload: bytes, what: str) -> Mapping[str, Any]:
+    def _ask(self, opcode: int, payload: bytes, what: str, patience: float = 120.0) -> Mapping[str, Any]:
         channel = self._channel
         assert channel is not None
-        channel.settimeout(self.timeout if self.gdb is None else None)
+        channel.settimeout(patience if self.gdb is None else None)
         try:
             with _interrupts_left_to_gdb(self.gdb is not None):
                 channel.sendall(struct.pack("<II", opcode, len(payload)) + payload)
@@ -223,7 +248,7 @@ class EmulatorProcess:
         except TimeoutError:
             self._stop()
             raise EmulatorCrash(
-                f"{what} did not finish in {self.timeout:g} s: an infinite loop? It was stopped; {SPOILT}"
+                f"{what} gave no answer in {patience:g} s, and the emulator was stopped; {SPOILT}"
             ) from None
         except ConnectionError:
             code = self._child.wait() if self._child is not None else None
@@ -238,6 +263,18 @@ class EmulatorProcess:
             raise UserError(f"{what}: {text.decode()}")
         reply: Mapping[str, Any] = json.loads(text)
         return reply
+
+
+def seconds_asked_for() -> float:
+    """What a small launch may compute, by the environment. Raises BackendUnavailable for what is no time."""
+    given = os.environ.get(SECONDS, "").strip() or f"{USUAL_SECONDS}"
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 86400:
+        raise BackendUnavailable(f"${SECONDS}: expected seconds, above 0 to 86400, got {given!r}")
+    return seconds
 
 
 def _receive(channel: socket.socket, size: int) -> bytes:

@@ -34,10 +34,11 @@ KERNEL_FLAGS = [
     "-fno-strict-aliasing",  # device code reads floats as uint4
     "-fno-threadsafe-statics",
     "-fno-gnu-unique",  # a template's static belongs to its own library
+    "-fno-finite-loops",  # a loop without an end is one here too
     "-fstack-clash-protection",  # large local arrays do not step over the guard between two threads' stacks
 ]
 # Copies of whole structs stay whole (no scalar replacement), so that the hooks see a float4 as one access.
-# Besides the hooks (thread), the compiler calls back where a thread leaves an array of its own, which lies in no watched
+# Besides these (thread), the compiler calls back where a thread leaves an array of its own, which lies in no watched
 # memory (bounds-strict), where an address is none for its type (alignment), and where a GPU goes on with some number.
 SANITIZED = [
     *("-O1", "-fno-tree-sra", "-fsanitize=thread,bounds-strict,alignment,integer-divide-by-zero,float-cast-overflow"),

@@ -5,14 +5,18 @@ The kernels are in tests/emulator_kernels/fidelity.cu; comments there mark the l
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+from minibert.backends.base import BackendUnavailable
 from minibert.backends.emulator.findings import Finding
-from tests.emulator_device import SCHEDULES, Device, marked, needs_compiler
+from minibert.backends.emulator.process import SECONDS, USUAL_SECONDS, EmulatorCrash
+from tests.emulator_device import KERNELS, SCHEDULES, Device, marked, needs_compiler
 
 pytestmark = needs_compiler
 
@@ -68,3 +72,124 @@ def test_what_needs_no_alignment(device: Device, schedule: str) -> None:
 def test_an_integer_divided_by_zero(device: Device, kernel: str) -> None:
     (found,) = findings(device, kernel)
     assert (found.kind, found.line) == ("integer division by zero", marked("fidelity.cu", f"fault {kernel}"))
+
+
+# Launches without an end
+
+
+def loop(kernel: str) -> range:
+    """The lines that a kernel goes round in."""
+    return range(marked("fidelity.cu", f"loop {kernel}"), marked("fidelity.cu", f"end {kernel}") + 1)
+
+
+def endless(device: Device, kernel: str, grid: int = 1, **options: Any) -> EmulatorCrash:
+    x, y = device.array(np.arange(128, dtype="f4")), device.array(np.zeros(128, dtype="f4"))
+    with pytest.raises(EmulatorCrash) as caught:
+        device.run("fidelity.cu", kernel, grid, 64, x, y, np.int32(64), **options)
+    found = caught.value.findings[-1]
+    assert (found.kind, found.line in loop(kernel)) == ("no end", True)
+    return caught.value
+
+
+def test_an_endless_launch_tells_where_its_threads_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECONDS, "0.1")
+    device = Device()
+    barrier, line, inner = (marked("fidelity.cu", f"{m} waits_in_a_function") for m in ("barrier", "loop", "inner"))
+    where = "emulator_kernels/fidelity.cu"
+    assert re.fullmatch(
+        r"kernel waits_in_a_function did not finish in 0\.1 s of computing and was stopped: thread \(40,0,0\) of "
+        rf"block \(0,0,0\) goes round in {where}:{line}, called to {where}:{inner}, threads 0-31 wait at the barrier "
+        rf"of {where}:{barrier}, threads 32-39 wait for their warp at {where}:{line + 1}, threads 41-63 wait for their "
+        r"turn; what arrays hold is not to be relied on",
+        str(endless(device, "waits_in_a_function")),
+    )
+    begun = time.monotonic()
+    said = str(endless(device, "steps_of_zero", grid=5, schedule="reverse"))
+    assert "of block (4,0,0) goes round in" in said and "; 0 of 5 blocks have ended, 4 wait for their turn;" in said
+    said = str(endless(device, "steps_of_zero", grid=5))
+    assert re.search(r"goes round in \S+, threads 1-63 wait for their turn; 2 of 5 blocks have ended", said)
+    endless(device, "computes_for_ever")
+    device.process.close()
+    assert time.monotonic() - begun < 60
+
+
+def test_a_launch_may_take_what_its_size_asks_for(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = KERNELS / "fidelity.cu"
+    held = sum(device.process._live.values())
+    few, many = (device.process.seconds_for(library, "k", threads) for threads in (64, 10_064))
+    assert many - few == pytest.approx(USUAL_SECONDS)
+    device.process.region(device.end, 1 << 18, "unwritten")
+    assert device.process.seconds_for(library, "k", 64) - few == pytest.approx(USUAL_SECONDS)
+    device.process.region(device.end, 1 << 18, "freed")
+    assert sum(device.process._live.values()) == held
+    for wrong in ("soon", "0", "-1", "1e9"):
+        monkeypatch.setenv(SECONDS, wrong)
+        with pytest.raises(BackendUnavailable, match=r"\$MINIBERT_EMULATOR_SECONDS: expected seconds, above 0"):
+            Device()
+
+
+# Approximate functions
+
+
+def approximations(device: Device, x: np.ndarray) -> np.ndarray:
+    y = device.empty(64 * x.size)
+    blocks = -(-x.size // 128)
+    assert not device.run("fidelity.cu", "approximations", blocks, 128, device.array(x), y, np.int32(x.size)).findings
+    return device.read(y, (x.size, 16), "f4")
+
+
+def spacing(exact: np.ndarray) -> np.ndarray:
+    """Of float32 about these numbers."""
+    return np.ldexp(1.0, np.maximum(np.frexp(exact)[1] - 1, -126) - 23)
+
+
+def near_one(x: np.ndarray, absolute: float, ulps: float, exact: np.ndarray) -> np.ndarray:
+    return np.where((x >= 0.5) & (x <= 2), absolute, ulps * spacing(exact))
+
+
+APPROXIMATIONS: dict[str, tuple[int, Any, Any]] = {  # column, exact, largest error of x and the exact value
+    "__expf": (0, np.exp, lambda x, e: (2 + np.floor(np.abs(1.173 * x))) * spacing(e)),
+    "__exp10f": (1, lambda x: 10**x, lambda x, e: (2 + np.floor(np.abs(2.97 * x))) * spacing(e)),
+    "__logf": (2, np.log, lambda x, e: near_one(x, 2**-21.41, 3, e)),
+    "__log2f": (3, np.log2, lambda x, e: near_one(x, 2**-22, 2, e)),
+    "__log10f": (4, np.log10, lambda x, e: near_one(x, 2**-24, 3, e)),
+    "__sinf": (5, np.sin, lambda x, e: 2**-21.41 * np.maximum(1, np.abs(x) / np.pi)),
+    "__cosf": (6, np.cos, lambda x, e: 2**-21.19 * np.maximum(1, np.abs(x) / np.pi)),
+    "__tanhf": (8, np.tanh, lambda x, e: 2**-11 * np.abs(e)),
+    "rsqrtf": (9, lambda x: x**-0.5, lambda x, e: 2**-22.9 * e),
+    "__fdividef(x, 3)": (10, lambda x: x / 3, lambda x, e: 2 * spacing(e)),
+    "__fdividef(3, x)": (11, lambda x: 3 / x, lambda x, e: 2 * spacing(e)),
+    "__frcp_rn": (13, lambda x: 1 / x, lambda x, e: 0.5 * spacing(e)),
+    "__fsqrt_rn": (14, np.sqrt, lambda x, e: 0.5 * spacing(e)),
+}
+
+
+def test_approximate_functions_are_as_far_off_as_they_may_be(device: Device) -> None:
+    """Never further, and far enough that a kernel which relies on more is seen."""
+    rng = np.random.default_rng(0)
+    sizes = [rng.uniform(0.5, 2, 3000), rng.uniform(0, 30, 3000), 2.0 ** rng.uniform(-20, 5, 3000)]
+    x = np.concatenate([*sizes, *(-size for size in sizes)]).astype("f4")
+    made = approximations(device, x).astype("f8")
+    for name, (column, exactly, largest) in APPROXIMATIONS.items():
+        with np.errstate(all="ignore"):
+            exact = exactly(x.astype("f8"))
+        finite = np.isfinite(exact)
+        error, bound = np.abs(made[:, column] - exact)[finite], largest(x.astype("f8"), exact)[finite]
+        assert (error <= bound * (1 + 1e-9)).all(), name
+        assert (error > 0.8 * bound).any(), name
+        assert np.isnan(made[~finite, column]).all(), name  # the logarithm, the root of a negative number
+    again = approximations(device, x)
+    np.testing.assert_array_equal(again, made.astype("f4"))
+    np.testing.assert_array_equal(again[:, 15], again[:, 5] + again[:, 6])
+
+
+def test_approximate_functions_at_the_ends(device: Device) -> None:
+    special = np.array([0, 1, np.inf, -np.inf, np.nan, 2.0**126.5, -(2.0**127), -1, 150, -150], "f4")
+    made = approximations(device, special)
+    exp, log, sine, cosine, root, third, over = made[:, [0, 2, 5, 6, 9, 10, 11]].T
+    assert exp[[0, 2, 3, 8]].tolist() == [1, np.inf, 0, np.inf] and 0 <= exp[9] < 2**-140
+    assert log[[0, 1, 2]].tolist() == [-np.inf, 0, np.inf] and np.isnan(log[[3, 4, 7]]).all()
+    assert (sine[0], cosine[0]) == (0, 1) and np.isnan(sine[[2, 3, 4]]).all()
+    assert root[[0, 2]].tolist() == [np.inf, 0] and np.isnan(root[[3, 4, 7]]).all()
+    assert third[[0, 2, 3]].tolist() == [0, np.inf, -np.inf] and third[1] != 0
+    assert over[[0, 2, 3, 5, 6]].tolist() == [np.inf, 0, 0, 0, 0]  # beyond 2^126 the quotient is lost

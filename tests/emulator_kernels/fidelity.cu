@@ -113,3 +113,48 @@ KERNEL(divides_by_zero) {
 KERNEL(remainder_by_zero) {
     y[threadIdx.x] = float(threadIdx.x % unsigned(n - 64));  // fault remainder_by_zero
 }
+
+// --- loops without an end ---
+
+__device__ __forceinline__ float waits_for(const float* flag) {
+    float seen = 0;
+    while (*reinterpret_cast<const volatile float*>(flag) != -1) seen += 1;  // inner waits_in_a_function
+    return seen;
+}
+
+KERNEL(waits_in_a_function) {
+    if (threadIdx.x < 32) __syncthreads();  // barrier waits_in_a_function
+    if (threadIdx.x == 40) y[0] = waits_for(x);  // loop waits_in_a_function, end waits_in_a_function
+    if (threadIdx.x <= 40) __syncwarp(0x000001ff);
+}
+
+KERNEL(steps_of_zero) {
+    float sum = 0;
+    if (blockIdx.x < 2) return;
+    for (int i = 0; i < n; i += n / 65) {  // loop steps_of_zero
+        sum += x[i];
+        sum *= 0.5f;  // end steps_of_zero
+    }
+    y[threadIdx.x] = sum;
+}
+
+KERNEL(computes_for_ever) {
+    unsigned word = n;
+    while (word) word = word * 2 + 1;  // loop computes_for_ever, end computes_for_ever
+    y[threadIdx.x] = word;
+}
+
+// --- approximate functions: 16 numbers for each x, whose number is n ---
+
+extern "C" __global__ void approximations(const float* x, float* y, int n) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    const float a = x[i];
+    float sine, cosine;
+    __sincosf(a, &sine, &cosine);
+    const float made[] = {
+        __expf(a), __exp10f(a), __logf(a), __log2f(a), __log10f(a), __sinf(a), __cosf(a), __tanf(a), __tanhf(a),
+        rsqrtf(a), __fdividef(a, 3), __fdividef(3, a), __powf(a, 1.5f), __frcp_rn(a), __fsqrt_rn(a), sine + cosine,
+    };
+    for (int k = 0; k < 16; ++k) y[16 * i + k] = made[k];
+}

@@ -64,6 +64,7 @@ constexpr int warpSize = 32;
 
 #include "cuda_emulator_atomics.h"
 #include "cuda_emulator_math.h"
+#include "cuda_emulator_approximate.h"
 #include "cuda_emulator_warp.h"
 
 // --- what toolchain.py appends for every kernel ---

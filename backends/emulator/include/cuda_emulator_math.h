@@ -1,4 +1,4 @@
-// Device functions that the C++ library lacks. The approximate ones (__expf, __fdividef, ...) are computed exactly.
+// Device functions that the C++ library lacks, but for the approximate ones (cuda_emulator_approximate.h).
 #pragma once
 
 // --- bits ---
@@ -95,39 +95,19 @@ using std::signbit;
 
 namespace cuda_emulator {
 
-CUDA_EMULATOR_INLINE float reciprocal_root(float x) { return float(1 / sqrt(double(x))); }
-CUDA_EMULATOR_INLINE double reciprocal_root(double x) { return 1 / sqrt(x); }
 CUDA_EMULATOR_INLINE float reciprocal_cube_root(float x) { return float(1 / cbrt(double(x))); }
 CUDA_EMULATOR_INLINE float sine_of_pi(float x) { return float(sin(double(x) * 3.14159265358979323846)); }
 CUDA_EMULATOR_INLINE float cosine_of_pi(float x) { return float(cos(double(x) * 3.14159265358979323846)); }
-CUDA_EMULATOR_INLINE float power_of_ten(float x) { return float(pow(10.0, double(x))); }
-CUDA_EMULATOR_INLINE void sine_and_cosine(float x, float* sine, float* cosine) {
-    *sine = sinf(x);
-    *cosine = cosf(x);
-}
 
 }  // namespace cuda_emulator
 
 // Macros, since C libraries declare these names, or will.
-#define rsqrtf(x) cuda_emulator::reciprocal_root(float(x))
-#define rsqrt(x) cuda_emulator::reciprocal_root(x)
 #define rcbrtf(x) cuda_emulator::reciprocal_cube_root(x)
 #define sinpif(x) cuda_emulator::sine_of_pi(x)
 #define cospif(x) cuda_emulator::cosine_of_pi(x)
-#define __expf(x) expf(x)
-#define __exp10f(x) cuda_emulator::power_of_ten(x)
-#define __logf(x) logf(x)
-#define __log2f(x) log2f(x)
-#define __log10f(x) log10f(x)
-#define __powf(x, y) powf(x, y)
-#define __sinf(x) sinf(x)
-#define __cosf(x) cosf(x)
-#define __tanf(x) tanf(x)
-#define __sincosf(x, sine, cosine) cuda_emulator::sine_and_cosine(x, sine, cosine)
 
 CUDA_EMULATOR_INLINE float normcdff(float x) { return float(0.5 * erfc(-double(x) * 0.70710678118654752440)); }
 CUDA_EMULATOR_INLINE float fdividef(float x, float y) { return x / y; }
-CUDA_EMULATOR_INLINE float __fdividef(float x, float y) { return x / y; }
 CUDA_EMULATOR_INLINE float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; }
 CUDA_EMULATOR_INLINE float __fadd_rn(float x, float y) { return x + y; }
 CUDA_EMULATOR_INLINE float __fsub_rn(float x, float y) { return x - y; }
@@ -135,7 +115,7 @@ CUDA_EMULATOR_INLINE float __fmul_rn(float x, float y) { return x * y; }
 CUDA_EMULATOR_INLINE float __fdiv_rn(float x, float y) { return x / y; }
 CUDA_EMULATOR_INLINE float __frcp_rn(float x) { return 1 / x; }
 CUDA_EMULATOR_INLINE float __fsqrt_rn(float x) { return sqrtf(x); }
-CUDA_EMULATOR_INLINE float __frsqrt_rn(float x) { return rsqrtf(x); }
+CUDA_EMULATOR_INLINE float __frsqrt_rn(float x) { return float(1 / sqrt(double(x))); }
 CUDA_EMULATOR_INLINE float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
 CUDA_EMULATOR_INLINE double __dadd_rn(double x, double y) { return x + y; }
 CUDA_EMULATOR_INLINE double __dmul_rn(double x, double y) { return x * y; }

@@ -196,6 +196,7 @@ std::string run_launch() {
         if (abandoned()) {
             break;
         }
+        launch.blocks_ended++;
     }
     watching = false;
     return "";

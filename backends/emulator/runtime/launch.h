@@ -61,6 +61,7 @@ struct Launch {
     Schedule schedule = Schedule::forward;
     uint64_t seed = 0;
     std::vector<void*> arguments;
+    uint64_t blocks_ended = 0;
 };
 
 extern Launch launch;

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cuda_emulator_interface.h"
+#include "endless.h"
 #include "findings.h"
 #include "launch.h"
 #include "regions.h"
@@ -133,6 +134,7 @@ std::string run(const std::vector<char>& payload) {
     launch.traffic = flags & 2;
     launch.schedule = reader.take<Schedule>();
     launch.seed = reader.take<uint64_t>();
+    const auto limit = reader.take<uint32_t>();
     const auto& expected = launch.kernel->arguments;
     const auto count = reader.take<uint32_t>();
     if (count != expected.size()) {
@@ -152,7 +154,9 @@ std::string run(const std::vector<char>& payload) {
     }
     forget_findings();
     forget_traffic();
+    limit_time(limit, [](const std::string& reply) { answer(0, reply); });
     const std::string error = run_launch();
+    end_time_limit();
     std::fflush(stdout);
     if (!error.empty()) {
         throw Refused{error};
@@ -275,6 +279,7 @@ int main(int count, char** arguments) {
     signal(SIGINT, SIG_IGN);  // Python decides what an interrupt means
     emulator::map_arena(memory_fd, memory_bytes);
     emulator::catch_crashes();
+    emulator::prepare_time_limit();
     emulator::serve();
     _exit(0);  // a kernel may have spoiled what destructors would look at
 }

@@ -186,6 +186,11 @@ void run_block(uint32_t block) {
     }
 }
 
+const Thread* block_threads(unsigned& count) {
+    count = thread_count;
+    return threads;
+}
+
 void wait_for_others(State state) {
     current->state = state;
     yield();

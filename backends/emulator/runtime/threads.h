@@ -90,6 +90,7 @@ extern size_t private_bytes;
 void prepare_threads();
 bool stack_is_full(uintptr_t address);  // whether the running thread has come to the end of its stack there
 void run_block(uint32_t block);
+const Thread* block_threads(unsigned& count);  // of the block that runs
 bool abandoned();
 
 // Leave the running thread, and give the launch up.
