@@ -83,8 +83,8 @@ class EmulatorProcess:
     """Starts with the first use, and again after a crash.
 
     `base` is the arena's address for kernels, `memory` the same bytes here, as NumPy uint8 of shape (memory_bytes,).
-    `timeout` bounds what a launch computes, in seconds; by default by its size (`seconds_for`). `gdb` runs the process under gdb, stopped at "file.cu:line"; then nothing
-    is bounded, and gdb has the terminal.
+    `timeout` bounds what a launch computes, in seconds; by default by its size (`seconds_for`). `gdb` runs the process
+    under gdb, stopped at "file.cu:line"; then nothing is bounded, and gdb has the terminal.
     """
 
     def __init__(self, memory_bytes: int = 1 << 36, *, timeout: float | None = None, gdb: str | None = None) -> None:

@@ -32,8 +32,8 @@ CUDA_EMULATOR_INLINE float off_by_ulps(double exact, double ulps, double part) {
 }
 
 CUDA_EMULATOR_INLINE float exp_about(unsigned function, double exact, float x, double per_unit) {
-    if (x == 0) {
-        return 1;  // PTX ISA: ex2.approx
+    if (x == 0 || isinf(x)) {
+        return float(exact);  // PTX ISA: ex2.approx
     }
     const float result = off_by_ulps(exact, 2 + floor(fabs(per_unit * x)), drawn(function, x));
     return result < 0 ? 0 : result;
