@@ -71,6 +71,7 @@ class EmulatorDriver:
     def __init__(self) -> None:
         compiler()  # says what to install where it is missing
         self.settings = Settings()
+        self.notes: dict[tuple[str, str, int], Finding] = {}
         self.traffic: dict[tuple[str, int, str, str], TrafficLine] = {}
         self.total = memory_asked_for()
         self.gdb: str | None = None
@@ -208,6 +209,8 @@ class EmulatorDriver:
                 raise EmulatorCrash(f"{op}: {crash}", crash.findings) from None
             for line in report.traffic:
                 self._count(line)
+            for note in report.notes:
+                self.notes.setdefault((note.kind, note.file, note.line), note)
             if report.findings:
                 raise KernelFault(op, name, report.findings)
             return True

@@ -61,6 +61,7 @@ class Report:
     """What a launch told."""
 
     findings: list[Finding] = field(default_factory=list)
+    notes: list[Finding] = field(default_factory=list)  # no mistakes, but worth knowing
     traffic: list[TrafficLine] = field(default_factory=list)
 
 
@@ -192,7 +193,8 @@ class EmulatorProcess:
         if reply.get("crash"):
             self._stop()
             raise EmulatorCrash(f"{findings[-1]}; {SPOILT}", findings)
-        return Report(findings, read_traffic(reply["traffic"]))
+        notes = [finding for finding in findings if finding.is_note]
+        return Report([f for f in findings if not f.is_note], notes, read_traffic(reply["traffic"]))
 
     def seconds_for(self, so: Path, kernel: str, threads: int) -> float:
         """What a launch of so many threads may compute: in proportion to them, and to the bytes that arrays hold."""

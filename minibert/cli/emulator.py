@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from minibert.backends import Backend
-from minibert.cli.options import plain_table
+from minibert.cli.options import notes, plain_table
 from minibert.errors import UserError
 from minibert.kernels.gpu.launch import INCLUDE
 
@@ -58,8 +58,11 @@ def emulator_options(
     try:
         with driver.set(sanitize=sanitize, traffic=traffic, schedule=chosen[0]):
             driver.traffic.clear()
+            driver.notes.clear()
             driver.sources.clear()
             yield backend
+        for note in driver.notes.values():
+            notes.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
         if gdb is not None:
             _refuse_elsewhere(gdb, driver.sources)
     finally:

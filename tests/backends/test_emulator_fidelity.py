@@ -193,3 +193,75 @@ def test_approximate_functions_at_the_ends(device: Device) -> None:
     assert root[[0, 2]].tolist() == [np.inf, 0] and np.isnan(root[[3, 4, 7]]).all()
     assert third[[0, 2, 3]].tolist() == [0, np.inf, -np.inf] and third[1] != 0
     assert over[[0, 2, 3, 5, 6]].tolist() == [np.inf, 0, 0, 0, 0]  # beyond 2^126 the quotient is lost
+
+
+# Several writers, and numbers that a CPU converts otherwise
+
+
+def lines(mark: str) -> set[int]:
+    text = (KERNELS / "fidelity.cu").read_text().splitlines()
+    return {number for number, line in enumerate(text, 1) if re.search(rf"{mark}\b", line)}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_same_value_by_several_threads_is_told_and_is_no_fault(device: Device, schedule: str) -> None:
+    x, y = device.array(np.arange(128, dtype="f4")), device.empty(512)
+    report = device.run("fidelity.cu", "flag_raised_by_all", 3, 64, x, y, np.int32(64), schedule=schedule)
+    assert not report.findings
+    assert {(f.kind, f.line, f.space) for f in report.notes} == {
+        ("same value written", line, space)
+        for line, space in zip(sorted(lines("note flag_raised_by_all")), ("shared", "global"), strict=True)
+    }
+    assert "after an unordered write by thread" in str(report.notes[0])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("kernel", ["struct_written_by_all", "all_but_the_last_agree", "flag_read_too_early"])
+def test_other_values_are_a_race(device: Device, kernel: str, schedule: str) -> None:
+    races = [f for f in findings(device, kernel, schedule=schedule) if f.kind == "race"]
+    assert races and {f.line for f in races} <= lines(f"fault {kernel}")
+
+
+def test_a_float_beyond_an_integer_is_told(device: Device) -> None:
+    x, y = device.array(np.arange(64, dtype="f4")), device.empty(256)
+    report = device.run("fidelity.cu", "beyond_an_integer", 1, 64, x, y, np.int32(64))
+    (note,) = report.notes
+    assert not report.findings and (note.kind, note.count) == ("float beyond an integer", 61)
+    assert note.line in lines("note beyond_an_integer") and note.thread == (3, 0, 0)
+
+
+# Hand-overs between blocks
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("kernel", "each"),
+    [("left_by_one_thread", 1), ("left_by_all_threads", 4), ("fence_after_the_barrier", 4)],
+)
+def test_the_last_block_may_read_what_all_have_left(device: Device, kernel: str, each: int, schedule: str) -> None:
+    x, y = device.array(np.arange(128, dtype="f4")), device.empty(512)
+    for _ in range(2):  # the counter is back at 0
+        report = device.run("fidelity.cu", kernel, 5, 64, x, y, np.int32(64), schedule=schedule, seed=2)
+        assert [str(f) for f in report.findings + report.notes] == []
+        expected = np.arange(each) + np.arange(5)[:, None]
+        assert (device.read(y, (128,), "f4")[64 : 64 + 5 * each] == expected.ravel()).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_hand_over_within_a_block(device: Device, schedule: str) -> None:
+    assert [str(f) for f in findings(device, "handed_over_within_a_block", 3, schedule=schedule)] == []
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "no_fence", "fence_for_the_block_only", "fence_of_another_thread", "read_before_the_atomic",
+        "no_barrier_after_the_atomic",
+    ],
+)  # fmt: skip
+def test_half_a_hand_over_is_a_race(device: Device, kernel: str, schedule: str) -> None:
+    found = findings(device, kernel, 5, schedule=schedule, seed=2)  # what is read too early may be unwritten, too
+    ends = {(f.kind, f.line) for f in found} | {(f.kind, f.other.line) for f in found if f.other}
+    assert {("race", line) for line in lines(f"fault {kernel}")} <= ends
+    assert {f.kind for f in found} <= {"race", "uninitialised read"}

@@ -59,7 +59,7 @@ KERNEL(half_warp_synchronised) {
 }
 
 KERNEL(blocks_write_one_place) {
-    y[threadIdx.x] = x[threadIdx.x];  // fault blocks_write_one_place
+    y[threadIdx.x] = x[threadIdx.x] + blockIdx.x;  // fault blocks_write_one_place
 }
 
 KERNEL(block_reads_anothers) {

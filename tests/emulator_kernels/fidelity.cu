@@ -158,3 +158,122 @@ extern "C" __global__ void approximations(const float* x, float* y, int n) {
     };
     for (int k = 0; k < 16; ++k) y[16 * i + k] = made[k];
 }
+
+// --- one place, several writers ---
+
+KERNEL(flag_raised_by_all) {
+    __shared__ float flag;
+    flag = x[n / 64];  // note flag_raised_by_all
+    if (threadIdx.x == 0 && blockIdx.x == 0) y[1] = 0;
+    y[0] = 7;  // note flag_raised_by_all
+    __syncthreads();
+    if (blockIdx.x == 0) y[2 + threadIdx.x] = flag;
+}
+
+KERNEL(struct_written_by_all) {
+    reinterpret_cast<Four*>(y)[1] = {x[1], x[2], x[3], threadIdx.x == 63 ? 5 : x[4]};  // fault struct_written_by_all
+}
+
+KERNEL(all_but_the_last_agree) {
+    __shared__ float flag;
+    flag = threadIdx.x == 63 ? 2 : 1;  // fault all_but_the_last_agree
+    __syncthreads();
+    y[threadIdx.x] = flag;
+}
+
+KERNEL(flag_read_too_early) {
+    __shared__ float flag;
+    if (threadIdx.x < 32) flag = 1;  // fault flag_read_too_early
+    else y[threadIdx.x] = flag;  // fault flag_read_too_early
+}
+
+KERNEL(beyond_an_integer) {
+    y[threadIdx.x] = float(int(x[threadIdx.x] * 1e9f));  // note beyond_an_integer
+}
+
+// --- hand-overs between blocks: the last one to come adds up what all have left ---
+
+__device__ unsigned come;  // blocks, so far
+
+// Whether this block is the last of all; the counter is as it was.
+__device__ bool last_to_come() {
+    __shared__ bool last;
+    if (threadIdx.x == 0) {
+        last = atomicAdd(&come, 1u) == gridDim.x - 1;
+        if (last) come = 0;
+    }
+    __syncthreads();
+    return last;
+}
+
+KERNEL(left_by_one_thread) {
+    if (threadIdx.x == 0) {
+        y[blockIdx.x] = x[blockIdx.x];
+        __threadfence();
+    }
+    if (last_to_come() && threadIdx.x < gridDim.x) y[64 + threadIdx.x] = y[threadIdx.x];
+}
+
+KERNEL(left_by_all_threads) {
+    if (threadIdx.x < 4) y[4 * blockIdx.x + threadIdx.x] = x[threadIdx.x] + blockIdx.x;
+    __threadfence();
+    __syncthreads();
+    if (last_to_come() && threadIdx.x < 4 * gridDim.x) y[64 + threadIdx.x] = y[threadIdx.x];
+}
+
+KERNEL(fence_after_the_barrier) {
+    if (threadIdx.x < 4) y[4 * blockIdx.x + threadIdx.x] = x[threadIdx.x] + blockIdx.x;
+    __syncthreads();
+    __threadfence();
+    if (last_to_come() && threadIdx.x < 4 * gridDim.x) y[64 + threadIdx.x] = y[threadIdx.x];
+}
+
+KERNEL(no_fence) {
+    if (threadIdx.x == 0) y[blockIdx.x] = x[blockIdx.x];
+    if (last_to_come() && threadIdx.x < gridDim.x) y[64 + threadIdx.x] = y[threadIdx.x];  // fault no_fence
+}
+
+KERNEL(fence_for_the_block_only) {
+    if (threadIdx.x == 0) {
+        y[blockIdx.x] = x[blockIdx.x];
+        __threadfence_block();
+    }
+    if (last_to_come() && threadIdx.x < gridDim.x) y[64 + threadIdx.x] = y[threadIdx.x];  // fault fence_for_the_block_only
+}
+
+KERNEL(fence_of_another_thread) {
+    if (threadIdx.x == 32) y[blockIdx.x] = x[blockIdx.x];
+    if (threadIdx.x == 0) __threadfence();
+    if (last_to_come() && threadIdx.x < gridDim.x) y[64 + threadIdx.x] = y[threadIdx.x];  // fault fence_of_another_thread
+}
+
+KERNEL(read_before_the_atomic) {
+    if (threadIdx.x == 0) {
+        y[blockIdx.x] = x[blockIdx.x];
+        __threadfence();
+    }
+    const float early = blockIdx.x ? y[threadIdx.x % blockIdx.x] : 0;  // fault read_before_the_atomic
+    if (last_to_come()) y[64 + threadIdx.x] = early;
+}
+
+KERNEL(no_barrier_after_the_atomic) {
+    __shared__ volatile unsigned before;
+    if (threadIdx.x == 0) {
+        y[blockIdx.x] = x[blockIdx.x];
+        __threadfence();
+        before = atomicAdd(&come, 1u) % gridDim.x;
+    }
+    if (threadIdx.x == 32 && blockIdx.x == gridDim.x - 1) y[64] = y[0];  // fault no_barrier_after_the_atomic
+}
+
+KERNEL(handed_over_within_a_block) {
+    __shared__ unsigned warps;
+    __shared__ float sums[2];
+    if (threadIdx.x == 0) warps = 0;
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) {
+        sums[threadIdx.x / 32] = x[threadIdx.x];
+        __threadfence_block();
+        if (atomicAdd(&warps, 1u) == 1) y[blockIdx.x] = sums[0] + sums[1];
+    }
+}

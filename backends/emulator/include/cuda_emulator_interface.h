@@ -40,6 +40,8 @@ unsigned cuda_emulator_lane();
 
 // The next access is atomic: watched as one that orders itself with other atomics.
 void cuda_emulator_atomic(const volatile void* address, unsigned bytes, void* pc);
+// What the thread has written is handed over by its next atomic: to the device, or to its block.
+void cuda_emulator_fence(int for_device);
 void cuda_emulator_copy_async(void* to, const void* from, unsigned bytes, unsigned zeros);
 void cuda_emulator_copy_async_commit();
 void cuda_emulator_copy_async_wait(unsigned groups_left);

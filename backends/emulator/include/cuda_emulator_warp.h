@@ -25,10 +25,9 @@ CUDA_EMULATOR_INLINE void __syncwarp(unsigned mask = cuda_emulator_all_lanes, CU
 // Of what a warp does together only __syncwarp orders memory (CUDA C++ guide, "Warp Shuffle Functions"): what one lane
 // wrote another may read after a __syncwarp or a __syncthreads, not after a shuffle or a vote.
 
-// Memory takes effect at once here; the compiler must not move accesses across a fence.
-CUDA_EMULATOR_INLINE void __threadfence() { __asm__ __volatile__("" ::: "memory"); }
-CUDA_EMULATOR_INLINE void __threadfence_block() { __asm__ __volatile__("" ::: "memory"); }
-CUDA_EMULATOR_INLINE void __threadfence_system() { __asm__ __volatile__("" ::: "memory"); }
+CUDA_EMULATOR_INLINE void __threadfence() { cuda_emulator_fence(1); }
+CUDA_EMULATOR_INLINE void __threadfence_block() { cuda_emulator_fence(0); }
+CUDA_EMULATOR_INLINE void __threadfence_system() { cuda_emulator_fence(1); }
 
 // --- shuffles ---
 

@@ -74,6 +74,13 @@ void __ubsan_handle_divrem_overflow(void*, uintptr_t, uintptr_t) {
     emulator::abandon_launch();
 }
 
+// -fsanitize=float-cast-overflow: GPUs take the nearest integer, and 0 for NaN; a CPU has its own number for all.
+void __ubsan_handle_float_cast_overflow(void*, uintptr_t) {
+    emulator::report({"float beyond an integer",
+                      emulator::here(reinterpret_cast<uintptr_t>(__builtin_return_address(0))), 0, "", {},
+                      "converted as a CPU does; a GPU gives the nearest integer, and 0 for NaN"});
+}
+
 // assert() of a kernel: found here before the C library's, which would end the process.
 [[noreturn]] void __assert_fail(const char* expression, const char*, unsigned, const char*) noexcept {
     emulator::report({"assertion failed", emulator::here(reinterpret_cast<uintptr_t>(__builtin_return_address(0))),

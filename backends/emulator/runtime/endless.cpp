@@ -9,8 +9,8 @@
 
 #include "findings.h"
 #include "launch.h"
-#include "shadow.h"
 #include "threads.h"
+#include "watch.h"
 
 namespace emulator {
 namespace {
@@ -84,7 +84,7 @@ std::string others_json() {
 }
 
 [[noreturn]] void give_up() {
-    watching = false;
+    finish_watching();
     std::string stacks;
     for (const Sample& sample : samples) {
         stacks += (stacks.empty() ? "" : ",") + frames_json(sample);

@@ -2,8 +2,10 @@
 #include <cstdio>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "cuda_emulator_interface.h"
+#include "handover.h"
 #include "ordering.h"
 #include "regions.h"
 #include "shadow.h"
@@ -26,6 +28,40 @@ const char* name_of(Kind kind) {
         access_before = "atomic write";
     }
     report({"race", here(pc, name_of(kind)), bytes, space.name, event_of_record(before, access_before), ""});
+}
+
+// A plain write after another that nothing orders before it. Whether it makes a difference is known once it is done.
+struct SecondWrite {
+    Finding finding;
+    const void* address;
+    char before[16];
+};
+
+std::vector<SecondWrite> second_writes;
+
+[[gnu::noinline, gnu::cold]] void keep_second_write(const Space& space, uint64_t before, const void* address,
+                                                    unsigned bytes, uintptr_t pc) {
+    SecondWrite write{{"race", here(pc, "write"), bytes, space.name, event_of_record(before, "write"), ""}, address, {}};
+    std::memcpy(write.before, address, bytes);
+    second_writes.push_back(write);
+}
+
+[[gnu::noinline, gnu::cold]] void judge_second_writes() {
+    for (SecondWrite& write : second_writes) {
+        if (std::memcmp(write.before, write.address, write.finding.bytes) == 0) {
+            write.finding.kind = "same value written";
+            write.finding.detail = "in any order the result is the same";
+        }
+        report(write.finding);
+    }
+    second_writes.clear();
+}
+
+// When the kernel calls, its earlier writes are done.
+inline void settle() {
+    if (__builtin_expect(!second_writes.empty(), false)) {
+        judge_second_writes();
+    }
 }
 
 [[gnu::noinline, gnu::cold]] void report_access(const char* kind, const Space& space, Kind access, unsigned bytes,
@@ -96,7 +132,11 @@ inline void check_order(const Space& space, size_t offset, unsigned bytes, uintp
         }
     }
     if (__builtin_expect(conflict != 0, false)) {
-        report_race(space, conflict, access_before, kind, bytes, pc);
+        if (kind == Kind::write && *access_before == 'w' && !(conflict & atomic_bit)) {
+            keep_second_write(space, conflict, reinterpret_cast<const void*>(space.base + offset), bytes, pc);
+        } else {
+            report_race(space, conflict, access_before, kind, bytes, pc);
+        }
     }
 }
 
@@ -229,17 +269,27 @@ void watch_write(void* address, size_t bytes, void* pc) {
     access_any<Kind::write>(address, bytes, pc);
 }
 
+void finish_watching() {
+    watching = false;
+    settle();
+}
+
 }  // namespace emulator
 
 using emulator::access;
 using emulator::Kind;
 
 #define CALLER __builtin_return_address(0)
-#define HOOKS(bytes)                                                                              \
-    void __tsan_read##bytes(void* address) { access<bytes, Kind::read>(address, CALLER); }            \
-    void __tsan_write##bytes(void* address) { access<bytes, Kind::write>(address, CALLER); }          \
-    void __tsan_unaligned_read##bytes(void* address) { access<bytes, Kind::read>(address, CALLER); }  \
-    void __tsan_unaligned_write##bytes(void* address) { access<bytes, Kind::write>(address, CALLER); }
+#define HOOK(name, bytes, kind)                         \
+    void __tsan_##name##bytes(void* address) {          \
+        emulator::settle();                             \
+        access<bytes, Kind::kind>(address, CALLER);     \
+    }
+#define HOOKS(bytes)                     \
+    HOOK(read, bytes, read)              \
+    HOOK(write, bytes, write)            \
+    HOOK(unaligned_read, bytes, read)    \
+    HOOK(unaligned_write, bytes, write)
 
 extern "C" {
 
@@ -256,10 +306,12 @@ void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 
 void __tsan_read_range(void* address, long bytes) {
+    emulator::settle();
     emulator::access_any<Kind::read>(address, size_t(bytes), CALLER);
 }
 
 void __tsan_write_range(void* address, long bytes) {
+    emulator::settle();
     emulator::access_any<Kind::write>(address, size_t(bytes), CALLER);
 }
 
@@ -285,6 +337,10 @@ void __ubsan_handle_type_mismatch_v1(const TypeMismatch* use, uintptr_t address)
 }
 
 void cuda_emulator_atomic(const volatile void* address, unsigned bytes, void* pc) {
+    emulator::settle();
+    if (emulator::watching) {
+        emulator::meet_at(reinterpret_cast<uintptr_t>(address));
+    }
     switch (bytes) {
         case 2:
             return access<2, Kind::atomic>(address, pc);
@@ -295,20 +351,29 @@ void cuda_emulator_atomic(const volatile void* address, unsigned bytes, void* pc
     }
 }
 
+void cuda_emulator_fence(int for_device) {
+    if (emulator::watching) {
+        emulator::fence(for_device != 0);
+    }
+}
+
 // Libraries are linked with --wrap=memcpy and so on: what the compiler left as a call is watched too.
 void* __wrap_memcpy(void* to, const void* from, size_t bytes) {
+    emulator::settle();
     emulator::access_any<Kind::read>(from, bytes, CALLER);
     emulator::access_any<Kind::write>(to, bytes, CALLER);
     return std::memmove(to, from, bytes);
 }
 
 void* __wrap_memmove(void* to, const void* from, size_t bytes) {
+    emulator::settle();
     emulator::access_any<Kind::read>(from, bytes, CALLER);
     emulator::access_any<Kind::write>(to, bytes, CALLER);
     return std::memmove(to, from, bytes);
 }
 
 void* __wrap_memset(void* to, int value, size_t bytes) {
+    emulator::settle();
     emulator::access_any<Kind::write>(to, bytes, CALLER);
     return std::memset(to, value, bytes);
 }

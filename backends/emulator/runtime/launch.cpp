@@ -13,6 +13,7 @@
 #include "shadow.h"
 #include "threads.h"
 #include "traffic.h"
+#include "watch.h"
 
 // The address of a thread-local variable: where the C library keeps the static shared memory of a library.
 extern "C" void* __tls_get_addr(void*);
@@ -198,7 +199,7 @@ std::string run_launch() {
         }
         launch.blocks_ended++;
     }
-    watching = false;
+    finish_watching();
     return "";
 }
 

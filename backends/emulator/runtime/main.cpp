@@ -19,6 +19,7 @@
 #include "regions.h"
 #include "threads.h"
 #include "traffic.h"
+#include "watch.h"
 
 namespace emulator {
 namespace {
@@ -203,7 +204,7 @@ void crash(int signal, siginfo_t* info, void* context) {
     } else if (signal == SIGFPE) {
         std::snprintf(detail, sizeof detail, "integer division by zero");
     }
-    watching = false;
+    finish_watching();
     Finding finding{"crash", here(pc_of(context) + 1)};
     finding.detail = detail;
     answer(0, "{\"crash\":true,\"findings\":" + findings_json(&finding) + ",\"traffic\":[]}");

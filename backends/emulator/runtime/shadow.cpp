@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "handover.h"
 #include "ordering.h"
 #include "threads.h"
 
@@ -92,6 +93,7 @@ void begin_interval() {
         now.launch_floor = uint64_t(1) << interval_shift;
         now.block_floor = now.launch_floor;
         blocks_of_launch.push_back({1, current_block});
+        forget_handovers();
     }
     interval++;
     now.interval_floor = uint64_t(interval) << interval_shift;
@@ -101,6 +103,7 @@ void begin_launch_intervals() {
     blocks_of_launch.clear();
     begin_interval();
     now.launch_floor = now.interval_floor;
+    forget_handovers();
     if (place_count > most_places / 2) {  // records of earlier launches are not looked at: their places may go
         std::memset(places, 0, sizeof places);
         place_count = 0;
@@ -110,6 +113,7 @@ void begin_launch_intervals() {
 void begin_block_interval(uint32_t block) {
     begin_interval();
     now.block_floor = now.interval_floor;
+    begin_block_handovers();
     blocks_of_launch.push_back({interval, block});
 }
 
@@ -139,7 +143,7 @@ uintptr_t pc_of_place(uint32_t place) {
 }
 
 bool unordered(uint64_t before, uint64_t after) {
-    if (!(before & after & both_bytes) || (before & after & atomic_bit)) {
+    if (!(before & after & both_bytes) || (before & after & atomic_bit) || handed_over(before)) {
         return false;
     }
     if (before < now.block_floor) {

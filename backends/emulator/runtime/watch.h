@@ -8,4 +8,7 @@ namespace emulator {
 void watch_read(const void* address, size_t bytes, void* pc);
 void watch_write(void* address, size_t bytes, void* pc);
 
+// At the end of a launch: what its last writes did is told.
+void finish_watching();
+
 }  // namespace emulator
