@@ -82,10 +82,11 @@ uint64_t join(const Request& request) {
     current->state = State::in_collective;
     warp.waiting |= self;
     warp.ready &= ~self;
-    if (!release(current->warp, *current)) {
+    if (release(current->warp, *current)) {
+        stamp_thread();
+    } else {
         wait_for_others(State::in_collective);
     }
-    stamp_thread();
     return current->result;
 }
 

@@ -67,29 +67,27 @@ unsigned choose_lane(uint32_t ready) {
     return 0;
 }
 
-void resume(Thread& thread) {
+// Go on with a thread; returns when somebody goes on with what `left` keeps.
+void go_on_with(Thread& thread, void** left) {
     current = &thread;
     threadIdx = thread.coordinates;
     stamp_thread();
-    emulator_switch_fiber(&scheduler_stack, thread.stack_pointer);
+    emulator_switch_fiber(left, thread.stack_pointer);
 }
 
 // Run the lanes of a warp until each waits or is done.
 void run_warp(unsigned number) {
     Warp& warp = warps[number];
     while (warp.ready && !given_up) {
-        const unsigned lane = choose_lane(warp.ready);
-        Thread& thread = threads[number * warp_lanes + lane];
-        resume(thread);
+        go_on_with(threads[number * warp_lanes + choose_lane(warp.ready)], &scheduler_stack);
         if (given_up) {
             return;
         }
-        if (thread.state != State::ready) {
-            warp.ready &= ~(1u << lane);
-        }
-        if (thread.state == State::done) {
-            warp.done |= 1u << lane;
-            drop_snapshot(thread);
+        Thread& last = *current;  // before it, others may have run
+        if (last.state == State::done) {
+            warp.ready &= ~(1u << last.lane);
+            warp.done |= 1u << last.lane;
+            drop_snapshot(last);
             release_any(number);  // those left may have waited for this lane only
         }
     }
@@ -191,9 +189,17 @@ const Thread* block_threads(unsigned& count) {
     return threads;
 }
 
+// The next lane is entered from here: it mostly stands at the same call, which processors predict well.
 void wait_for_others(State state) {
-    current->state = state;
-    yield();
+    Thread& self = *current;
+    self.state = state;
+    Warp& warp = warps[self.warp];
+    warp.ready &= ~(1u << self.lane);
+    if (warp.ready) {
+        go_on_with(threads[self.warp * warp_lanes + choose_lane(warp.ready)], &self.stack_pointer);
+    } else {
+        yield();
+    }
 }
 
 bool abandoned() {
