@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +19,9 @@ import numpy as np
 
 from minibert.backends.base import BackendUnavailable
 from minibert.backends.cuda.driver import ALIGNMENT, DeviceMemoryExhausted, Matrix, Product
-from minibert.backends.emulator.findings import Finding, TrafficLine
+from minibert.backends.emulator.findings import Finding, TrafficLine, unset_variable
 from minibert.backends.emulator.process import EmulatorCrash, EmulatorProcess
-from minibert.backends.emulator.toolchain import compile_kernels, compiler
+from minibert.backends.emulator.toolchain import compile_kernels, compiler, uninitialised
 from minibert.kernels.activation import gelu_formula
 from minibert.kernels.array_module import numpy_module
 from minibert.kernels.gpu.launch import INCLUDE, CudaKernel
@@ -209,10 +209,12 @@ class EmulatorDriver:
                 raise EmulatorCrash(f"{op}: {crash}", crash.findings) from None
             for line in report.traffic:
                 self._count(line)
-            for note in report.notes:
+            told = unset_variables(library, name, kernel.file.signatures) if settings.sanitize else []
+            for note in (*report.notes, *(finding for finding in told if finding.is_note)):
                 self.notes.setdefault((note.kind, note.file, note.line), note)
-            if report.findings:
-                raise KernelFault(op, name, report.findings)
+            findings = report.findings + [finding for finding in told if not finding.is_note]
+            if findings:
+                raise KernelFault(op, name, findings)
             return True
 
         self._queue(run)
@@ -355,6 +357,15 @@ class EmulatorDriver:
 
     def replay(self, graph: list[Call]) -> None:
         self._current.extend(graph)
+
+
+def unset_variables(library: Path, kernel: str, kernels: Container[str]) -> list[Finding]:
+    """What the compiler said of the variables of a kernel, and of the functions that it may call."""
+    return [
+        unset_variable(one, kernel)
+        for one in uninitialised(library)
+        if one.function == kernel or one.function not in kernels
+    ]
 
 
 def memory_asked_for() -> int:

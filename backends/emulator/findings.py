@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minibert.backends.emulator.toolchain import Uninitialised
 from minibert.kernels.gpu.launch import INCLUDE
 
 SHIM = Path(__file__).parent / "include"
 SHARED_HEADERS = INCLUDE[1].resolve()
 
 # What is told and is no mistake: a result that does not depend on the order, a number that a GPU defines.
-NOTES = ("same value written", "float beyond an integer")
+NOTES = ("same value written", "float beyond an integer", "perhaps uninitialised")
 
 COUNTS = ("requests", "bytes", "sectors", "ideal_sectors", "passes", "ideal_passes")  # of TrafficLine
 
@@ -67,10 +68,10 @@ class Finding:
         return self.kind in NOTES
 
     def __str__(self) -> str:
-        by = f"thread {_show(self.thread)} of block {_show(self.block)}"
+        by = f"thread {_show(self.thread)} of block {_show(self.block)}" if self.thread or self.block else ""
         text = f"{short(self.file)}:{self.line}: {self.kind}"
         text += f" in {self.space} memory" if self.space else ""
-        text += f": {self.access} of {self.bytes} bytes by {by}" if self.access else f": {by}"
+        text += f": {self.access} of {self.bytes} bytes by {by}" if self.access else f": {by}" if by else ""
         if self.other is not None:
             text += self._against(self.other)
         text += f" ({self.detail})" if self.detail else ""
@@ -150,6 +151,13 @@ def read_findings(reports: Iterable[Mapping[str, Any]], kernel: str) -> list[Fin
     races = {(f.file, f.line) for f in found if f.kind == "race"}
     found = [f for f in found if not (f.is_note and (f.file, f.line) in races)]
     return sorted(found, key=lambda finding: finding.kind != "race")
+
+
+def unset_variable(told: Uninitialised, kernel: str) -> Finding:
+    kind = "uninitialised variable" if told.certain else "perhaps uninitialised"
+    path = "" if told.certain else " on some path"
+    detail = f"{told.variable} is read{path} before it has a value"
+    return Finding(kind, told.file, told.line, kernel, None, None, "", "", None, detail, 1)
 
 
 STANDING = {  # of one thread, of several

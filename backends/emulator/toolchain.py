@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from minibert.backends.base import BackendUnavailable
 from minibert.errors import UserError
@@ -29,7 +31,7 @@ RUNTIME = Path(__file__).parent / "runtime"
 
 LANGUAGE = ["-std=gnu++17"]
 KERNEL_FLAGS = [
-    *("-gdwarf-4", "-fPIC", "-w"),  # of DWARF 5, addr2line 2.40 takes one file for another
+    *("-gdwarf-4", "-fPIC"),  # of DWARF 5, addr2line 2.40 takes one file for another
     "-ffp-contract=off",  # the same bits with and without the sanitiser
     "-fno-strict-aliasing",  # device code reads floats as uint4
     "-fno-threadsafe-statics",
@@ -43,8 +45,10 @@ KERNEL_FLAGS = [
 SANITIZED = [
     *("-O1", "-fno-tree-sra", "-fsanitize=thread,bounds-strict,alignment,integer-divide-by-zero,float-cast-overflow"),
     *("--param", "tsan-instrument-func-entry-exit=0"),
+    *("-Wuninitialized", "-Wmaybe-uninitialized", "-fdiagnostics-plain-output"),
 ]
-FAST = ["-O2"]
+PATTERN = "-ftrivial-auto-var-init=pattern"  # variables that nobody has set hold -1.7e38: from GCC 12 on
+FAST = ["-O2", "-w"]
 WRAPPED = [f"-Wl,--wrap={name}" for name in ("memcpy", "memmove", "memset")]
 PROGRAM_FLAGS = ["-O2", "-g"]
 UNUSED_DAYS = 30  # what nobody has asked for in so long is removed from the cache
@@ -67,7 +71,19 @@ DYNAMIC_SHARED = re.compile(
 )
 KERNEL = re.compile(r"\b__global__\b([^;{}()]*(?:\([^;{}()]*\)[^;{}()]*)*?)\b(\w+)\s*\(")
 INCLUDED = re.compile(r'^[ \t]*#[ \t]*include[ \t]*["<]([^">\n]+)[">]', re.M)
+UNINITIALISED = re.compile(r"^(.+):(\d+):\d+: warning: .(.+). (is|may be) used uninitialized \[", re.M)
+WITHIN = re.compile(r"^.+: In (?:member )?function .(?:.*[ *&])?(\w+)\(.*:$", re.M)
 LINE_MARKER = re.compile(r'^# (\d+) "((?:[^"\\]|\\.)*)"((?: \d+)*)')
+
+
+class Uninitialised(NamedTuple):
+    """A variable that the compiler saw being read before it has a value; `certain`, or on some path only."""
+
+    file: str
+    line: int
+    function: str
+    variable: str
+    certain: bool
 
 
 def compiler() -> str:
@@ -94,6 +110,11 @@ def compiler() -> str:
 @functools.cache
 def _version(path: str) -> str:
     return subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+
+
+def _major_version(path: str) -> int:
+    versions = re.findall(r"\b(\d+)\.\d+\.\d+", _version(path).partition("\n")[0])
+    return int(versions[-1]) if versions else 0
 
 
 def cache_folder() -> Path:
@@ -166,6 +187,8 @@ def compile_kernels(source: Path, defines: Mapping[str, str], include: Sequence[
     source = source.absolute()
     defined = [f"-D{name}={value}" for name, value in sorted(defines.items())]
     flags = [*LANGUAGE, *KERNEL_FLAGS, *(SANITIZED if sanitize else FAST)]
+    if _major_version(path) >= 12:
+        flags.append(PATTERN)
     words = [str(source), *map(str, include), *defined, *flags, *WRAPPED]
     files = [source, *included(source, include), Path(__file__), *sorted(INCLUDE.glob("*.h"))]
     target = cache_folder() / f"{source.parent.name}-{source.stem}-{_digest(path, words, files)}.so"
@@ -178,12 +201,41 @@ def compile_kernels(source: Path, defines: Mapping[str, str], include: Sequence[
         translated, object_file, built = (Path(scratch) / f"kernels.{suffix}" for suffix in ("ii", "o", "so"))
         translated.write_text(text, encoding="utf-8")
         build = [path, *flags, "-c", "-x", "c++-cpp-output", str(translated), "-o", str(object_file)]
-        _run(build, f"{_short(source)} does not compile for the emulator")
+        warned: list[str] = []
+        _run(build, f"{_short(source)} does not compile for the emulator", warned)
+        if variables := _uninitialised("".join(warned)):
+            _note_for(target).write_text(json.dumps(variables), encoding="utf-8")
         # Linked apart, without -fsanitize: the hooks are the emulator's, not the thread sanitiser's own.
         link = [path, "-shared", *WRAPPED, "-o", str(built), str(object_file)]
         _run(link, f"{_short(source)} does not link for the emulator")
         os.replace(built, target)
     return target
+
+
+def _note_for(library: Path) -> Path:
+    return library.with_suffix(".json")
+
+
+@functools.lru_cache(maxsize=1024)
+def uninitialised(library: Path) -> tuple[Uninitialised, ...]:
+    """What the compiler said of a library's variables; nothing of those that are compiled without `sanitize`."""
+    try:
+        return tuple(Uninitialised(*told) for told in json.loads(_note_for(library).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return ()
+
+
+def _uninitialised(warnings: str) -> list[Uninitialised]:
+    """g++'s warnings -> each variable once."""
+    found: dict[tuple[str, int, str], Uninitialised] = {}
+    function = ""
+    for line in warnings.splitlines():
+        if within := WITHIN.match(line):
+            function = within[1]
+        elif (told := UNINITIALISED.match(line)) and Path(told[1]).parent != INCLUDE:
+            one = Uninitialised(told[1], int(told[2]), function, told[3], told[4] == "is")
+            found.setdefault((one.file, one.line, one.variable), one)
+    return list(found.values())
 
 
 def translate(text: str, source: Path) -> str:
@@ -260,9 +312,12 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _run(command: list[str], failure: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: list[str], failure: str, warned: list[str] | None = None) -> str:
+    """What a program prints; what it prints as an error although it succeeds is added to `warned`."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
     if done.returncode == 0:
+        if warned is not None:
+            warned.append(done.stderr)
         return done.stdout
     told = done.stderr.splitlines()
     errors = [line for line in told if re.search(r"\berror:|fatal|undefined reference", line)]
@@ -295,6 +350,8 @@ def _digest(path: str, words: Sequence[str], files: Sequence[Path]) -> str:
 
 def _is_kept(target: Path) -> bool:
     """Whether the cache has it; tells that it is in use."""
+    with suppress(OSError):
+        os.utime(_note_for(target))
     try:
         os.utime(target)
     except OSError:

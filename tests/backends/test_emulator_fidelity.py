@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from minibert.backends.base import BackendUnavailable
+from minibert.backends.emulator import toolchain
+from minibert.backends.emulator.driver import unset_variables
 from minibert.backends.emulator.findings import Finding
 from minibert.backends.emulator.process import SECONDS, USUAL_SECONDS, EmulatorCrash
 from tests.emulator_device import KERNELS, SCHEDULES, Device, marked, needs_compiler
@@ -265,3 +267,30 @@ def test_half_a_hand_over_is_a_race(device: Device, kernel: str, schedule: str) 
     ends = {(f.kind, f.line) for f in found} | {(f.kind, f.other.line) for f in found if f.other}
     assert {("race", line) for line in lines(f"fault {kernel}")} <= ends
     assert {f.kind for f in found} <= {"race", "uninitialised read"}
+
+
+# Variables that nobody has set
+
+
+def test_variables_without_a_value(device: Device) -> None:
+    library = toolchain.compile_kernels(KERNELS / "fidelity.cu", {}, [], sanitize=True)
+    names = device.process.load(library)
+    for kernel, kind, mark in (
+        ("sum_from_nothing", "perhaps uninitialised", "note"),
+        ("index_of_nothing", "uninitialised variable", "fault"),
+    ):
+        (found,) = unset_variables(library, kernel, names)
+        assert (found.kind, found.is_note) == (kind, mark == "note") and found.line in lines(f"{mark} {kernel}")
+    assert re.fullmatch(
+        r"emulator_kernels/fidelity.cu:\d+: uninitialised variable \(index is read before it has a value\) "
+        r"\[kernel index_of_nothing, seen 1 time\]",
+        str(found),
+    )
+    assert unset_variables(library, "aligned_enough", names) == []
+
+
+@pytest.mark.parametrize("kernel", ["sum_from_nothing", "own_array_from_nothing"])
+def test_what_nobody_has_set_is_no_zero(device: Device, kernel: str) -> None:
+    x, y = device.array(np.zeros(64, dtype="f4")), device.empty(256)
+    device.run("fidelity.cu", kernel, 1, 64, x, y, np.int32(64))
+    assert (np.abs(device.read(y, (64,), "f4")) > 1e37).all()

@@ -277,3 +277,22 @@ KERNEL(handed_over_within_a_block) {
         if (atomicAdd(&warps, 1u) == 1) y[blockIdx.x] = sums[0] + sums[1];
     }
 }
+
+// --- variables that nobody has set ---
+
+KERNEL(sum_from_nothing) {
+    float sum;
+    for (int i = 0; i < n; ++i) sum += x[i];  // note sum_from_nothing
+    y[threadIdx.x] = sum;  // note sum_from_nothing
+}
+
+KERNEL(index_of_nothing) {
+    int index;
+    y[threadIdx.x] = x[index];  // fault index_of_nothing
+}
+
+KERNEL(own_array_from_nothing) {
+    float own[4];
+    for (int i = 0; i < n; ++i) own[i % 4] += x[i];
+    y[threadIdx.x] = own[0] + own[1] + own[2] + own[3];
+}
