@@ -258,6 +258,6 @@ def _look_up(library: str, offsets: tuple[str, ...]) -> dict[str, tuple[Line, ..
             here = found.setdefault(f"{int(text, 16) + 1:#x}", [])
             continue
         line = re.fullmatch(r"(.+):(\d+)(?: \(discriminator \d+\))?", text)
-        if line and int(line[2]) and Path(line[1]).parent != SHIM:
+        if line and int(line[2]) and not Path(line[1]).is_relative_to(SHIM):
             here.append(Line(line[1], int(line[2])))
     return {offset: tuple(found.get(f"{int(offset, 16):#x}", ())) for offset in offsets}

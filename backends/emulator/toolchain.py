@@ -60,7 +60,11 @@ REFUSED = (
     (r"\bcp_async_bulk|\btma_|\bCUtensorMap\b", "TMA (cp.async.bulk) is not emulated: copy with cp.async or loads"),
     (r"\bwgmma|\bwarpgroup_", "wgmma is not emulated: use mma.sync or wmma"),
     (r"\b__cluster_dims__\b|\bclusterIdx\b|\bclusterDim\b", "thread block clusters are not emulated"),
-    (r"\bcooperative_groups\b|\bgrid_group\b", "cooperative groups are not emulated: use __syncthreads, __syncwarp"),
+    (r"\bgrid_group\b|\bthis_grid\b", "blocks run one after another here: no grid waits for all of its blocks"),
+    (
+        r"\b(?:coalesced_(?:group|threads)|thread_group|labeled_partition)\b",
+        "of cooperative groups only the block and tiles of fixed size are emulated",
+    ),
     (r"\bcudaTextureObject_t\b|\bcudaSurfaceObject_t\b|\btex[123]D\w*\b", "textures and surfaces are not emulated"),
     (r"\b__managed__\b", "managed variables are not emulated: pass an array"),
     (r"\bcuda::(?:barrier|pipeline|atomic|std)\b", "libcu++ is not emulated"),
@@ -190,7 +194,7 @@ def compile_kernels(source: Path, defines: Mapping[str, str], include: Sequence[
     if _major_version(path) >= 12:
         flags.append(PATTERN)
     words = [str(source), *map(str, include), *defined, *flags, *WRAPPED]
-    files = [source, *included(source, include), Path(__file__), *sorted(INCLUDE.glob("*.h"))]
+    files = [source, *included(source, include), Path(__file__), *sorted(INCLUDE.rglob("*.h"))]
     target = cache_folder() / f"{source.parent.name}-{source.stem}-{_digest(path, words, files)}.so"
     if _is_kept(target):
         return target
@@ -232,7 +236,7 @@ def _uninitialised(warnings: str) -> list[Uninitialised]:
     for line in warnings.splitlines():
         if within := WITHIN.match(line):
             function = within[1]
-        elif (told := UNINITIALISED.match(line)) and Path(told[1]).parent != INCLUDE:
+        elif (told := UNINITIALISED.match(line)) and not Path(told[1]).is_relative_to(INCLUDE):
             one = Uninitialised(told[1], int(told[2]), function, told[3], told[4] == "is")
             found.setdefault((one.file, one.line, one.variable), one)
     return list(found.values())
@@ -283,7 +287,7 @@ def _refuse_unknown(text: str) -> None:
     for content in text.split("\n"):
         if marker := LINE_MARKER.match(content):
             file, line = marker[2], int(marker[1])
-            foreign = "3" in marker[3].split() or Path(file).parent == INCLUDE
+            foreign = "3" in marker[3].split() or Path(file).is_relative_to(INCLUDE)
             continue
         if not foreign and (found := pattern.search(_without_strings(content))):
             raise UserError(f"{_short(Path(file))}:{line}: {REFUSED[(found.lastindex or 1) - 1][1]}")

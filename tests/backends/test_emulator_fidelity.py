@@ -294,3 +294,22 @@ def test_what_nobody_has_set_is_no_zero(device: Device, kernel: str) -> None:
     x, y = device.array(np.zeros(64, dtype="f4")), device.empty(256)
     device.run("fidelity.cu", kernel, 1, 64, x, y, np.int32(64))
     assert (np.abs(device.read(y, (64,), "f4")) > 1e37).all()
+
+
+# Cooperative groups
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_cooperative_groups(device: Device, schedule: str) -> None:
+    x = np.arange(64, dtype="f4")
+    y = device.empty(256)
+    assert not device.run("fidelity.cu", "groups", 2, 64, device.array(x), y, np.int32(64), schedule=schedule).findings
+    assert device.read(y, (2, 4), "f4").tolist() == 2 * [[x.sum(), 23, 32 + 800 + 20000, 1 + 200]]
+    y = device.empty(256)
+    arguments = device.array(x), y, np.int32(64)
+    assert not device.run("fidelity.cu", "tile_with_sync", 1, 64, *arguments, schedule=schedule).findings
+    assert (device.read(y, (64,), "f4") == x[np.arange(64) ^ 1] + np.arange(64) // 16 * 16 + 3 + 3).all()
+    (found,) = findings(device, "tile_without_sync", schedule=schedule)[:1]
+    assert found.kind == "race" and {found.line, found.other.line if found.other else 0} & lines(
+        "fault tile_without_sync"
+    )

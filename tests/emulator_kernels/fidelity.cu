@@ -1,7 +1,11 @@
 // What a GPU does and a CPU does not: kernels that rely on it, and kernels that trip over it. A comment `fault NAME`
 // marks the line that the emulator must name for kernel NAME. All are launched as (const float* x, float* y, int n).
 
+#include <cooperative_groups.h>
+#include <cooperative_groups/reduce.h>
 #include <cuda_fp16.h>
+
+namespace cg = cooperative_groups;
 
 #define KERNEL(name) extern "C" __global__ void name(const float* x, float* y, int n)
 
@@ -295,4 +299,39 @@ KERNEL(own_array_from_nothing) {
     float own[4];
     for (int i = 0; i < n; ++i) own[i % 4] += x[i];
     y[threadIdx.x] = own[0] + own[1] + own[2] + own[3];
+}
+
+// --- cooperative groups ---
+
+KERNEL(groups) {
+    __shared__ float tile_sums[2];
+    cg::thread_block block = cg::this_thread_block();
+    cg::thread_block_tile<32> warp = cg::tiled_partition<32>(block);
+    const auto quarter = cg::tiled_partition<8>(warp);
+    const float mine = x[block.thread_rank()];
+    const float sum = cg::reduce(warp, mine, cg::plus<float>{}), most = cg::reduce(quarter, mine, cg::greater<float>());
+    if (warp.thread_rank() == 0) tile_sums[warp.meta_group_rank()] = sum;
+    block.sync();
+    float* own = y + 4 * blockIdx.x;
+    if (block.thread_rank() != 17) return;
+    own[0] = tile_sums[0] + tile_sums[1];
+    own[1] = most;
+    own[2] = warp.size() + 100 * quarter.size() + 10000 * warp.meta_group_size();
+    own[3] = quarter.thread_rank() + 100 * quarter.meta_group_rank();
+}
+
+KERNEL(tile_without_sync) {
+    __shared__ float tile[64];
+    const auto half = cg::tiled_partition<16>(cg::this_thread_block());
+    tile[threadIdx.x] = x[threadIdx.x];
+    if (n < 0) half.sync();
+    y[threadIdx.x] = tile[threadIdx.x ^ 1] + half.shfl(x[threadIdx.x], 3);  // fault tile_without_sync
+}
+
+KERNEL(tile_with_sync) {
+    __shared__ float tile[64];
+    const auto half = cg::tiled_partition<16>(cg::this_thread_block());
+    tile[threadIdx.x] = x[threadIdx.x];
+    cg::sync(half);
+    y[threadIdx.x] = tile[threadIdx.x ^ 1] + half.shfl(x[threadIdx.x], 3) + half.ballot(half.thread_rank() < 2);
 }
