@@ -14,14 +14,11 @@
 // `cuda_emulator::lane()` is the caller's lane. CUDA_EMULATOR_RAW keeps a function's own accesses from being watched:
 // right for a twin, which works on registers, and wrong for anything that touches device or shared memory.
 //
-// What is not emulated: weak ordering of memory (accesses take effect at once), so that a hand-over between blocks by
-// __threadfence and an atomic counter is reported as a race even where it would be right. Texture memory, wgmma, TMA,
-// clusters, grid-wide synchronisation, launches from kernels and inline PTX are refused when the file is compiled.
+// What is not emulated is listed in docs/emulator.md, and refused when the file is compiled where it can be told by then.
 //
 // What is not found: a pointer past the end of a thread's own array, or of a __shared__ variable into another of the
 // same kernel (an index is); a race that three or more earlier reads or writes of one address have pushed out of its
-// shadow (another schedule may show it). Integer division by zero, which a GPU lets
-// pass, ends the emulator's process on x86 and passes on ARM.
+// shadow (another schedule may show it).
 #pragma once
 
 #define CUDA_EMULATOR 1
