@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+from minibert import backends
 from minibert.backends.base import BackendUnavailable
 from minibert.backends.emulator import toolchain
 from minibert.backends.emulator.driver import unset_variables
 from minibert.backends.emulator.findings import Finding
 from minibert.backends.emulator.process import SECONDS, USUAL_SECONDS, EmulatorCrash
+from minibert.cli.emulator import emulator_options
+from minibert.kernels import OPS, Array
+from minibert.kernels.gpu.launch import CudaFile, blocks_for, contiguous
+from minibert.lab.conform.check import run_check
 from tests.emulator_device import KERNELS, SCHEDULES, Device, marked, needs_compiler
 
 pytestmark = needs_compiler
@@ -313,3 +318,56 @@ def test_cooperative_groups(device: Device, schedule: str) -> None:
     assert found.kind == "race" and {found.line, found.other.line if found.other else 0} & lines(
         "fault tile_without_sync"
     )
+
+
+# What check says
+
+
+@pytest.fixture(scope="module")
+def own_tanh(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Callable[[Array], Array]]:
+    """A kernel of tanh, as a person would write one: right, off, or without an end."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own.cu").write_text("""
+#include "gpu_common.cuh"
+extern "C" __global__ void __launch_bounds__(64) own_tanh(const Storage* x, Storage* y, int n, int way) {
+    __shared__ int any;
+    any = 1;
+    __syncthreads();
+    for (int i = blockIdx.x * 64 + threadIdx.x; i < n; i += way == 2 && i > 3 ? 0 : gridDim.x * 64) {
+        store(y + i, way == any ? __tanhf(load(x + i)) : tanhf(load(x + i)));
+    }
+}
+""")
+    kernel = CudaFile(str(folder / "own.py"), "own.cu").kernel("own_tanh", block=64)
+
+    def made(way: int) -> Callable[[Array], Array]:
+        def tanh(x: Array) -> Array:
+            x = contiguous(x)
+            y = x.device.empty(x.shape, x.dtype)
+            kernel(x, y, x.size, way, grid=blocks_for(x.size, 64, x.device))
+            return y
+
+        return tanh
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("way", "said"),
+    [
+        (0, ""),
+        (1, "tanh on emulator in float32 fails follows_formula"),
+        (2, r"tanh: kernel own_tanh did not finish in .* goes round in own\d*/own\.cu:[78].*, threads 5-63 wait for"),
+    ],
+    ids=["right", "approximate", "endless"],
+)
+def test_check_tells_what_the_emulator_sees(
+    own_tanh: Any, way: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    emulator: Any = backends.get("emulator")
+    monkeypatch.setattr(emulator.emulator.process, "timeout", 0.5)
+    with emulator_options([emulator], None, True, False, None), emulator.using({OPS["tanh"]: own_tanh(way)}):
+        result = run_check("follows_formula", OPS["tanh"], emulator, "float32")
+    assert result.ok == (not said) and re.search(said, result.message)
+    note = "note: .*own.cu:5: same value written in shared memory: write of 4 bytes by thread"
+    assert way == 2 or re.search(note, capsys.readouterr().err)
