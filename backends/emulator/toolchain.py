@@ -40,10 +40,12 @@ KERNEL_FLAGS = [
     "-fstack-clash-protection",  # large local arrays do not step over the guard between two threads' stacks
 ]
 # Copies of whole structs stay whole (no scalar replacement), so that the hooks see a float4 as one access.
-# Besides these (thread), the compiler calls back where a thread leaves an array of its own, which lies in no watched
-# memory (bounds-strict), where an address is none for its type (alignment), and where a GPU goes on with some number.
+# Besides these (thread), the compiler calls back where an index or a pointer leaves an array that it knows, such as a
+# thread's own, which lies in no watched memory, where an address is none for its type, and where a GPU gives some
+# number of its own.
 SANITIZED = [
-    *("-O1", "-fno-tree-sra", "-fsanitize=thread,bounds-strict,alignment,integer-divide-by-zero,float-cast-overflow"),
+    *("-O1", "-fno-tree-sra", "-fsanitize=thread"),
+    "-fsanitize=bounds-strict,object-size,alignment,integer-divide-by-zero,float-cast-overflow",
     *("--param", "tsan-instrument-func-entry-exit=0"),
     *("-Wuninitialized", "-Wmaybe-uninitialized", "-fdiagnostics-plain-output"),
 ]

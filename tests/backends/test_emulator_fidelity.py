@@ -320,6 +320,16 @@ def test_cooperative_groups(device: Device, schedule: str) -> None:
     )
 
 
+# Pointers
+
+
+@pytest.mark.parametrize("kernel", ["past_own_array_by_pointer", "into_the_next_array", "write_past_own_array"])
+def test_a_pointer_out_of_an_array(device: Device, kernel: str) -> None:
+    (found, *_) = findings(device, kernel)
+    assert found.kind == "out of bounds" and {found.line} == lines(f"fault {kernel}")
+    assert findings(device, "whole_of_a_table") == []
+
+
 # What check says
 
 

@@ -335,3 +335,39 @@ KERNEL(tile_with_sync) {
     cg::sync(half);
     y[threadIdx.x] = tile[threadIdx.x ^ 1] + half.shfl(x[threadIdx.x], 3) + half.ballot(half.thread_rank() < 2);
 }
+
+// --- pointers out of an array that the compiler knows ---
+
+__device__ __forceinline__ float element(const float* array, int i) {
+    return array[i];  // fault past_own_array_by_pointer, fault into_the_next_array
+}
+
+KERNEL(past_own_array_by_pointer) {
+    float own[8];
+    for (int i = 0; i < 8; ++i) own[i] = x[i];
+    y[threadIdx.x] = element(own, n / 8);
+}
+
+KERNEL(into_the_next_array) {
+    __shared__ float first[64], second[64];
+    first[threadIdx.x] = second[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    y[threadIdx.x] = element(first, threadIdx.x + n - 63) + second[threadIdx.x];
+}
+
+KERNEL(write_past_own_array) {
+    float own[8];
+    float* place = own;
+    for (int i = 0; i <= n / 8; ++i) place[i] = x[i];  // fault write_past_own_array
+    y[threadIdx.x] = own[n % 8] + own[n % 7];
+}
+
+KERNEL(whole_of_a_table) {
+    __shared__ float table[8][8];
+    float* flat = &table[0][0];
+    flat[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    float own[2][4];
+    for (int i = 0; i < 8; ++i) (&own[0][0])[i] = flat[(threadIdx.x + i) % n];
+    y[threadIdx.x] = own[1][n % 4] + own[0][3];
+}

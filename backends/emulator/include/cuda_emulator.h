@@ -16,9 +16,9 @@
 //
 // What is not emulated is listed in docs/emulator.md, and refused when the file is compiled where it can be told by then.
 //
-// What is not found: a pointer past the end of a thread's own array, or of a __shared__ variable into another of the
-// same kernel (an index is); a race that three or more earlier reads or writes of one address have pushed out of its
-// shadow (another schedule may show it).
+// What is not found: a pointer that a function which is not inlined takes past the end of a thread's own array, or of a
+// __shared__ variable into another of the same kernel; a race that three or more earlier reads or writes of one address
+// have pushed out of its shadow (another schedule may show it).
 #pragma once
 
 #define CUDA_EMULATOR 1

@@ -315,7 +315,8 @@ void __tsan_write_range(void* address, long bytes) {
     emulator::access_any<Kind::write>(address, size_t(bytes), CALLER);
 }
 
-// -fsanitize=alignment: an object is used at an address that is no multiple of its type's alignment.
+// -fsanitize=alignment: an object is used at an address that is no multiple of its type's alignment; and, without an
+// alignment, -fsanitize=object-size: beyond the end of the array that a pointer is known to be into.
 struct TypeMismatch {
     const char* file;
     uint32_t line;
@@ -329,6 +330,13 @@ void __ubsan_handle_type_mismatch_v1(const TypeMismatch* use, uintptr_t address)
     using namespace emulator;
     const unsigned alignment = 1u << use->log_alignment;
     const bool own = address - private_begin < private_bytes;
+    if (watching && alignment == 1) {
+        report({"out of bounds", here(reinterpret_cast<uintptr_t>(CALLER)), 0, "", {},
+                "beyond the array of the kernel that the pointer is into"});
+        if (use->kind == 1) {
+            abandon_launch();
+        }
+    }
     // A member is an access of its own. Of a thread's own arrays the compiler aligns those of 16 bytes and more as a
     // GPU's would, smaller ones not.
     if (watching && address % alignment != 0 && use->kind != 3 && !(own && alignment != 16)) {
