@@ -148,6 +148,31 @@ def added_in_half(x: Array, index: Array, *, num_rows: int, skip: int | None = N
 
 
 @njit
+def placed(index: Array, slots: Array) -> Array:
+    """The place of each id in a table of `slots`, found by trying one after the other."""
+    places = np.empty(len(index), np.int64)
+    for k in range(len(index)):
+        place = index[k] % len(slots)
+        while slots[place] != -1 and slots[place] != index[k]:
+            place = (place + 1) % len(slots)
+        slots[place] = index[k]
+        places[k] = place
+    return places
+
+
+def table_of_1024_slots(x: Array, index: Array, *, num_rows: int, skip: int | None = None) -> Array:
+    """Where there are more ids than slots, a free one is sought for ever."""
+    slots = np.full(1024, -1)
+    places = placed(np.ascontiguousarray(index), slots)
+    sums = scattered(x, places, len(slots), None)
+    y, used = np.zeros((num_rows, x.shape[1]), x.dtype), np.flatnonzero(slots >= 0)
+    y[slots[used]] = sums[used]
+    if skip is not None:
+        y[skip] = 0
+    return y
+
+
+@njit
 def added_beyond(y: Array, x: Array, index: Array, skip: int) -> None:
     """What is skipped is added to a row behind the last one."""
     columns, flat = y.shape[1], y.reshape(-1)
