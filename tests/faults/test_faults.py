@@ -1,4 +1,4 @@
-"""`check` alone finds every faulty kernel of the table, and says of which op and sample; right ones beside them pass."""
+"""`check` alone finds every faulty kernel of the table and says of which op and sample; right ones beside them pass."""
 
 from __future__ import annotations
 
