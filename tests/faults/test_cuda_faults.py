@@ -1,0 +1,70 @@
+"""Every fault of cuda_table.py is found by `check` alone, and no right kernel of the same files is called wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from minibert.kernels import OPS
+from minibert.lab.conform.check import CheckResult, planned, run_check
+from minibert.lab.conform.own_kernels import load_kernels
+from tests.faults.cuda_table import CUDA
+from tests.faults.table import KINDS, Fault
+from tests.planted import emulator
+
+if TYPE_CHECKING:
+    from minibert.backends.emulator.backend import EmulatorBackend
+
+ROOT = Path(__file__).parents[2]
+HERE = "tests/faults/cuda"
+
+# A right kernel in the files of the faults, made of the same parts: file, op.
+RIGHT = (
+    ("softmax", "softmax"), ("softmax_memory", "softmax_grad"), ("norm", "layer_norm"), ("norm", "layer_norm_grad"),
+    ("loss", "cross_entropy"), ("loss", "linear_cross_entropy"), ("update", "adamw"), ("update", "square_norm"),
+    ("update", "reduce_sum"), ("rows", "gather_rows"), ("rows", "scatter_rows"), ("rows", "dropout"),
+    ("rows", "gelu"), ("rows", "relu"), ("attention", "attention"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def backend() -> EmulatorBackend:
+    return emulator()
+
+
+def results(backend: EmulatorBackend, op: str, spec: str, dtype: str) -> Iterator[CheckResult]:
+    """What `minibert check OP --backend emulator --kernel SPEC` finds, a demand after the other."""
+    with backend.using(load_kernels([f"{ROOT}/{spec}"])):
+        for name, of_dtype in planned(backend, OPS[op], [dtype]):
+            yield run_check(name, OPS[op], backend, of_dtype)
+
+
+@pytest.mark.parametrize("fault", CUDA, ids=str)
+def test_check_finds_it(backend: EmulatorBackend, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fault.kind == "hang":  # what the process waits for is settled when it starts
+        backend.emulator.process.close()
+        monkeypatch.setattr(backend.emulator.process, "timeout", 2.0)
+    failed = next((r for r in results(backend, fault.op, fault.spec, fault.dtype) if not r.ok), None)
+    if fault.kind == "hang":
+        backend.emulator.process.close()
+    assert failed is not None, "not found"
+    assert failed.message.startswith(f"{fault.op} on emulator in {fault.dtype} fails {failed.check} ")
+    assert " sample " in failed.message or " kernel " in failed.message
+
+
+@pytest.mark.parametrize(("file", "op"), RIGHT, ids=[op for _, op in RIGHT])
+def test_a_right_kernel_passes(backend: EmulatorBackend, file: str, op: str) -> None:
+    spec = f"{HERE}/{file}.py:right_{op}={op}"
+    assert [r.message for r in results(backend, op, spec, "float32") if not r.ok] == []
+
+
+def test_every_fault_is_in_the_table_once() -> None:
+    assert {fault.kind for fault in CUDA} <= set(KINDS)
+    assert len({(fault.file, fault.function, fault.op) for fault in CUDA}) == len(CUDA)
+    for path in (ROOT / HERE).glob("*.py"):
+        listed = {fault.function for fault in CUDA if fault.file == f"cuda/{path.name}"}
+        assert {op for file, op in RIGHT if file == path.stem}, f"{path.name} has no right kernel"
+        assert listed, f"{path.name} has no fault in the table"
