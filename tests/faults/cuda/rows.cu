@@ -42,6 +42,22 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     }
 }
 
+// --------------------------------------------------------------------------------------------------------- embedding
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    right_embedding(const Storage* __restrict__ word, const Storage* __restrict__ position,
+                    const Storage* __restrict__ type, const int* __restrict__ words,
+                    const int* __restrict__ positions, const int* __restrict__ types, Storage* __restrict__ y,
+                    int rows, int columns, int most_positions) {
+    for (long long row = blockIdx.x; row < rows; row += gridDim.x) {
+        const long long first = words[row], second = min(positions[row], most_positions - 1), third = types[row];
+        for (int c = threadIdx.x; c < columns; c += BLOCK) {
+            store(y + row * columns + c, load(word + first * columns + c) + load(position + second * columns + c) +
+                                             load(type + third * columns + c));
+        }
+    }
+}
+
 // ------------------------------------------------------------------------------------------------------------ scatter
 
 // A thread for each element of y, which looks through all ids: slow, and right.

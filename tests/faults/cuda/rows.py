@@ -9,6 +9,7 @@ from minibert.kernels.philox import Stream, threshold
 cuda = CudaFile(__file__, "rows.cu")
 rows_add_themselves = cuda.kernel("rows_add_themselves", block=128)
 MOST_BLOCKS = 512
+MOST_POSITIONS = 512
 NONE = -1  # the row to be skipped, where there is none
 
 
@@ -28,6 +29,28 @@ def gather_by(name: str, *, along_y: bool = False) -> Callable[..., Array]:
 right_gather_rows = gather_by("right_gather")
 ids_of_16_bits = gather_by("ids_of_16_bits")
 rows_along_y = gather_by("rows_along_y", along_y=True)
+
+
+def embedding_by(most_positions: int | None = None) -> Callable[..., Array]:
+    kernel = cuda.kernel("right_embedding", block=128)
+
+    def embedding(
+        word: Array, position: Array, token_type: Array, input_ids: Array, position_ids: Array, token_type_ids: Array,
+        *, padding_idx: int | None = None,
+    ) -> Array:  # fmt: skip
+        columns = word.shape[1]
+        y = word.device.empty((*input_ids.shape, columns), word.dtype)
+        tables = map(contiguous, (word, position, token_type))
+        ids = map(int32, (input_ids, position_ids, token_type_ids))
+        rows, most = input_ids.size, most_positions or len(position)
+        kernel(*tables, *ids, y, rows, columns, most, grid=blocks_for(rows, 1, word.device))
+        return y
+
+    return embedding
+
+
+right_embedding = embedding_by()
+positions_to_512 = embedding_by(MOST_POSITIONS)
 
 
 def scatter_by(name: str) -> Callable[..., Array]:

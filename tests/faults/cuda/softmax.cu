@@ -6,7 +6,6 @@ constexpr int WARPS = BLOCK / WARP;
 constexpr int ONE_WARP = 32;
 constexpr int WIDE = 1024;  // threads of the kernel that gives each column a thread
 constexpr int HALF_WARP = 16;
-constexpr int TILE = 128;    // columns that are staged in shared memory at a time
 constexpr int LONGEST = 2048;  // columns of a row that is kept in shared memory as a whole
 constexpr int QUAD = 4;
 constexpr float SMALLEST_POSITIVE = 1.17549435e-38f;  // FLT_MIN
@@ -72,6 +71,22 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
         float highest = block_max(top, scratch);
         total = block_sum(total * expf(top - highest), scratch);
         write_row(from, y + row * columns, columns, highest, total);
+    }
+}
+
+// The maximum of the bits as integers: those of negative numbers rise the other way, and the lowest is found.
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    maximum_of_bits(const Storage* __restrict__ x, Storage* __restrict__ y, int rows, int columns) {
+    __shared__ float scratch[WARPS];
+    __shared__ int top;
+    for (long long row = blockIdx.x; row < rows; row += gridDim.x) {
+        const Storage* from = x + row * columns;
+        if (threadIdx.x == 0) top = static_cast<int>(0x80000000);
+        __syncthreads();
+        for (int c = threadIdx.x; c < columns; c += BLOCK) atomicMax(&top, __float_as_int(load(from + c)));
+        __syncthreads();
+        const float highest = __int_as_float(top);
+        finish(from, y + row * columns, columns, highest, scratch);
     }
 }
 

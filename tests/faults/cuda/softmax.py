@@ -27,6 +27,7 @@ right_softmax = by_rows("right")
 
 maximum_starts_at_zero = by_rows("maximum_starts_at_zero")
 online_from_smallest_positive = by_rows("online_from_smallest_positive")
+maximum_of_bits = by_rows("maximum_of_bits")
 no_shift = by_rows("no_shift")
 clamped = by_rows("clamped")
 

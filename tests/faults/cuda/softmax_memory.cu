@@ -100,7 +100,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
             if (threadIdx.x == 0) {
                 const float4* kept = reinterpret_cast<const float4*>(shared + 3);
 #pragma unroll
-                for (int i = 0; i < SHORTEST / QUAD; ++i) total += kept[i].x + kept[i].y + kept[i].z + kept[i].w;
+                for (int i = 0; i < SHORTEST / QUAD; ++i) {
+                    const float4 pack = kept[i];
+                    total += pack.x + pack.y + pack.z + pack.w;
+                }
                 for (int c = SHORTEST; c < columns; ++c) total += shared[3 + c];
             }
             __syncthreads();

@@ -181,16 +181,3 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
         store(y + c, total);
     }
 }
-
-// Sums of 16-bit arrays are kept in 16 bits.
-extern "C" __global__ void __launch_bounds__(BLOCK)
-    sums_as_stored(const Storage* __restrict__ x, Storage* __restrict__ y, long long rows, long long columns) {
-    const long long threads = static_cast<long long>(gridDim.x) * BLOCK;
-    for (long long c = static_cast<long long>(blockIdx.x) * BLOCK + threadIdx.x; c < columns; c += threads) {
-        Storage total = from_float<Storage>(0);
-        for (long long row = 0; row < rows; ++row) {
-            total = from_float<Storage>(to_float(total) + load(x + row * columns + c));
-        }
-        y[c] = total;
-    }
-}

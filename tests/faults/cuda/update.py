@@ -110,4 +110,3 @@ def sums_by(name: str) -> Callable[..., Array]:
 
 right_reduce_sum = sums_by("right_columns")
 rows_of_one_tile = sums_by("rows_of_one_tile")
-sums_as_stored = sums_by("sums_as_stored")
