@@ -1,7 +1,7 @@
 // Cross entropy over the rows of logits, a block for each row: `right...`, and kernels of which each has one mistake.
 #include "gpu_common.cuh"
 
-constexpr int BLOCK = 128;
+constexpr int BLOCK = 64;
 constexpr int WARPS = BLOCK / WARP;
 constexpr int WIDE = 1024;     // threads of the kernels that make one number
 constexpr int CLASSES = 4096;  // that fit into shared memory

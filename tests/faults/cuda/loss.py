@@ -5,7 +5,7 @@ from collections.abc import Callable
 from minibert.kernels.gpu.launch import Array, CudaFile, CudaKernel, Raw, blocks_for, contiguous, int32
 
 cuda = CudaFile(__file__, "loss.cu")
-right_rows = cuda.kernel("right", block=128)
+right_rows = cuda.kernel("right", block=64)
 right_mean = cuda.kernel("right_mean", block=1024)
 
 
@@ -13,7 +13,7 @@ def loss_by(
     rows_kernel: str = "right", mean_kernel: str = "right_mean", block: int = 1024, labels_as_stored: bool = False
 ) -> Callable[[Array, Array], tuple[Array, Array]]:
     """Cross entropy by these kernels, of the rows and of their mean."""
-    each, mean = cuda.kernel(rows_kernel, block=128), cuda.kernel(mean_kernel, block=block)
+    each, mean = cuda.kernel(rows_kernel, block=64), cuda.kernel(mean_kernel, block=block)
 
     def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
         numbers = Raw(labels.contiguous().address) if labels_as_stored else int32(labels)
@@ -42,7 +42,7 @@ labels_of_half_their_width = loss_by(labels_as_stored=True)
 
 mean_of_all = loss_by(mean_kernel="mean_of_all")
 mean_of_first_rows = loss_by(mean_kernel="mean_of_first_rows")
-mean_by_atomic_additions = loss_by(mean_kernel="mean_by_atomic_additions", block=128)
+mean_by_atomic_additions = loss_by(mean_kernel="mean_by_atomic_additions", block=64)
 
 
 def fused(mean_kernel: str) -> Callable[..., tuple[Array, Array]]:

@@ -1,7 +1,7 @@
 // Layer norm and its gradient, a block for each row or for each run of rows: `right...`, and kernels with a mistake.
 #include "gpu_common.cuh"
 
-constexpr int BLOCK = 128;
+constexpr int BLOCK = 64;
 constexpr int WARPS = BLOCK / WARP;
 constexpr int QUAD = 4;
 constexpr int AMD_WARP = 64;

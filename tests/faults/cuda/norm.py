@@ -5,12 +5,12 @@ from collections.abc import Callable
 from minibert.kernels.gpu.launch import Array, CudaFile, blocks_for, contiguous
 
 cuda = CudaFile(__file__, "norm.cu")
-right_dx = cuda.kernel("right_dx", block=128)
-dx_without_deviation = cuda.kernel("dx_without_deviation", block=128)
-right_parts = cuda.kernel("right_parts", block=128)
-parts_of_64_lanes = cuda.kernel("parts_of_64_lanes", block=128)
-right_total = cuda.kernel("right_total", block=128)
-added_by_all_blocks = cuda.kernel("added_by_all_blocks", block=128)
+right_dx = cuda.kernel("right_dx", block=64)
+dx_without_deviation = cuda.kernel("dx_without_deviation", block=64)
+right_parts = cuda.kernel("right_parts", block=64)
+parts_of_64_lanes = cuda.kernel("parts_of_64_lanes", block=64)
+right_total = cuda.kernel("right_total", block=64)
+added_by_all_blocks = cuda.kernel("added_by_all_blocks", block=64)
 
 CHUNK_ROWS = 64  # whose gradients of weight and bias one block adds up
 ONE_BLOCK_ROWS = 512  # the rows that one block takes where others are forgotten
@@ -19,7 +19,7 @@ MANY_ROWS = 65536  # beyond which there is a path of its own
 
 def forward(name: str, blocks: Callable[[int], int] | None = None) -> Callable[..., tuple[Array, ...]]:
     """A layer norm by the kernel of that name."""
-    kernel = cuda.kernel(name, block=128)
+    kernel = cuda.kernel(name, block=64)
 
     def layer_norm(x: Array, weight: Array, bias: Array, *, eps: float = 1e-12) -> tuple[Array, ...]:
         rows, columns = x.shape

@@ -1,7 +1,7 @@
 // Softmax over the rows of a matrix, a block for each row: `right`, and kernels of which each has one mistake.
 #include "gpu_common.cuh"
 
-constexpr int BLOCK = 128;
+constexpr int BLOCK = 64;
 constexpr int WARPS = BLOCK / WARP;
 constexpr int ONE_WARP = 32;
 constexpr int WIDE = 1024;  // threads of the kernel that gives each column a thread

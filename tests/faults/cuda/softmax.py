@@ -5,11 +5,11 @@ from collections.abc import Callable
 from minibert.kernels.gpu.launch import Array, CudaFile, blocks_for, contiguous
 
 cuda = CudaFile(__file__, "softmax.cu")
-one_row = cuda.kernel("a_row_for_each_block", block=128)
+one_row = cuda.kernel("a_row_for_each_block", block=32)
 MOST_BLOCKS = 1024
 
 
-def by_rows(name: str, block: int = 128, blocks: Callable[[int, Array], int] | None = None) -> Callable[[Array], Array]:
+def by_rows(name: str, block: int = 64, blocks: Callable[[int, Array], int] | None = None) -> Callable[[Array], Array]:
     """A softmax by the kernel of that name, on as many blocks as a grid-stride loop needs unless told."""
     kernel = cuda.kernel(name, block=block)
 
@@ -31,10 +31,10 @@ maximum_of_bits = by_rows("maximum_of_bits")
 no_shift = by_rows("no_shift")
 clamped = by_rows("clamped")
 
-no_more_blocks_than_1024 = by_rows("a_row_for_each_block", blocks=lambda rows, x: min(rows, MOST_BLOCKS))
+no_more_blocks_than_1024 = by_rows("a_row_for_each_block", block=32, blocks=lambda rows, x: min(rows, MOST_BLOCKS))
 a_thread_for_each_column = by_rows("a_thread_for_each_column", block=1024)
 longest_row_that_fits = by_rows("longest_row_that_fits")
-offsets_of_16_bits = by_rows("offsets_of_16_bits")
+offsets_of_16_bits = by_rows("offsets_of_16_bits", block=32)
 rest_of_packs_forgotten = by_rows("rest_of_packs_forgotten")
 
 scratch_used_twice = by_rows("scratch_used_twice")
