@@ -3,7 +3,7 @@
 from math import prod
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 from scipy import special
 
 
@@ -42,10 +42,10 @@ def sequential(a, b):
     return _batched(_sequential, a, b)
 
 
-@njit(parallel=True, fastmath={"reassoc", "contract"})
-def _reversed(a, b, c):
+@njit(fastmath={"reassoc", "contract"})
+def _backwards(a, b, c):
     for n in range(len(a)):
-        for i in prange(a.shape[1]):
+        for i in range(a.shape[1]):
             for j in range(b.shape[2]):
                 total = a.dtype.type(0)
                 for k in range(a.shape[2] - 1, -1, -1):
@@ -54,8 +54,8 @@ def _reversed(a, b, c):
 
 
 def backwards(a, b):
-    """From the last product to the first, rows in parallel; LLVM may fuse and reorder."""
-    return _batched(_reversed, a, b)
+    """From the last product to the first; LLVM may fuse and reorder."""
+    return _batched(_backwards, a, b)
 
 
 @njit
@@ -138,42 +138,3 @@ def add_grad_by_rows(total, g, x):
     """32 rows at a time, each added to the total at once: a product with beta = 1."""
     for i in range(0, len(g), 32):
         total += g[i : i + 32].T @ x[i : i + 32]
-
-
-def three_tf32(a, b):
-    """3xTF32: operands in two pieces of 11 bits, and three of their four products (CUTLASS, example 27)."""
-    if a.dtype != np.float32:
-        return a @ b
-
-    def pieces(x):
-        high = np.float32(_tf32(x))
-        return high, _tf32(x - high)
-
-    (a1, a2), (b1, b2) = pieces(a), pieces(b)
-    return (a1 @ b2 + a2 @ b1) + a1 @ b1
-
-
-def _tf32(x):
-    """float32 rounded to 11 bits: nearest, ties away from 0, as cvt.rna.tf32.f32 does."""
-    bits = np.ascontiguousarray(x).view(np.uint32)
-    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
-
-
-def strassen(a, b):
-    """Strassen's seven products (1969), one level deep; odd sizes are filled with zeros."""
-    rows, k, columns = a.shape[-2], a.shape[-1], b.shape[-1]
-
-    def quarters(m):
-        fill = [(0, 0)] * (m.ndim - 2) + [(0, m.shape[-2] % 2), (0, m.shape[-1] % 2)]
-        m = np.pad(m, fill)
-        i, j = m.shape[-2] // 2, m.shape[-1] // 2
-        return m[..., :i, :j], m[..., :i, j:], m[..., i:, :j], m[..., i:, j:]
-
-    (a11, a12, a21, a22), (b11, b12, b21, b22) = quarters(a), quarters(b)
-    m1, m2, m3 = (a11 + a22) @ (b11 + b22), (a21 + a22) @ b11, a11 @ (b12 - b22)
-    m4, m5 = a22 @ (b21 - b11), (a11 + a12) @ b22
-    m6, m7 = (a21 - a11) @ (b11 + b12), (a12 - a22) @ (b21 + b22)
-    upper = np.concatenate([m1 + m4 - m5 + m7, m3 + m5], axis=-1)
-    lower = np.concatenate([m2 + m4, m1 - m2 + m3 + m6], axis=-1)
-    assert k == b.shape[-2]
-    return np.ascontiguousarray(np.concatenate([upper, lower], axis=-2)[..., :rows, :columns])
