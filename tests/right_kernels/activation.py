@@ -36,7 +36,7 @@ def gelu_wide(x, approximate="none"):
 
 
 def gelu_grad_by_erfc(g, x, approximate="none"):
-    """g Phi + g x phi with Phi by erfc; for the approximation by the logistic function s of 2 u: s + 2 x s (1 - s) u'."""
+    """g Phi + g x phi, Phi by erfc; the approximation by the logistic function s of 2 u: s + 2 x s (1 - s) u'."""
     kind = x.dtype.type
     if approximate == "tanh":
         root = kind(math.sqrt(2 / math.pi))
