@@ -6,6 +6,7 @@ less and compute it again. Each of those here is as good as the formula, and a c
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -18,8 +19,8 @@ import pytest
 from minibert import backends
 from minibert.kernels import OPS
 from minibert.kernels.op import Sample
-from minibert.lab.conform.check import check
-from minibert.lab.conform.judge import Judgement, expect, judge_against, stored_as
+from minibert.lab.conform.check import check, run_check
+from minibert.lab.conform.judge import Judgement, expect, judge, judge_against, stored_as
 from minibert.lab.conform.own_kernels import load_kernels
 from tests.planted import emulator
 
@@ -132,3 +133,62 @@ def test_it_follows_the_formula_on_the_small_samples_of_20_seeds(op: str) -> Non
 @pytest.mark.parametrize("op", ON_A_DEVICE)
 def test_a_right_cuda_kernel_meets_every_demand(op: str) -> None:
     assert not _refusals(f"{FOLDER / 'device.py'}:{op}={op}", emulator())
+
+
+# ----------------------------------------------------------------------------- judged: refused, each for its own reason
+
+
+def _product(kernel: Callable[..., Any], a: np.ndarray, b: np.ndarray, products: str = "float32") -> Judgement:
+    arrays = [np.asarray(x, np.float32) for x in (a, b)]
+    return judge(OPS["matmul"], arrays, {}, kernel(*arrays), "float32", products)
+
+
+def test_strassen_is_right_by_norms_alone() -> None:
+    """It passes where all elements are of one size and many, and is wrong in the small ones among large.
+
+    Its sums (a11 + a22)(b11 + b22) mix rows that a product keeps apart: what they round is as large as the largest of
+    them. So the error is bounded by u |A| |B| in norms (Higham, Accuracy and Stability, 2nd ed., theorem 23.2: with
+    c = 12 (n^2 + 5 n) for one level, n half the size) and in no other way (section 23.2.2): a small row next to a large
+    one has no right digit. A check that asks every element for its own digits refuses it, and must: rows of BERT are
+    tokens, which have nothing to do with each other.
+    """
+    strassen, rng, n = _kernel(f"{FOLDER / 'judged.py'}:strassen=matmul"), np.random.default_rng(0), 32
+    a, b = np.float32(rng.standard_normal((2, 2 * n, 2 * n)))
+    assert _product(strassen, a, b).ok
+    small = a * np.float32(np.where(np.arange(2 * n) < n, 1e4, 1e-4))[:, None]
+    assert _product(strassen, small, b).bound_share > 1000
+    off = np.abs(strassen(small, b) - np.float64(small) @ b).max()
+    assert off <= 12 * (n * n + 5 * n) * 2.0**-24 * np.abs(small).max() * np.abs(b).max()
+    a[0, 0] = np.nan
+    assert np.isnan(strassen(a, b)[n:]).any()  # and NaN leaves its row
+
+
+def test_3xtf32_loses_bits_of_each_product_that_long_sums_hide() -> None:
+    """It passes where sums are long, and is wrong in single products, which it gets to about 12 u instead of 1.
+
+    Two pieces of 11 bits leave up to 4 u of each operand; the product of the two lower pieces, which is left out, is up
+    to 4 u. A sum of n products may commit n u anyway. It is not float32, and passes as what it is: --products tf32.
+    """
+    split, rng = _kernel(f"{FOLDER / 'judged.py'}:three_tf32=matmul"), np.random.default_rng(0)
+    a, b = rng.standard_normal((50, 64)), rng.standard_normal((64, 50))
+    assert _product(split, a, b).bound_share < 0.2
+    single = _product(split, a[:, :1], b[:1])
+    assert 1 < single.bound_share <= 12.01
+    assert _product(split, a[:, :1], b[:1], products="tf32").ok
+    assert split(np.float32([[4095]]), np.float32([[4095]])) == 4095**2 - 1  # 4096 - 1: what is left out is the 1
+
+
+@pytest.mark.parametrize(
+    ("function", "op", "reason"),
+    [
+        ("relu_halved", "relu", r"x\[.*\] is -inf: y\[.*\]: expected 0, got nan"),  # -inf + inf
+        ("dropout_masked", "dropout", r"x\[.*\] is nan: y\[.*\]: expected 0, got nan"),  # nan * 0
+        ("scatter_one_hot", "scatter_rows", r"x\[.*\] is nan: y\[.*\]: expected [-\d.]+, got nan"),  # in a row not asked for
+        ("strassen", "matmul", r"a\[.*\] is nan: y\[.*\]: expected [-\d.]+, got nan"),
+    ],
+)
+def test_what_multiplies_by_0_spreads_what_is_not_finite(function: str, op: str, reason: str) -> None:
+    place = backends.get("numpy")
+    with place.using(load_kernels([f"{FOLDER / 'judged.py'}:{function}={op}"])):
+        result = run_check("propagates", OPS[op], place, "float32", 0)
+    assert re.search(reason, result.message)
