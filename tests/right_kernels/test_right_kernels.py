@@ -183,7 +183,7 @@ def test_3xtf32_loses_bits_of_each_product_that_long_sums_hide() -> None:
     [
         ("relu_halved", "relu", r"x\[.*\] is -inf: y\[.*\]: expected 0, got nan"),  # -inf + inf
         ("dropout_masked", "dropout", r"x\[.*\] is nan: y\[.*\]: expected 0, got nan"),  # nan * 0
-        ("scatter_one_hot", "scatter_rows", r"x\[.*\] is nan: y\[.*\]: expected [-\d.]+, got nan"),  # in a row not asked for
+        ("scatter_one_hot", "scatter_rows", r"x\[.*\] is nan: y\[.*\]: expected [-\d.]+, got nan"),  # of other rows
         ("strassen", "matmul", r"a\[.*\] is nan: y\[.*\]: expected [-\d.]+, got nan"),
     ],
 )
