@@ -36,6 +36,9 @@ def _place(name: str, place: tuple[int, ...]) -> str:
     return name + (f"[{', '.join(map(str, place))}]" if place else "")
 
 
+RARE = 50  # a value that more than one in so many elements have says nothing of where it came from
+
+
 class Worst(NamedTuple):
     """The element that used up the largest share of its bound."""
 
@@ -45,6 +48,7 @@ class Worst(NamedTuple):
     got: float
     bound: float
     name: str  # what the formula calls that output
+    instead: tuple[int, ...] | None = None  # the place, in its row or column, whose value it got
 
     @property
     def where(self) -> str:
@@ -54,7 +58,8 @@ class Worst(NamedTuple):
     def __str__(self) -> str:
         off = abs(self.got - self.expected)
         got = f"expected {self.expected:.9g}, got {self.got:.9g}"
-        return f"{self.where}: {got}, off by {off:.3g}, allowed {self.bound:.3g}"
+        instead = "" if self.instead is None else f"; that is the value of {_place(self.name, self.instead)}"
+        return f"{self.where}: {got}, off by {off:.3g}, allowed {self.bound:.3g}{instead}"
 
 
 class Poor(NamedTuple):
@@ -159,7 +164,23 @@ def judge_against(expected: Sequence[Bound], got: Any) -> Judgement:
             off_in_units, likely = (float(x[at] / unit[at]) for x in (off, b.likely))
             poorest = Poor(tuple(map(int, at)), off_in_units, likely, b.name)
         unbounded += int(np.isinf(allowed).sum())
+    if worst is not None and share > 1:
+        worst = worst._replace(instead=_value_of_another(expected[worst.output], worst))
     return Judgement(ulp, over_us, share, share <= 1, worst, "", unbounded, likely_share, poorest)
+
+
+def _value_of_another(b: Bound, worst: Worst) -> tuple[int, ...] | None:
+    """The nearest place in the same row or column whose value that is; None where it is nobody's, or many have it."""
+    with np.errstate(invalid="ignore"):
+        alike = np.argwhere(np.abs(b.value - worst.got) <= b.error)
+    if worst.got == 0 or not 0 < len(alike) <= max(1, b.value.size // RARE):
+        return None
+    steps = np.abs(alike - np.asarray(worst.place))
+    one_axis = alike[(steps > 0).sum(axis=1) == 1]
+    if not len(one_axis):
+        return None
+    nearest = one_axis[np.abs(one_axis - np.asarray(worst.place)).sum(axis=1).argmin()]
+    return tuple(map(int, nearest))
 
 
 def _problem(expected: Sequence[Bound], results: tuple[Array, ...]) -> str:

@@ -124,7 +124,7 @@ def leaves_the_last_unwritten(x: np.ndarray, factor: float) -> np.ndarray:
         (lambda x, factor: x.nonesuch, "follows_formula", "raised AttributeError"),
         (lambda x, factor: x.nonesuch, "gradient_rounding", "test_check.py:"),
         *(
-            (lambda x, factor: None, check, "output y: expected an array of shape (3, 7), got NoneType")
+            (lambda x, factor: None, check, "got NoneType")
             for check in CHECKS
             if check not in ("guarded", "part_in_step", "gradient")
         ),
