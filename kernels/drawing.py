@@ -67,6 +67,7 @@ REGIMES: dict[str, Values] = {
     "about 10000": lambda rng, shape: _normal(rng, shape) + 1e4,
     "all equal": lambda rng, shape: np.full(shape, 0.1),
     "far apart": _far_apart,
+    "negative and apart": lambda rng, shape: -60 * np.abs(_normal(rng, shape)),
     "of all sizes": _spread,
     "tiny": lambda rng, shape: _normal(rng, shape) * 1e-38,  # about the smallest normal number of float32, and below it
     "huge": lambda rng, shape: _normal(rng, shape) * 1e15,
@@ -120,8 +121,8 @@ class Drawing:
         return np.asarray(self.rng.random(shape) < self.among(0.6, 1.1, 0.0))
 
     def ids(self, count: int, below: int) -> np.ndarray:
-        """(count,) int32 in [0, below): any, all the same, all different as far as they go, the first and the last."""
-        kind = self.among("any", "different", "same", "ends")
+        """(count,) int32 in [0, below): all different as far as they go, any, all the same, the first and the last."""
+        kind = self.among("different", "any", "same", "ends")
         if kind == "any" or not below:
             ids = self.rng.integers(0, max(1, below), count)
         elif kind == "different":
@@ -176,5 +177,5 @@ def ladder(largest: int) -> list[int]:
 
 def small(limits: Mapping[str, int], number: int, beside: int = 1) -> dict[str, int]:
     """A small size for each axis: unlike each other, others for the next number, and smaller `beside` a large one."""
-    sizes = (3, 5, 2, 7, 4) if beside <= EVERY else (3, 2)
+    sizes = (3, 5, 2, 7, 4) if beside <= EVERY else (3, 2, 9, 5) if beside <= 2**14 else (3, 2, 5)
     return {axis: min(limits[axis], sizes[(k + number) % len(sizes)]) for k, axis in enumerate(limits)}

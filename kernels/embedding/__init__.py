@@ -17,6 +17,8 @@ from minibert.kernels.drawing import Drawing
 from minibert.kernels.linear import gradients_of
 from minibert.kernels.op import Array, BertSize, Op, Run, Sample
 
+MANY_IDS = ({"rows": 3000, "columns": 3, "table": 3000},)  # all different
+
 
 def _embedding(
     xp: Any, word: Array, position: Array, token_type: Array, input_ids: Array, position_ids: Array,
@@ -161,17 +163,26 @@ scatter_rows = Op(
     _scatter_rows,
     samples=_scatters,
     draw=_draw_scatter,
+    sizes=MANY_IDS,
     bench=_bench_scatter,
     vjp=lambda run, g, outs, x, index, *, num_rows, skip=None: (run(gather_rows, g, index, skip=skip), None),
 )
 add_rows = Op(
-    "add_rows", _add_rows, samples=_additions, bench=_bench_add, draw=_draw_addition, writes=(0,), bytes=_rows_bytes(3)
+    "add_rows",
+    _add_rows,
+    samples=_additions,
+    bench=_bench_add,
+    draw=_draw_addition,
+    sizes=MANY_IDS,
+    writes=(0,),
+    bytes=_rows_bytes(3),
 )
 gather_rows: Op = Op(
     "gather_rows",
     _gather_rows,
     samples=_gathers,
     draw=_draw_gather,
+    sizes=MANY_IDS,
     bench=_bench_gather,
     vjp=lambda run, g, outs, x, index, *, skip=None: (
         run(scatter_rows, g, index, num_rows=x.shape[0], skip=skip),
@@ -185,6 +196,7 @@ embedding = Op(
     samples=_samples,
     bench=_bench_embedding,
     draw=_draw_embedding,
+    sizes=({"rows": 3000, "columns": 3, "words": 3000, "positions": 1024},),
     vjp=_embedding_vjp,
     bytes=_rows_bytes(4),
 )

@@ -137,7 +137,7 @@ def _told(
 
 
 # where a kernel raised, and how often: the reason is the same
-PLACE = re.compile(r" \(arrays of shapes .*?\)(?=; again by)|, seen \d+ times?")
+PLACE = re.compile(r" \(arrays of shapes .*?\)(?=; again by)|, seen \d+ times?|(?<=\): )[^\n]*?: (?=raised |--kernel )")
 
 
 def _messages(failed: list[CheckResult]) -> list[str]:

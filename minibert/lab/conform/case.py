@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -53,6 +53,7 @@ class Case:
     backend: Backend
     dtype: str
     seed: int
+    at: list[Input] = field(default_factory=list, compare=False, repr=False, kw_only=True)  # what it ran on last
 
     def inputs(self, seed_offset: int = 0) -> tuple[Input, ...]:
         return _inputs(self.op, self.dtype, self.seed + seed_offset, self.backend.product_mode)
@@ -67,6 +68,7 @@ class Case:
 
     def run(self, arrays: Iterable[Array], one: Input) -> tuple[Array, ...]:
         """The results on the uploaded arrays of an input. Raises Broken where what reads them would stumble."""
+        self.at[:] = [one]
         results = outputs(self.backend.run(self.op, *arrays, **one.params))
         problem = misshapen(one.expected, results)
         if problem:

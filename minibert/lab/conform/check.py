@@ -23,6 +23,7 @@ from minibert.lab.conform.demands import (
     gradient,
     gradient_rounding,
     inputs_left_alone,
+    many_calls,
     order_of_work,
     part_in_step,
     strided_inputs,
@@ -57,8 +58,8 @@ class CheckResult:
 CHECKS: dict[str, Callable[[Case, Tally], None]] = {
     check.__name__: check
     for check in (
-        guarded, follows_formula, part_in_step, any_size, any_values, propagates, strided_inputs, inputs_left_alone,
-        empty_inputs, deterministic, fresh_output, order_of_work, gradient, gradient_rounding,
+        guarded, follows_formula, part_in_step, any_values, propagates, any_size, strided_inputs, inputs_left_alone,
+        empty_inputs, deterministic, fresh_output, order_of_work, many_calls, gradient, gradient_rounding,
     )
 }  # fmt: skip
 
@@ -77,6 +78,9 @@ def applies(name: str, case: Case) -> bool:
     if name in ("any_size", "any_values", "propagates"):  # NumPy's evaluation of the formula is what they go by
         has_axes = case.op.draw is not None and (name != "any_size" or bool(axes_of(case.op.draw)))
         return has_axes and not is_numpys
+    if name == "many_calls":  # what is not ours has them; ours are quick to have them in a process of their own
+        from_outside = getattr(case.backend.kernel(case.op), "spec", None) is not None
+        return from_outside and bool(not_tried(case))
     if name == "guarded":
         return not not_tried(case)
     if name == "order_of_work":
@@ -102,7 +106,8 @@ def put(demand: Callable[[Case, Tally], None], case: Case, allow_poor: bool = Fa
             refuse_harm(demand.__name__, case)
             demand(case, tally)
     except Exception as error:
-        message = str(error) if isinstance(error, Broken) else what_raised(error)
+        where = f"{case.at[0]}: " if case.at else ""
+        message = str(error) if isinstance(error, Broken) else where + what_raised(error)
     if tally.poor and not message and not allow_poor:
         message, verdict = tally.poor, "is poor by"
     op, place, name = case.op, case.backend, demand.__name__

@@ -7,6 +7,7 @@ derivative on dual numbers.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from minibert.lab.conform.layouts import LAYOUTS
 # analysis of the vjp in float64 (so that a gradient which cancels, as that of layer_norm over two columns, is judged by
 # what it cancels from); J v commits about as much by the other road, and the bounds are worst cases: twice is ample.
 GRADIENT_BOUNDS = 2.0
+CALLS, MANY_ELEMENTS, MANY_SECONDS = 1000, 4000, 10.0
 HELD = 18  # results that are kept while more are made
 DOT_ROUNDING = 1e-14  # of the sum of absolute terms: pairwise summation of up to 1e6 products in float64
 
@@ -77,7 +79,7 @@ def fresh_output(case: Case, tally: Tally) -> None:
     for one, other in zip(case.inputs(), case.inputs(seed_offset=1), strict=True):
         arrays = case.upload(one.arrays)
         result = case.run(arrays, one)
-        _no_views_but_the_formulas(case, one, arrays, result)
+        no_views_but_the_formulas(case, one, arrays, result)
         kept = [r.copy() for r in case.download(result)]
         for b in other.expected:  # memory that the allocator will hand out next holds no plausible number
             np.full(b.value.shape, np.nan, case.dtype)
@@ -93,16 +95,31 @@ def fresh_output(case: Case, tally: Tally) -> None:
 
 def _no_buffers_in_turn(case: Case) -> None:
     """A kernel that hands out a few buffers one after the other changes a result that somebody still has."""
-    inputs = case.inputs()[0], case.inputs(seed_offset=1)[0]
+    one = case.inputs()[0]
     held = []
     for k in range(HELD):
-        result = case.run(case.upload(inputs[k % 2].arrays), inputs[k % 2])
+        turned = [np.roll(a, k) if holds_floats(a) else a for a in one.arrays]
+        result = case.run(case.upload(turned), one)
         held.append((result, [r.copy() for r in case.download(result)]))
     for result, kept in held:
-        demand_same_bits(inputs[0], kept, case.download(result), f"one of {HELD} later runs changed an earlier result")
+        demand_same_bits(one, kept, case.download(result), f"one of {HELD} later runs changed an earlier result")
 
 
-def _no_views_but_the_formulas(case: Case, one: Input, arrays: Sequence[Array], result: Sequence[Array]) -> None:
+def many_calls(case: Case, tally: Tally) -> None:
+    """The same bits at 1000 calls on one input, where no other process makes them (`guarded`)."""
+    one = max(case.inputs(), key=lambda one: (sum(a.size for a in one.arrays) <= MANY_ELEMENTS, one.arrays[0].size))
+    arrays = case.upload(one.arrays)
+    first, end = case.download(case.run(arrays, one)), time.monotonic() + MANY_SECONDS
+    for call in range(2, CALLS + 1):
+        if case.op.writes:
+            arrays = case.upload(one.arrays)
+        demand_same_bits(one, first, case.download(case.run(arrays, one)), f"call {call} on it gave other bits")
+        tally.inputs += 1
+        if time.monotonic() > end:
+            break
+
+
+def no_views_but_the_formulas(case: Case, one: Input, arrays: Sequence[Array], result: Sequence[Array]) -> None:
     """A result may lie in an input's memory only where NumPy's result of the formula is a view of it."""
     reference = backends.get("numpy").xp
     plain = None
