@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import chain, islice
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,19 @@ import pytest
 
 from minibert import backends
 from minibert.kernels import OPS
-from minibert.kernels.op import Sample
-from minibert.lab.conform.check import check, run_check
-from minibert.lab.conform.judge import Judgement, expect, judge, judge_against, stored_as
+from minibert.lab.conform.case import Case, Input, rounded
+from minibert.lab.conform.check import CHECKS, applies, check, run_check
+from minibert.lab.conform.drawn import drawn_input, sizes_of, values_of
+from minibert.lab.conform.judge import Judgement, expect, judge, judge_against
 from minibert.lab.conform.own_kernels import load_kernels
 from tests.planted import emulator
 
 FOLDER = Path(__file__).parent
 SEEDS = range(20)
-SMALL = 10000  # elements; larger samples are judged at one seed
+SMALL = 10000  # elements of a sample that is judged at every seed
+LARGE = 400_000  # elements of an input that is drawn
+EVERY_RUNG = {"attention": 6, "attention_grad": 12}  # of the ladder, of which others climb every second
+SEEN = ("follows_formula", "any_size", "any_values")  # what the first test asks of all kernels of an op at once
 
 # file -> "op: functions ..." for each op; every function stands in for the op as `--kernel FILE.py:FUNCTION=OP` has it
 RIGHT = {
@@ -89,50 +95,59 @@ def _named(spec: str) -> str:
     return Path(spec).name
 
 
+@cache
 def _kernel(spec: str) -> Callable[..., Any]:
+    """Loaded once, so that Numba compiles it once."""
     return next(iter(load_kernels([spec]).values())).kernel
 
 
-def _judged(op: str, kernels: Sequence[Callable[..., Any]], sample: Sample) -> list[Judgement]:
-    """Of each kernel on one sample in float32; the bound is worked out once."""
-    given = [np.asarray(a) for a in sample.arrays]
-    kinds = stored_as(OPS[op], given, "float32")
-    arrays = [np.asarray(a, kind) for a, kind in zip(given, kinds, strict=True)]
-    expected, found = expect(OPS[op], arrays, sample.params, "float32"), []
-    for kernel in kernels:
-        own = [a.copy() for a in arrays]
-        with np.errstate(all="ignore"):
-            got = kernel(*own, **sample.params)
-        found.append(judge_against(expected, tuple(own[i] for i in OPS[op].writes) or got))
-    return found
+def _samples_of_20_seeds(case: Case) -> Iterator[Input]:
+    for seed in SEEDS:
+        for number, sample in enumerate(case.op.samples(np.random.default_rng(seed))):
+            if max(map(np.size, sample.arrays)) <= SMALL:
+                arrays, params = rounded(case.op, sample, case.dtype)
+                yield Input(number, arrays, params, expect(case.op, arrays, params, case.dtype))
 
 
-def _refusals(spec: str, place: backends.Backend) -> list[str]:
-    with place.using(load_kernels([spec])):
-        return [r.message for r in check([spec.rpartition("=")[2]], [place], ["float32"]) if not r.ok]
+def _any_size_and_values(case: Case) -> Iterator[Input]:
+    every = EVERY_RUNG.get(case.op.name, 2)
+    for drawn in chain(islice(sizes_of(case), 0, None, every), islice(values_of(case), 0, None, every)):
+        if prod(drawn.sizes.values()) <= LARGE and (one := drawn_input(case, drawn)) is not None:
+            yield one
 
 
-@pytest.mark.parametrize("spec", list(chain(*_specs().values())), ids=_named)
-def test_a_right_kernel_meets_every_demand(spec: str) -> None:
-    assert not _refusals(spec, backends.get("numpy"))
-
-
+@pytest.mark.parametrize("inputs", [_samples_of_20_seeds, _any_size_and_values], ids=["samples", "drawn"])
 @pytest.mark.parametrize("op", _specs())
-def test_it_follows_the_formula_on_the_small_samples_of_20_seeds(op: str) -> None:
+def test_right_kernels_follow_the_formula(op: str, inputs: Callable[[Case], Iterator[Input]]) -> None:
+    """The bound of an input is worked out once for all kernels of its op."""
+    case = Case(OPS[op], backends.get("numpy"), "float32", 0)
     kernels = {_named(spec): _kernel(spec) for spec in _specs()[op]}
     refused = []
-    for seed in SEEDS:
-        for number, sample in enumerate(OPS[op].samples(np.random.default_rng(seed))):
-            if max(map(np.size, sample.arrays)) <= SMALL:
-                for name, judgement in zip(kernels, _judged(op, list(kernels.values()), sample), strict=True):
-                    if not judgement.ok:
-                        refused.append(f"{name}: seed {seed}, sample {number}: {judgement.problem or judgement.worst}")
+    with np.errstate(all="ignore"):
+        for one in inputs(case):
+            for name, kernel in kernels.items():
+                own = [a.copy() for a in one.arrays]
+                got = kernel(*own, **one.params)
+                judgement = judge_against(one.expected, tuple(own[i] for i in case.op.writes) or got)
+                if not judgement.ok:
+                    refused.append(f"{name}: {one}: {judgement.problem or judgement.worst}")
     assert not refused
 
 
+@pytest.mark.parametrize("spec", list(chain(*_specs().values())), ids=_named)
+def test_right_kernels_meet_the_other_demands(spec: str) -> None:
+    op, place = OPS[spec.rpartition("=")[2]], backends.get("numpy")
+    with place.using({op: _kernel(spec)}):
+        asked = [name for name in CHECKS if name not in SEEN and applies(name, Case(op, place, "float32", 0))]
+        results = [run_check(name, op, place, "float32") for name in asked]
+    assert [result.message for result in results if not result.ok] == []
+
+
 @pytest.mark.parametrize("op", ON_A_DEVICE)
-def test_a_right_cuda_kernel_meets_every_demand(op: str) -> None:
-    assert not _refusals(f"{FOLDER / 'device.py'}:{op}={op}", emulator())
+def test_right_cuda_kernels_meet_every_demand(op: str) -> None:
+    place = emulator()
+    with place.using(load_kernels([f"{FOLDER / 'device.py'}:{op}={op}"])):
+        assert [result.message for result in check([op], [place]) if not result.ok] == []
 
 
 # ----------------------------------------------------------------------------- judged: refused, each for its own reason
