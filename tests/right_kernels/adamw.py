@@ -68,5 +68,5 @@ def shadow_by_chunks(shadow, param, grad, exp_avg, exp_avg_sq, grad_scale, **num
 
 def clip_by_branch(square_norm, *, max_norm):
     """A branch instead of a minimum, in float64."""
-    norm = math.sqrt(square_norm.item()) + 1e-6
+    norm = np.sqrt(np.float64(square_norm)) + 1e-6
     return np.array(1.0 if norm <= max_norm else max_norm / norm, square_norm.dtype)
