@@ -9,12 +9,14 @@ It also carries S, the sum of the absolute values of the terms that were added o
 times the other factor, times a function's slope. It is the unit in which an evaluation is judged that adds in another
 order (for a dot product: sum |x_i y_i|).
 
-An evaluation may add terms in any order, and may multiply each by a factor that the formula applies to their sum: as
-y = x a + (b - mean a), a = rstd w, for y = (x - mean) rstd w + b. So where an operand is itself the result of k
-additions (`adds`; functions and long sums begin anew), a product or a quotient rounds at S instead of at its value, and
-an addition at its value and k times S. Of that y the formula's own roundings are, in u, |d a| for d = x - mean, then
-twice (|x| + S_mean) |a|, then |y| + (|x| + S_mean) |a| + |b|; the other road commits |d a| in making a, |x a| +
-|mean a| in the products, |b - mean a| <= |b| + |mean a| and |y| in the additions: never more, for all rows and offsets.
+An evaluation may add terms in any order, and may multiply each by a factor that the formula applies to their sum: as y
+= x a + (b - mean a), a = rstd w, for y = (x - mean) rstd w + b. So where an operand is itself the result of k additions
+(`adds`; functions and long sums begin anew), a product or a quotient rounds at S instead of at its value, and an
+addition at its value and k times S. The additions inside a long sum or a product of matrices (`late`) have rounded at S
+already; but an accumulator may begin with what is added to it, as a bias, and then they round at that besides. Of that
+y the formula's own roundings are, in u, |d a| for d = x - mean, then twice (|x| + S_mean) |a|, then |y| + (|x| +
+S_mean) |a| + |b|; the other road commits |d a| in making a, |x a| + |mean a| in the products, |b - mean a| <= |b| +
+|mean a| and |y| in the additions: never more, for all rows and offsets.
 
 And `likely`, what a sensible evaluation stays under (Higham and Mary, "A new approach to probabilistic rounding error
 analysis", 2019, theorem 2.4): as `error`, but n roundings of a sum count as `LAMBDA` sqrt(n), being as often up as
@@ -50,9 +52,9 @@ class Both(NamedTuple):
 
 
 class Bounded(Reading):
-    """value, error, likely, S, adds; `precision`, `storage` and `operand_roundoff` are set by `bounded_module`."""
+    """value, error, likely, S, adds, late; `bounded_module` sets `precision`, `storage` and `operand_roundoff`."""
 
-    width = 5
+    width = 6
     precision: Precision
     storage: Precision | None  # in which results, and what the formula calls `stored`, are kept
     operand_roundoff: float  # of the operands of a product, on tensor cores
@@ -66,12 +68,14 @@ class Bounded(Reading):
         if isinstance(x, float):  # a constant of the formula is rounded to the precision when it meets an array
             mantissa = np.frexp(x)[0] / cls.precision.roundoff
             error = abs(value) * cls.precision.roundoff * (mantissa != np.rint(mantissa))
-        return cls(value, error, error, np.abs(value), np.zeros(value.shape, np.int16))
+        none = np.zeros(value.shape, np.int32)
+        return cls(value, error, error, np.abs(value), none, none)
 
     error = property(lambda self: self.parts[1])
     likely = property(lambda self: self.parts[2])
     terms = property(lambda self: self.parts[3])
     adds = property(lambda self: self.parts[4])
+    late = property(lambda self: self.parts[5])
 
     def each(self, move: Callable[[np.ndarray], np.ndarray]) -> Self:
         moved = {id(part): move(part) for part in self.parts}  # `likely` is `error` itself until something is summed
@@ -81,7 +85,7 @@ class Bounded(Reading):
         """These numbers with so much more error."""
         return type(self)(
             self.value, self.error + more.hard, self.likely + more.likely,
-            self.terms if terms is None else terms, self.adds if adds is None else adds,
+            self.terms if terms is None else terms, self.adds if adds is None else adds, self.late,
         )  # fmt: skip
 
     def stored(self) -> Self:
@@ -108,7 +112,7 @@ class Bounded(Reading):
         apart = np.abs(self.value - made.value)
         more = Both(*(np.where(where, apart + error, 0) for error in (made.error, made.likely)))
         terms, adds = (
-            np.where(where, np.maximum(a, b), a) for a, b in zip(self.parts[3:], made.parts[3:], strict=True)
+            np.where(where, np.maximum(a, b), a) for a, b in zip(self.parts[3:5], made.parts[3:5], strict=True)
         )
         return self.erring(more, terms, adds)
 
@@ -131,7 +135,7 @@ class Bounded(Reading):
     @classmethod
     def made(
         cls, value: np.ndarray, rule: Rule, operands: tuple[Self, ...], at: np.ndarray, terms: np.ndarray,
-        rounded: Both | None = None, adds: Any = 0, tiny: Any = 1.0,
+        rounded: Both | None = None, adds: Any = 0, tiny: Any = 1.0, late: Any = 0,
     ) -> Self:  # fmt: skip
         """A result with what it inherits by `rule`, and its own roundings (by default one) of what is as large as `at`.
 
@@ -147,7 +151,8 @@ class Bounded(Reading):
         if rounded.likely is not rounded.hard or any(x.likely is not x.error for x in operands):
             likely = total(tuple(x.likely for x in operands), rounded.likely)
         value = np.asarray(value)
-        return cls(value, error, likely, np.asarray(terms), np.broadcast_to(np.asarray(adds, np.int16), value.shape))
+        counts = (np.broadcast_to(np.asarray(count, np.int32), value.shape) for count in (adds, late))
+        return cls(value, error, likely, np.asarray(terms), *counts)
 
     def summed(self) -> np.ndarray:
         """What an evaluation may add up instead of this number: S, where it is a sum of others."""
@@ -156,7 +161,12 @@ class Bounded(Reading):
     def add(self, other: Self) -> Self:
         value, terms, before = self.value + other.value, self.terms + other.terms, self.adds + other.adds
         at = np.abs(value) + before * (self.summed() + other.summed())
-        return self.made(value, np.add, (self, other), at, terms, adds=before + 1)
+        late = self.late + other.late
+        total = self.made(value, np.add, (self, other), at, terms, adds=before + 1, late=late)
+        if not late.any():
+            return total
+        after = (self.roundings(a.late) for a in (self, other))  # an accumulator may begin with what is added to it
+        return total.erring(Both(*(m * other.summed() + n * self.summed() for m, n in zip(*after, strict=True))))
 
     def subtract(self, other: Self) -> Self:
         return self.add(other.negative())
@@ -192,7 +202,14 @@ class Bounded(Reading):
 
         k = self.shape[-1]
         return self.made(
-            self.value @ other.value, inherited, (self, other), size, terms, self.roundings(k), tiny=float(k)
+            self.value @ other.value,
+            inherited,
+            (self, other),
+            size,
+            terms,
+            self.roundings(k),
+            tiny=float(k),
+            late=k,
         )
 
     def sum(self, axis: Any = None, keepdims: Any = False) -> Self:
@@ -201,7 +218,8 @@ class Bounded(Reading):
 
         value, size, terms = total(self.value), total(abs(self.value)), total(self.terms)
         count = self.size // max(1, value.size)
-        return self.made(value, total, (self,), size, terms, self.roundings(max(0, count - 1)))
+        after = max(0, count - 1)
+        return self.made(value, total, (self,), size, terms, self.roundings(after), late=after)
 
     def segment_sum(self, ids: np.ndarray, count: int) -> Self:
         def total(part: np.ndarray) -> np.ndarray:
@@ -211,18 +229,23 @@ class Bounded(Reading):
 
         size, terms = total(abs(self.value)), total(self.terms)
         repeats = np.bincount(ids, minlength=count).reshape(-1, *(1,) * (self.ndim - 1))
-        rounded = self.roundings(np.maximum(repeats - 1, 0))
-        return self.made(total(self.value), total, (self,), size, terms, rounded, tiny=repeats > 0)
+        after = np.maximum(repeats - 1, 0)
+        rounded = self.roundings(after)
+        return self.made(total(self.value), total, (self,), size, terms, rounded, tiny=repeats > 0, late=after)
 
     def _is_plain(self) -> bool:
         """Whether no element is the sum of others."""
         return bool((self.terms == abs(self.value)).all())
 
     def max(self, axis: Any = None, keepdims: Any = False) -> Self:
-        return self.each(lambda part: part.max(axis=axis, keepdims=keepdims))
+        return self.each(lambda part: part.max(axis=axis, keepdims=keepdims)).alone()
 
     def maximum(self, other: Self) -> Self:
-        return type(self)(*(np.maximum(a, b) for a, b in zip(self.parts, other.parts, strict=True)))
+        return type(self)(*(np.maximum(a, b) for a, b in zip(self.parts, other.parts, strict=True))).alone()
+
+    def alone(self) -> Self:
+        """What is chosen among sums is a number: nothing can be added to it before."""
+        return type(self)(*self.parts[:5], np.zeros_like(self.late))
 
     def _function(self, value: np.ndarray, slope: np.ndarray, rule: Rule, units: int) -> Self:
         """A library function of this array, with its `slope` here and its rounding in `units` of u."""
