@@ -38,7 +38,9 @@ from minibert.cli.options import (
 )
 from minibert.errors import UserError
 from minibert.kernels import OPS, Op
+from minibert.lab.conform.case import Case
 from minibert.lab.conform.check import CheckResult, check, find_op, gradient_verdict, refused
+from minibert.lab.conform.guarded import not_tried
 from minibert.lab.conform.own_kernels import HELP, given_again, load_kernels, refuse_untriable
 
 ALLOW_HELP = (
@@ -132,6 +134,8 @@ def _told(
     for place in places if kernels else ():
         with place.using(kernels):
             for op in ops:
+                if not place.emulated and (why := not_tried(Case(op, place, "float32", 0))):
+                    yield f"not run: guarded of {op.name} on {place.name}: {why}"
                 for dtype, why in refused(place, op, dtypes).items():
                     yield f"not run: {op.name} on {place.name} in {dtype}: {why}; ask for it by --dtype {dtype}"
 

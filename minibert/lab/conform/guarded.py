@@ -24,7 +24,7 @@ from minibert.lab.conform.case import EMULATED_SHAPE, SHAPE, STEP, Broken, Case,
 from minibert.lab.conform.drawn import sizes_of, values_of
 from minibert.lab.conform.empty import empty_samples
 from minibert.lab.conform.guarded_process import START_SECONDS, Ended, GuardedProcess, Hung, guarded_process, unguarded
-from minibert.lab.conform.jobs import Given, Job, given
+from minibert.lab.conform.jobs import REPEATS, Given, Job, given
 from minibert.lab.conform.layouts import LAYOUTS
 from minibert.lab.conform.reached import index_beyond, what_ended, writers_frame
 
@@ -49,6 +49,9 @@ def guarded(case: Case, tally: Tally) -> None:
     if verdict.problem:
         raise Broken(verdict.problem + ("; nothing else was tried, for this process's sake" if verdict.harmful else ""))
     tally.inputs += verdict.inputs
+    theirs = hasattr(case.backend.kernel(case.op), "spec")
+    if theirs and 0 < verdict.calls < REPEATS:
+        tally.left_out = f"more than {verdict.calls} of {REPEATS} calls on one input (slow)"
 
 
 def refuse_harm(check: str, case: Case) -> None:

@@ -28,13 +28,12 @@ from minibert.backends import Backend
 from minibert.kernels import OPS, Op
 from minibert.kernels.drawing import Drawn
 from minibert.kernels.op import output_name, outputs
-from minibert.lab.conform.jobs import Job, given
+from minibert.lab.conform.jobs import REPEATS, Job, given
 from minibert.lab.conform.layouts import LAYOUTS
 from minibert.lab.conform.own_kernels import load_kernels
 from minibert.lab.conform.raised import what_raised
 
 FILL, OTHER_FILL = 0xFF, 0x3F  # of bytes that nothing wrote: as floats NaN, and about 0.7
-REPEATS = 1000
 ALL_WAYS_SECONDS = 2.0  # of work, after which a slow kernel is called on each drawn input in one way only
 
 

@@ -11,6 +11,7 @@ from minibert.kernels import Op
 from minibert.kernels.drawing import Drawing, Drawn
 from minibert.lab.conform.case import rounded
 
+REPEATS = 1000  # calls on the same input
 Given = tuple[tuple[np.ndarray, ...], dict[str, Any]]  # arrays, and parameters
 
 

@@ -122,6 +122,17 @@ def test_a_kernel_that_raises_is_shown_with_its_line(plugin: Callable[..., Any],
     assert failure["shapes"].count("(") == 2
 
 
+def test_a_kernel_that_would_end_pytest_is_run_in_no_check(plugin: Callable[..., Any], examples: Path) -> None:
+    (examples / "broken.py").write_text("import os\ndef add(x, y): os.abort()\n")
+    checks = [f"conformance::add-{check}-float32" for check in ("guarded", "deterministic")]
+    ran = plugin(*PLUGIN, "--kernel", "broken.py:add=add", *checks)
+    assert ran.returncode == 1 and "0 of 2 checks passed, 2 failed" in ran.stdout
+    found = re.findall("^found .*", ran.stdout, re.MULTILINE)
+    assert len(found) == 2 and all(
+        "ended the process by SIGABRT" in line and "broken.py:2: in add" in line for line in found
+    )
+
+
 def test_a_kernel_that_takes_no_empty_arrays_is_found(plugin: Callable[..., Any], examples: Path) -> None:
     (examples / "broken.py").write_text("def add(x, y): return x.reshape(-1, x.shape[-1]).reshape(x.shape) + y\n")
     ran = plugin(*PLUGIN, "--kernel", "broken.py:add=add", "conformance::add-empty_inputs-float32")
