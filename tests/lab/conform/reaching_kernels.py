@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ def on_rows(loop: Callable[..., None]) -> Callable[[np.ndarray], np.ndarray]:
     """A kernel: what its wrapper does around a loop over the rows of x and y."""
 
     def kernel(x: np.ndarray) -> np.ndarray:
-        rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+        rows = np.ascontiguousarray(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
         y = np.empty_like(rows)
         loop(rows, y)
         return y.reshape(x.shape)
