@@ -13,7 +13,7 @@ domain: where it has no finite answer, nothing is asked.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,6 +165,26 @@ def axes_of(draw: Callable[..., Any]) -> dict[str, int]:
     """The axes that an op's `draw` takes, each with its largest size."""
     _, *axes = inspect.signature(draw).parameters.values()
     return {axis.name: LARGEST if axis.default is axis.empty else axis.default for axis in axes}
+
+
+def drawn_samples(draw: Callable[..., Any], rng: np.random.Generator) -> Iterator[Any]:
+    """The samples of an op that writes none: small and odd, of length one, beyond a block of threads, in packs, offset.
+
+    As many as there are, each of its choices has its turn.
+    """
+    seed, axes = int(rng.integers(2**32)), axes_of(draw)
+    last = len(axes) - 1
+    sizes = [
+        small(axes, 0),
+        dict.fromkeys(axes, 1),
+        {axis: min(largest, 1031 if k == last else 37) for k, (axis, largest) in enumerate(axes.items())},
+        {axis: min(largest, 128 if k == last else 8) for k, (axis, largest) in enumerate(axes.items())},
+        small(axes, 1),
+        small(axes, 2),
+    ]
+    for number, chosen in enumerate(sizes):
+        regime = "about 10000" if number == len(sizes) - 1 else "normal"
+        yield draw(Drawing(Drawn(seed, number, chosen, regime)), **chosen)
 
 
 def ladder(largest: int) -> list[int]:

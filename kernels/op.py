@@ -7,10 +7,12 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from minibert.kernels.drawing import drawn_samples
 
 Array = Any  # numpy.ndarray on the CPU, cupy.ndarray on a GPU, or one of the readings
 Run = Callable[..., Any]  # run(op, *arrays, **params): a backend, handed to a gradient
@@ -39,6 +41,11 @@ class BertSize(NamedTuple):
         return self.batch * self.length
 
 
+def _none(rng: np.random.Generator) -> Iterator[Sample]:
+    """Of an op that writes no samples: `draw` gives them."""
+    yield from ()
+
+
 @dataclass(frozen=True, eq=False)
 class Op:
     """One operation, defined once; it registers itself in `OPS`.
@@ -52,7 +59,8 @@ class Op:
     them of the others: they carry its error, and a kernel may make them again instead of reading them.
     `draw(draw, *sizes of axes)` says what its arrays hold: inputs of any size are drawn from it (`kernels.drawing`).
     `sizes` are some to draw besides, where one large axis is not enough.
-    `samples(rng)` yields those on which every check is made, `bench(rng, size)` the input it is timed on.
+    `samples(rng)` yields those on which every check is made (by default a few that are drawn), `bench(rng, size)` the
+    input it is timed on.
     `writes` names the arrays that it updates in place; the formula then returns their new values in that order.
     `bytes` overrides the memory traffic that sizes of inputs and outputs suggest, where an op reads less.
     `wide_inputs` and `wide_outputs` name the arrays that stay float32 where the others are stored in 16 bits:
@@ -61,8 +69,8 @@ class Op:
 
     name: str
     formula: Callable[..., Any]
-    samples: Callable[[np.random.Generator], Iterator[Sample]]
-    bench: Callable[[np.random.Generator, BertSize], Sample]
+    samples: Callable[[np.random.Generator], Iterator[Sample]] = field(default=_none, kw_only=True)
+    bench: Callable[[np.random.Generator, BertSize], Sample] = field(kw_only=True)
     draw: Callable[..., Sample] | None = None
     sizes: tuple[Mapping[str, int], ...] = ()
     vjp: Callable[..., tuple[Any, ...]] | None = None
@@ -78,6 +86,10 @@ class Op:
         if self.name in OPS:
             raise ValueError(f"op {self.name!r} is defined twice")
         object.__setattr__(self, "family", self.formula.__module__)
+        if self.samples is _none:
+            if self.draw is None:
+                raise ValueError(f"op {self.name!r} says neither `draw` nor `samples`: there is nothing to check it on")
+            object.__setattr__(self, "samples", partial(drawn_samples, self.draw))
         OPS[self.name] = self
 
     def __repr__(self) -> str:

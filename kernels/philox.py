@@ -7,11 +7,12 @@ counter is (i // 4, layer, step, 0). NumPy's own Philox is 4x64 and CuPy's is se
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from minibert.kernels.op import Array
+if TYPE_CHECKING:
+    from minibert.kernels.op import Array
 
 ROUNDS = 10
 MULTIPLY_0, MULTIPLY_1 = 0xD2511F53, 0xCD9E8D57

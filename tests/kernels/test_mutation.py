@@ -16,7 +16,7 @@ import pytest
 from minibert import backends
 from minibert.backends import Backend
 from minibert.kernels import OPS
-from minibert.kernels.op import Op, outputs
+from minibert.kernels.op import Op, input_name, outputs
 from minibert.lab.conform.check import CheckResult, planned, run_check
 
 Memory = dict[Any, np.ndarray]  # what a mutant keeps from call to call
@@ -190,7 +190,7 @@ def test_a_wrong_gradient_is_caught(op: Op, change: Change) -> None:
         with wrong_gradient(op, j, change):
             failure = first_failure(op, NUMPY, iter([("gradient", "float64")]))
         assert_caught(failure, f"{op.name}, gradient {j} {change.__name__}")
-        assert f"gradient of input {j}" in failure.message or "no gradient of input" in failure.message  # type: ignore[union-attr]
+        assert f"gradient of {input_name(op, j)}" in failure.message  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("op", WITH_VJP, ids=lambda op: op.name)
