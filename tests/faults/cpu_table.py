@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 
-from tests.faults.table import Fault
+from tests.faults.table import Fault, faults
 
-
-def _of(file: str, *rows: tuple[str, ...]) -> Iterator[Fault]:
-    """Rows of (op, function, kind, what is wrong[, report[, the demand that finds it]])."""
-    for op, function, kind, name, *rest in rows:
-        yield Fault(name, op, kind, f"cpu/{file}", function, *rest)
-
+_of = partial(faults, "cpu")
 
 CPU: tuple[Fault, ...] = (
     *_of(

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 
-from tests.faults.table import Fault
+from tests.faults.table import Fault, faults
 
-
-def _of(file: str, *rows: tuple[str, ...]) -> Iterator[Fault]:
-    """Rows of (op, function, kind, what is wrong[, report[, the demand that finds it]])."""
-    for op, function, kind, name, *rest in rows:
-        yield Fault(name, op, kind, f"cuda/{file}", function, *rest)
-
+_of = partial(faults, "cuda")
 
 CUDA: tuple[Fault, ...] = (
     *_of(
@@ -28,8 +23,6 @@ CUDA: tuple[Fault, ...] = (
          "apache/tvm#19518", "propagates"),
         ("softmax", "no_more_blocks_than_1024", "sizes", "no loop over rows, and no more than 1024 blocks", "",
          "any_size"),
-        ("softmax", "rows_along_y", "sizes", "rows lie along y of the grid, which ends at 65535",
-         "deepspeedai/DeepSpeed#1239", "any_size"),
         ("softmax", "a_thread_for_each_column", "sizes", "a thread for each column of at most 1024", "",
          "follows_formula"),
         ("softmax", "longest_row_that_fits", "sizes",
@@ -101,7 +94,7 @@ CUDA: tuple[Fault, ...] = (
         ("layer_norm_grad", "weight_of_64_lanes", "formula", "partial sums are added up as if a warp had 64 lanes",
          "pytorch/pytorch#183864", "follows_formula"),
         ("layer_norm_grad", "parts_too_narrow", "sizes",
-         "for more than 65536 rows the partial sums have too few columns", "pytorch/pytorch#193016", "any_size"),
+         "for more than 4096 rows the partial sums have too few columns", "pytorch/pytorch#193016", "any_size"),
         ("layer_norm_grad", "weight_by_plain_additions", "race",
          "blocks add to the gradient of the weight without atomics", "", "follows_formula"),
         ("layer_norm_grad", "weight_by_atomic_additions", "race",

@@ -6,6 +6,7 @@ shows what is said of it. Beside its faults each file has right kernels, named `
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 KINDS = {
@@ -45,3 +46,9 @@ class Fault(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.op}-{self.function}"
+
+
+def faults(folder: str, file: str, *rows: tuple[str, ...]) -> Iterator[Fault]:
+    """Rows of (op, function, kind, what is wrong[, report[, the demand that finds it[, dtype]]])."""
+    for op, function, kind, name, *rest in rows:
+        yield Fault(name, op, kind, f"{folder}/{file}", function, *rest)

@@ -14,7 +14,7 @@ added_by_all_blocks = cuda.kernel("added_by_all_blocks", block=64)
 
 CHUNK_ROWS = 64  # whose gradients of weight and bias one block adds up
 ONE_BLOCK_ROWS = 512  # the rows that one block takes where others are forgotten
-MANY_ROWS = 65536  # beyond which there is a path of its own
+MANY_ROWS = 4096  # beyond which there is a path of its own
 
 
 def forward(name: str, blocks: Callable[[int], int] | None = None) -> Callable[..., tuple[Array, ...]]:

@@ -14,7 +14,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
                  int columns, int skip) {
     for (long long row = blockIdx.x; row < rows; row += gridDim.x) {
         const long long id = index[row];
-        for (int c = threadIdx.x; c < columns; c += BLOCK) {
+        for (int c = threadIdx.x; c < columns; c += blockDim.x) {
             store(y + row * columns + c, id == skip ? 0.0f : load(x + id * columns + c));
         }
     }
@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
                    int columns, int skip) {
     for (long long row = blockIdx.x; row < rows; row += gridDim.x) {
         const short id = static_cast<short>(index[row]);
-        for (int c = threadIdx.x; c < columns; c += BLOCK) {
+        for (int c = threadIdx.x; c < columns; c += blockDim.x) {
             store(y + row * columns + c, id == skip ? 0.0f : load(x + static_cast<long long>(id) * columns + c));
         }
     }
@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     rows_along_y(const Storage* __restrict__ x, const int* __restrict__ index, Storage* __restrict__ y, int rows,
                  int columns, int skip) {
     const long long row = blockIdx.y, id = index[row];
-    for (int c = threadIdx.x; c < columns; c += BLOCK) {
+    for (int c = threadIdx.x; c < columns; c += blockDim.x) {
         store(y + row * columns + c, id == skip ? 0.0f : load(x + id * columns + c));
     }
 }

@@ -14,7 +14,7 @@ NONE = -1  # the row to be skipped, where there is none
 
 
 def gather_by(name: str, *, along_y: bool = False) -> Callable[..., Array]:
-    kernel = cuda.kernel(name, block=128)
+    kernel = cuda.kernel(name, block=32)
 
     def gather_rows(x: Array, index: Array, *, skip: int | None = None) -> Array:
         y = x.device.empty((*index.shape, *x.shape[1:]), x.dtype)

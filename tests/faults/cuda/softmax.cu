@@ -119,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 extern "C" __global__ void __launch_bounds__(BLOCK)
     a_row_for_each_block(const Storage* __restrict__ x, Storage* __restrict__ y, int rows, int columns) {
     __shared__ float scratch[WARPS];
-    const long long row = blockIdx.x + static_cast<long long>(gridDim.x) * blockIdx.y;
+    const long long row = blockIdx.x;
     if (row >= rows) return;
     const Storage* from = x + row * columns;
     float top = block_max(largest(from, columns, minus_infinity()), scratch);

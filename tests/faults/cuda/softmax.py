@@ -5,7 +5,7 @@ from collections.abc import Callable
 from minibert.kernels.gpu.launch import Array, CudaFile, blocks_for, contiguous
 
 cuda = CudaFile(__file__, "softmax.cu")
-one_row = cuda.kernel("a_row_for_each_block", block=32)
+right_kernel = cuda.kernel("right", block=64)
 MOST_BLOCKS = 1024
 
 
@@ -44,12 +44,3 @@ leaves_before_a_barrier = by_rows("leaves_before_a_barrier", blocks=lambda rows,
 shuffles_without_some_lanes = by_rows("shuffles_without_some_lanes", block=32)
 half_a_warp = by_rows("half_a_warp", block=16)
 shuffles_of_width_16 = by_rows("shuffles_of_width_16", block=32)
-
-
-def rows_along_y(x: Array) -> Array:
-    """A grid has at most 65535 blocks in y."""
-    x = contiguous(x)
-    y = x.device.empty(x.shape, x.dtype)
-    rows = x.size // max(1, x.shape[-1])
-    one_row(x, y, rows, x.shape[-1], grid=(1, rows))
-    return y
