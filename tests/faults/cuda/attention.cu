@@ -7,14 +7,14 @@ constexpr int BLOCK = 64;
 constexpr int WARPS = BLOCK / WARP;
 constexpr int QUAD = 4;
 constexpr int PADDED = 64;    // the size that heads of more than 32 elements are padded to
-constexpr int LONGEST = 512;  // keys whose scores one kernel holds
+constexpr int LONGEST = 256;  // keys whose scores one kernel holds
 constexpr int TILE = 16;      // keys that one kernel takes at a time
 
 enum Mistake {
     NONE,
     NEIGHBOURS_ELEMENTS,   // a head of 33 to 63 elements is padded by those of the next
     WHOLE_PACKS,           // heads of more than 32 elements are read in packs of four, and the rest is forgotten
-    FIRST_512_KEYS,        // keys after the scores that fit are forgotten
+    FIRST_256_KEYS,        // keys after the scores that fit are forgotten
     MAXIMUM_FROM_ZERO,     // the maximum starts at 0
     WHOLE_TILES,           // keys go on to the end of the tile, into the next sequence
     FIRST_SEQUENCE_THERE,  // an empty sequence is taken for that of the row
@@ -50,7 +50,7 @@ __device__ void attend(const Storage* qkv, const int* cu_seqlens, Storage* y, fl
     }
     const int first = cu_seqlens[sequence], all = cu_seqlens[sequences];
     int length = cu_seqlens[sequence + 1] - first;
-    if (MISTAKE == FIRST_512_KEYS) length = min(length, LONGEST);
+    if (MISTAKE == FIRST_256_KEYS) length = min(length, LONGEST);
     if (MISTAKE == WHOLE_TILES) length = min(all - first, (length + TILE - 1) / TILE * TILE);
 
     const int columns = heads * size;
@@ -117,10 +117,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-    first_512_keys(const Storage* __restrict__ qkv, const int* __restrict__ cu_seqlens, Storage* __restrict__ y,
+    first_256_keys(const Storage* __restrict__ qkv, const int* __restrict__ cu_seqlens, Storage* __restrict__ y,
                    float* __restrict__ lse, int rows, int sequences, int heads, int size, int width, float scale,
                    unsigned limit, float kept, Stream stream) {
-    all_rows<FIRST_512_KEYS>(ALL);
+    all_rows<FIRST_256_KEYS>(ALL);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)

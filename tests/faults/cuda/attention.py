@@ -9,7 +9,7 @@ from minibert.kernels.gpu.launch import Array, CudaFile, blocks_for, contiguous,
 from minibert.kernels.philox import NO_STREAM, Stream, threshold
 
 cuda = CudaFile(__file__, "attention.cu")
-LONGEST = 512  # keys whose scores a kernel holds that has too little room
+LONGEST = 256  # keys whose scores a kernel holds that has too little room
 TILE = 16  # keys that another kernel takes at a time
 
 
@@ -36,7 +36,7 @@ def attention_by(name: str, longest: int | None = None) -> Callable[..., tuple[A
 right_attention = attention_by("right")
 neighbours_elements = attention_by("neighbours_elements")
 whole_packs = attention_by("whole_packs")
-first_512_keys = attention_by("first_512_keys", LONGEST)
+first_256_keys = attention_by("first_256_keys", LONGEST)
 maximum_from_zero = attention_by("maximum_from_zero")
 whole_tiles = attention_by("whole_tiles")
 first_sequence_there = attention_by("first_sequence_there")

@@ -1,12 +1,12 @@
 // Softmax and its gradient once more, a block for each row: mistakes in what is read, kept, staged and waited for.
 #include "gpu_common.cuh"
 
-constexpr int BLOCK = 128;
+constexpr int BLOCK = 64;
 constexpr int WARPS = BLOCK / WARP;
 constexpr int QUAD = 4;
 constexpr int SHORTEST = 64;  // columns of a row that the packed kernels keep in shared memory, and twice as many
-constexpr int TILE = 128;     // columns that are staged in shared memory at a time
-constexpr int LONG = 4096;    // from so many columns on, a row is shared by several blocks
+constexpr int TILE = 64;      // columns that are staged in shared memory at a time
+constexpr int LONG = 1024;    // from so many columns on, a row is shared by several blocks
 constexpr int SHARES = 8;
 
 __device__ float minus_infinity() { return __int_as_float(0xff800000); }

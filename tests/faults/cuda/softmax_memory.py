@@ -6,13 +6,13 @@ from minibert.kernels.gpu.launch import Array, CudaFile, blocks_for, contiguous
 from minibert.kernels.softmax import gpu
 
 cuda = CudaFile(__file__, "softmax_memory.cu")
-right_kernel = cuda.kernel("right_gradient", block=128)
-WARM_UP = 500  # launches after which a kernel is chosen for good
+right_kernel = cuda.kernel("right_gradient", block=64)
+WARM_UP = 100  # launches after which a kernel is chosen for good
 
 
 def by_rows(name: str, one_block: bool = False) -> Callable[..., Array]:
     """A softmax, or its gradient of (g, y), by the kernel of that name."""
-    kernel = cuda.kernel(name, block=128)
+    kernel = cuda.kernel(name, block=64)
 
     def launch(*arrays: Array) -> Array:
         like, columns = arrays[0], arrays[0].shape[-1]
