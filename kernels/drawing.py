@@ -68,7 +68,6 @@ REGIMES: dict[str, Values] = {
     "all equal": lambda rng, shape: np.full(shape, 0.1),
     "negative and far apart": lambda rng, shape: -60 * np.abs(_normal(rng, shape)),  # exp neither vanishes nor is 1
     "far apart": _far_apart,
-    "negative and apart": lambda rng, shape: -60 * np.abs(_normal(rng, shape)),
     "of all sizes": _spread,
     "tiny": lambda rng, shape: _normal(rng, shape) * 1e-38,  # about the smallest normal number of float32, and below it
     "huge": lambda rng, shape: _normal(rng, shape) * 1e15,
