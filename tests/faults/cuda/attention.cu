@@ -46,7 +46,10 @@ __device__ void attend(const Storage* qkv, const int* cu_seqlens, Storage* y, fl
     if (MISTAKE == FIRST_SEQUENCE_THERE) {
         while (sequence < sequences - 1 && cu_seqlens[sequence] < row && cu_seqlens[sequence + 1] <= row) ++sequence;
     } else {
-        while (cu_seqlens[sequence + 1] <= row) ++sequence;
+        for (int after = sequences; after - sequence > 1;) {  // the last that begins at the row or before
+            const int middle = (sequence + after) / 2;
+            (cu_seqlens[middle] <= row ? sequence : after) = middle;
+        }
     }
     const int first = cu_seqlens[sequence], all = cu_seqlens[sequences];
     int length = cu_seqlens[sequence + 1] - first;

@@ -113,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 
 // --------------------------------------------------------------------------------------------- gradients: g' x, sum g
 
-// An element of dw for each thread: the sum over rows of g[row, column] x[row, k]; dbias by the threads of k = 0.
+// An element of dw for each thread: the sum over rows of g[row, column] x[row, k]; then one of dbias.
 extern "C" __global__ void __launch_bounds__(BLOCK)
     right_gradient(const Storage* __restrict__ g, const Storage* __restrict__ x, Storage* __restrict__ dw,
                    Storage* __restrict__ dbias, int rows, int columns, int inner) {
@@ -121,14 +121,17 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     const long long size = static_cast<long long>(columns) * inner;
     for (long long e = static_cast<long long>(blockIdx.x) * BLOCK + threadIdx.x; e < size; e += threads) {
         const long long column = e / inner, k = e % inner;
-        float weight = 0, bias = 0;
+        float weight = 0;
         for (long long row = 0; row < rows; ++row) {
-            const float value = load(g + row * columns + column);
-            weight += value * load(x + row * inner + k);
-            bias += value;
+            weight += load(g + row * columns + column) * load(x + row * inner + k);
         }
         store(dw + e, weight);
-        if (k == 0) store(dbias + column, bias);
+    }
+    for (long long column = static_cast<long long>(blockIdx.x) * BLOCK + threadIdx.x; column < columns;
+         column += threads) {
+        float bias = 0;
+        for (long long row = 0; row < rows; ++row) bias += load(g + row * columns + column);
+        store(dbias + column, bias);
     }
 }
 

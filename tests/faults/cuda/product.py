@@ -38,7 +38,7 @@ def gradient_by(name: str, *, added: bool = False) -> Callable[[Array, Array], t
         device, (rows, columns), inner = x.device, g.shape, x.shape[1]
         dweight = device.empty((columns, inner), x.dtype)
         dbias = (device.zeros if added else device.empty)((columns,), x.dtype)
-        grid = blocks_for(dweight.size, 256, device)
+        grid = blocks_for(max(dweight.size, columns), 256, device)
         kernel(contiguous(g), contiguous(x), dweight, dbias, rows, columns, inner, grid=grid)
         return dweight, dbias
 

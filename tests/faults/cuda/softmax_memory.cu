@@ -217,7 +217,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     maximum_of_earlier_calls(const Storage* __restrict__ x, Storage* __restrict__ y, int rows, int columns) {
     __shared__ float scratch[WARPS];
     float top = highest_so_far;
-    for (long long row = 0; row < rows; ++row) top = fmaxf(top, block_max(largest(x + row * columns, columns), scratch));
+    for (long long row = 0; row < rows; ++row) {
+        top = fmaxf(top, block_max(largest(x + row * columns, columns), scratch));
+    }
     for (long long row = 0; row < rows; ++row) {
         const Storage* from = x + row * columns;
         write_row(from, y + row * columns, columns, top, block_sum(sum_of_exp(from, columns, top), scratch));

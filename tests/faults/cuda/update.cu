@@ -1,4 +1,4 @@
-// AdamW over flat arrays, the square norm and sums over rows and columns: `right...`, and kernels with one mistake each.
+// AdamW over flat arrays, the square norm and sums over columns: `right...`, and kernels with one mistake each.
 #include "gpu_common.cuh"
 
 constexpr int BLOCK = 256;
