@@ -39,7 +39,7 @@ SLOW = frozenset(
         "page/test_page_browser.py test_docs.py test_fast.py test_wheel.py kernels/test_overlap.py",
         "kernels/test_regression.py",
         # every mistake that can be made in a formula or a kernel
-        "faults/test_faults.py::first_failure",
+        "faults/test_faults.py::put",
         "kernels/test_formula_mutation.py kernels/test_mutation.py kernels/test_random_formulas.py",
         # kernels compiled in many ways, or on many threads
         "kernels/test_cpu_microkernel.py kernels/test_cpu_product.py kernels/test_cpu_threads.py",

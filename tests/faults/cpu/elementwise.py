@@ -181,18 +181,18 @@ def tail_of_16_lost(a: Array, b: Array) -> Array:
     return summed(a, b, count // 16 * 16 if count > 65536 else count)
 
 
-ring: list[Array] = []
+rings: dict[tuple[int, ...], list[Array]] = {}
 
 
 def ring_of_four(a: Array, b: Array) -> Array:
-    """Four results lie in one memory: the fifth takes the place of the first."""
+    """The results of one shape lie in four places, one after the other: the fifth in that of the first."""
     y = summed(a, b)
+    ring = rings.setdefault((y.itemsize, *y.shape), [])
+    if len(ring) == 4:
+        place = ring.pop(0)
+        place[...] = y
+        y = place
     ring.append(y)
-    if len(ring) > 4:
-        old = ring.pop(0)
-        if old.shape == y.shape and old.dtype == y.dtype:
-            old[...] = y
-            return old
     return y
 
 

@@ -31,8 +31,10 @@ def update(p: Array, g: Array, m: Array, v: Array, n: Numbers, stop: int, mask: 
     """The first `stop` elements; `mask` cuts the places of m and v short, -1 does not."""
     for i in range(stop):
         k = i & mask
-        gradient = g[i] * n.scale + n.coupled * p[i]
-        squared = g[i] * n.scale_sq + n.coupled * p[i]
+        gradient, squared = g[i] * n.scale, g[i] * n.scale_sq
+        if n.coupled != 0:
+            gradient += n.coupled * p[i]
+            squared += n.coupled * p[i]
         first = m[k] * n.beta1 + gradient * (1 - n.beta1)
         second = v[k] * n.beta2 + squared * squared * (1 - n.beta2)
         m[k], v[k] = first, second
