@@ -65,7 +65,7 @@ REGIMES: dict[str, Values] = {
     "one element that outweighs": _spike,
     "about -10000": lambda rng, shape: _normal(rng, shape) - 1e4,
     "about 10000": lambda rng, shape: _normal(rng, shape) + 1e4,
-    "all equal": lambda rng, shape: np.full(shape, 0.1),
+    "all equal": lambda rng, shape: np.full(shape, 1234.1),
     "negative and far apart": lambda rng, shape: -60 * np.abs(_normal(rng, shape)),  # exp neither vanishes nor is 1
     "far apart": _far_apart,
     "of all sizes": _spread,

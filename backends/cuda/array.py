@@ -55,6 +55,7 @@ class DeviceArray:
         target = self if index is Ellipsis else self[index]
         source = value if isinstance(value, DeviceArray) else self.device.asarray(value, dtype=self.dtype)
         self.device.copy_into(target, source)
+        self.host = None  # what was uploaded is no longer what is there
 
     def reshape(self, *shape: Any) -> DeviceArray:
         """The same elements in another shape: a view where the layout allows it, else a copy."""

@@ -202,7 +202,7 @@ CPU: tuple[Fault, ...] = (
     ),
     *_of(
         "elementwise.py",
-        ("gelu", "cut_off_at_5", "values", "follows_formula", "x above 5, 0 below -5"),
+        ("gelu", "cut_off_at_4", "values", "follows_formula", "x above 4, 0 below -4"),
         ("gelu", "short_constant", "precision", "follows_formula", "sqrt(2 / pi) is 0.7978"),
         ("gelu", "always_by_erf", "params", "follows_formula", "`approximate` is not heeded"),
         ("gelu", "tanh_as_quotient", "values", "follows_formula",

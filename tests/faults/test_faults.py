@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import cache
-from types import ModuleType
 
 import pytest
 
-from minibert.backends.own import own_module
 from minibert.kernels import OPS, Op
 from minibert.kernels.drawing import Drawn
 from minibert.lab.conform import drawn, guarded
@@ -22,18 +19,13 @@ from minibert.lab.conform.check import CHECKS, CheckResult, run_check
 from minibert.lab.conform.own_kernels import TriedKernel
 from tests.conftest import ROOT
 from tests.faults.cpu_table import CPU
+from tests.faults.finding import module_of
 from tests.faults.table import KINDS, Fault
 
 numba = pytest.importorskip("minibert.backends.numba_backend").backend
 
 HERE = ROOT / "tests" / "faults"
 SAMPLE = re.compile(r"(sample \d+|part in a step|\d+ [a-z]|values [a-z]|shapes \()")  # how messages name an input
-OPEN = {  # not found as yet: what is here and found fails, and is to be taken out
-    "layer_norm-tail_lost_in_many_rows", "layer_norm-one_wide_pass", "gather_rows-skipped_times_zero",
-    "scatter_rows-table_of_1024_slots", "gelu-cut_off_at_5", "add-ring_of_four", "mul-zero_times_anything",
-    "scale-one_gives_the_same_array", "scale-zero_clears", "reduce_sum-one_in_a_thousand_twice",
-    "matmul-zero_saves_products",
-}  # fmt: skip
 RIGHT = [(file, op) for file, op in dict.fromkeys((fault.file, fault.op) for fault in CPU)]
 
 
@@ -58,12 +50,6 @@ def _soon_done() -> Iterator[None]:
         yield
 
 
-@cache
-def module_of(file: str) -> ModuleType:
-    """Run once: what one fault compiles, the others of its file need not."""
-    return own_module(str(HERE / file))
-
-
 def put(demand: str, op: Op, file: str, function: str) -> CheckResult:
     """One demand to a function of a file, on Numba in float32."""
     kernel = getattr(module_of(file), function)
@@ -74,9 +60,7 @@ def put(demand: str, op: Op, file: str, function: str) -> CheckResult:
 
 
 @pytest.mark.parametrize("fault", CPU, ids=str)
-def test_check_finds(fault: Fault, request: pytest.FixtureRequest) -> None:
-    if str(fault) in OPEN:
-        request.applymarker(pytest.mark.xfail(reason="open", strict=True))
+def test_check_finds(fault: Fault) -> None:
     result = put(fault.by, OPS[fault.op], fault.file, fault.function)
     assert not result.ok, f"not found: {fault.name}"
     assert re.match(rf"{fault.op} on numba in float32 (fails|is poor by) {fault.by} \(seed 0\): ", result.message)

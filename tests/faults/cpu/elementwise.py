@@ -51,8 +51,8 @@ def right_gelu(x: Array, *, approximate: str = "none") -> Array:
     return gelu_with(x, approximate)
 
 
-def cut_off_at_5(x: Array, *, approximate: str = "none") -> Array:
-    return gelu_with(x, approximate, cut=5.0)
+def cut_off_at_4(x: Array, *, approximate: str = "none") -> Array:
+    return gelu_with(x, approximate, cut=4.0)
 
 
 def short_constant(x: Array, *, approximate: str = "none") -> Array:
