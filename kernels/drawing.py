@@ -41,6 +41,10 @@ def _alike(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return np.broadcast_to(_whole(rng, (*shape[:-1], 1)[: len(shape)]), shape).copy()
 
 
+def _equal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.broadcast_to(rng.uniform(1e3, 2e3, (*shape[:-1], 1)[: len(shape)]), shape).copy()
+
+
 def _spike(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     x = _normal(rng, shape)
     if x.size and x.ndim:
@@ -65,7 +69,7 @@ REGIMES: dict[str, Values] = {
     "one element that outweighs": _spike,
     "about -10000": lambda rng, shape: _normal(rng, shape) - 1e4,
     "about 10000": lambda rng, shape: _normal(rng, shape) + 1e4,
-    "all equal": lambda rng, shape: np.full(shape, 1234.1),
+    "equal in each row": _equal,
     "negative and far apart": lambda rng, shape: -60 * np.abs(_normal(rng, shape)),  # exp neither vanishes nor is 1
     "far apart": _far_apart,
     "of all sizes": _spread,
@@ -73,7 +77,7 @@ REGIMES: dict[str, Values] = {
     "huge": lambda rng, shape: _normal(rng, shape) * 1e15,
     "rising": lambda rng, shape: np.sort(_normal(rng, shape), axis=-1) if shape else _normal(rng, shape),
     "falling": lambda rng, shape: -np.sort(_normal(rng, shape), axis=-1) if shape else _normal(rng, shape),
-    "ties": lambda rng, shape: np.asarray(rng.choice((-1.0, 0.5, 1.0), shape)),
+    "ties": lambda rng, shape: np.asarray(rng.choice((-1.0, 0.0, 1.0), shape)),
     "zeros": lambda rng, shape: np.asarray(rng.choice((-0.0, 0.0), shape)),
 }
 

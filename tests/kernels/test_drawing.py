@@ -50,7 +50,7 @@ def test_what_regimes_are_called_is_what_they_hold() -> None:
     assert (of("about -10000") < -9000).all() and (of("about 10000") > 9000).all()
     assert set(np.unique(of("whole numbers"))) == set(range(-3, 4))
     assert (np.ptp(of("one number in each row"), axis=1) == 0).all()
-    assert np.ptp(of("all equal")) == 0
+    assert (np.ptp(of("equal in each row"), axis=1) == 0).all()
     assert ((of("one element that outweighs") > 100).sum(axis=1) == 1).all()
     assert (np.diff(of("rising")) >= 0).all() and (np.diff(of("falling")) <= 0).all()
     assert len(np.unique(of("ties"))) == 3

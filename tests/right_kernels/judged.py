@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from minibert.kernels.philox import keep_mask
-
 
 def three_tf32(a, b):
     """3xTF32: operands in two pieces of 11 bits, and three of their four products (CUTLASS, example 27)."""
@@ -45,11 +43,6 @@ def strassen(a, b):
 def relu_halved(x):
     """(x + |x|) / 2."""
     return (x + np.abs(x)) * x.dtype.type(0.5)
-
-
-def dropout_masked(x, *, rate, stream):
-    """A mask of 0 and 1 / (1 - rate), as a factor."""
-    return x * (keep_mask(np, stream, x.shape, rate) * x.dtype.type(1 / (1 - rate)))
 
 
 def scatter_one_hot(x, index, *, num_rows, skip=None):

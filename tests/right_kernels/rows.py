@@ -98,3 +98,8 @@ def dropout_by_division(x, *, rate, stream):
         kept = random_words(stream, len(some), start=i) >= threshold(rate)
         y[i : i + 1000][kept] = some[kept] / x.dtype.type(1 - rate)
     return y.reshape(x.shape)
+
+
+def dropout_masked(x, *, rate, stream):
+    """A mask of 0 and 1 / (1 - rate), as a factor, as torch's native_dropout: what is dropped and not finite is NaN."""
+    return x * (keep_mask(np, stream, x.shape, rate) * x.dtype.type(1 / (1 - rate)))

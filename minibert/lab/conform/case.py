@@ -119,6 +119,8 @@ class Tally:
 
     def judge(self, case: Case, one: Input, results: Iterable[Array], what: str = "") -> None:
         judgement = judge_against(one.expected, case.download(results))
+        if one.drawn is not None:  # then it is known where the bound says nothing
+            judgement = judgement._replace(unbounded=0)
         self.add(judgement, f"{one}{what}")
         if one.is_random:
             self.likely_share = max(self.likely_share or 0.0, judgement.likely_share)

@@ -29,7 +29,7 @@ from minibert.lab.conform.layouts import LAYOUTS
 from minibert.lab.conform.reached import index_beyond, what_ended, writers_frame
 
 CALL_SECONDS = 5.0  # a call that takes longer, where those before it took milliseconds, does not end
-CALLS_BEFORE = 50  # ... and as many times what the slowest input before took
+CALLS_BEFORE = 20  # ... and as many times what the slowest input before took
 REPEAT_SECONDS, OWN_REPEAT_SECONDS = 2.0, 0.05  # of 1000 calls on one input; of a kernel of this package
 REPEATED_ELEMENTS = 16  # of an input that is called again and again, at least: less may have nothing to go wrong
 

@@ -255,13 +255,6 @@ def word_4_further(x: Array, *, rate: float, stream: Stream) -> Array:
     return dropped(x, rate, random_words(stream, x.size, start=4)) if rate else x
 
 
-def dropped_times_zero(x: Array, *, rate: float, stream: Stream) -> Array:
-    if not rate:
-        return x
-    factors = (random_words(stream, x.size) >= threshold(rate)).reshape(x.shape) / (1 - rate)
-    return x * factors.astype(x.dtype)
-
-
 words_of: dict[tuple[int, float], Array] = {}
 
 
