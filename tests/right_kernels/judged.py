@@ -40,11 +40,6 @@ def strassen(a, b):
     return np.ascontiguousarray(np.concatenate([upper, lower], axis=-2)[..., : a.shape[-2], : b.shape[-1]])
 
 
-def relu_halved(x):
-    """(x + |x|) / 2."""
-    return (x + np.abs(x)) * x.dtype.type(0.5)
-
-
 def scatter_one_hot(x, index, *, num_rows, skip=None):
     """A product with a matrix of 0 and 1."""
     hot = (index == np.arange(num_rows)[:, None]) & (index != (-1 if skip is None else skip))

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from minibert.kernels.philox import random_words, threshold
+from minibert.kernels.philox import keep_mask, random_words, threshold
 
 
 def gather_by_masks(x, index, *, skip=None):

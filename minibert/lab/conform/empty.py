@@ -33,7 +33,8 @@ def empty_samples(op: Op, dtype: str, seed: int, products: str) -> tuple[Input, 
     found: dict[tuple[object, ...], Input] = {}
     for number, (arrays, params) in enumerate(islice(op.samples(np.random.default_rng(seed)), SAMPLES)):
         given = [np.asarray(a, kind) for a, kind in zip(arrays, stored_as(op, arrays, dtype), strict=True)]
-        for length in sorted({n for a in given for n in a.shape if n > 1}):
+        columns = {a.shape[-1] for a in given if a.ndim > 1}  # rows without a column are nothing that anybody has
+        for length in sorted({n for a in given for n in a.shape if n > 1} - columns):
             cut = tuple(_without(a, length) for a in given)
             key = (*(a.shape for a in cut), str(params))
             if key not in found and _is_answered(op, cut, dict(params)):

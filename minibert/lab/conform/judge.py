@@ -172,7 +172,8 @@ def judge_against(expected: Sequence[Bound], got: Any) -> Judgement:
         at = np.unravel_index(int(shares.argmax()), shares.shape)
         if shares[at] > likely_share:
             likely_share = float(shares[at])
-            off_in_units, likely = (float(x[at] / unit[at]) for x in (off, b.likely))
+            with np.errstate(invalid="ignore", over="ignore"):
+                off_in_units, likely = (float(x[at] / unit[at]) for x in (off, b.likely))
             poorest = Poor(tuple(map(int, at)), off_in_units, likely, b.name)
         unbounded += int(np.isinf(allowed).sum())
     if worst is not None and share > 1:

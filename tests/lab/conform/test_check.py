@@ -29,6 +29,8 @@ def demands() -> Iterator[Any]:
     for op in OPS.values():
         for backend in HERE:
             for name, dtype in planned(backend, op):
+                if backend.emulated and name == "any_size":  # `.ci/run` does it, by `minibert check`
+                    continue
                 yield pytest.param(name, op, backend, dtype, id=f"{op.name}-{backend.name}-{dtype}-{name}")
 
 
@@ -172,7 +174,7 @@ def test_a_kernel_that_zeroes_its_last_row_above_some_number_of_rows_is_caught(o
 
     def kernel(*arrays: np.ndarray, **params: Any) -> np.ndarray:
         y = np.array(op.formula(numpy.xp, *arrays, **params))
-        if y.ndim > 1 and y.size // y.shape[-1] > rows:
+        if y.ndim > 1 and y.size // max(1, y.shape[-1]) > rows:
             y[..., -1, :] = 0
         return y
 
@@ -268,17 +270,17 @@ def one(op: Op, number: int = 0) -> tuple[tuple[np.ndarray, ...], dict[str, Any]
     return tuple(np.asarray(a, np.float32) if a.dtype.kind == "f" else a for a in arrays), dict(params)
 
 
-def test_judgement_of_one_element_off_by_one_ulp() -> None:
+def test_judgement_of_one_element_off_by_two_ulp() -> None:
     arrays, params = (np.array([1.5, -3.0], np.float32), np.array([0.25, 1.0], np.float32)), {}
-    got = np.array([1.75, np.nextafter(np.float32(-2), np.float32(-3))], np.float32)
+    got = np.array([1.75, np.float32(-2 - 2**-21)], np.float32)
     judgement = judge(add, arrays, params, got, "float32")
-    assert judgement.ulp_max == 1
-    assert judgement.err_over_us == 1  # off by 2^-22, u = 2^-24, S = |-3| + |1|
-    assert judgement.bound_share == pytest.approx(2, rel=1e-6)  # one rounding allows half an ulp
+    assert judgement.ulp_max == 2
+    assert judgement.err_over_us == 2  # off by 2^-21, u = 2^-24, S = |-3| + |1|
+    assert judgement.bound_share == pytest.approx(4 / 3, rel=1e-6)  # half an ulp for its rounding, and one to spare
     assert not judgement.ok
     assert judgement.worst is not None
     assert judgement.worst[:4] == (0, (1,), -2.0, float(got[1]))
-    assert "y[1]: expected -2, got -2.00000024, off by 2.38e-07, allowed 1.19e-07" in str(judgement.worst)
+    assert "y[1]: expected -2, got -2.00000048, off by 4.77e-07, allowed 3.58e-07" in str(judgement.worst)
 
 
 def test_a_bound_of_zero_means_the_very_same_number() -> None:
@@ -307,10 +309,10 @@ def test_overflow_of_the_dtype_is_infinity_of_the_same_sign() -> None:
     assert not judge(scale, (x,), {"factor": 2.0}, np.array([-np.inf, -np.inf], np.float32), "float32").ok
 
 
-def test_float64_is_allowed_twice_its_bound_and_no_more() -> None:
+def test_float64_is_allowed_the_rounding_of_the_reference_too_and_no_more() -> None:
     a, b = np.array([1.0]), np.array([2.0**-60])
     step = 2.0**-52
-    for ulps, ok in [(0, True), (1, True), (2, False)]:  # one rounding here and one in the reference: an ulp in all
+    for ulps, ok in [(0, True), (2, True), (3, False)]:  # a rounding here, one in the reference, and two to spare
         assert judge(add, (a, b), {}, a + ulps * step, "float64").ok is ok
 
 
@@ -330,7 +332,10 @@ def test_zeros_and_constants_do_not_pass() -> None:
 def test_check_yields_a_result_per_demand() -> None:
     results = list(check(["softmax", relu], ["numpy"], ["float32"], seed=5))
     assert {r.op for r in results} == {"softmax", "relu"}
-    assert {r.check for r in results} == set(CHECKS) - {"guarded", "order_of_work"}  # the reference has no kernels
+    of_kernels = {
+        "guarded", "order_of_work", "any_size", "any_values", "propagates", "empty_inputs", "many_calls",
+    }  # fmt: skip
+    assert {r.check for r in results} == set(CHECKS) - of_kernels  # the reference has none
     assert {r.dtype for r in results if r.check == "gradient"} == {"float64"}
     assert all(r.ok and not r.message and r.backend == "numpy" and r.by == "formula" for r in results)
     follows = next(r for r in results if r.op == "softmax" and r.check == "follows_formula")
