@@ -39,7 +39,11 @@ SLOW = frozenset(
         "page/test_page_browser.py test_docs.py test_fast.py test_wheel.py kernels/test_overlap.py",
         "kernels/test_regression.py",
         # every mistake that can be made in a formula or a kernel
-        "faults/test_faults.py::put",
+        "faults/test_faults.py::put lab/conform/test_drawn.py",
+        "right_kernels/test_right_kernels.py::test_right_kernels_follow_the_formula",
+        "right_kernels/test_right_kernels.py::test_right_kernels_meet_the_other_demands",
+        "right_kernels/test_right_kernels.py::test_right_cuda_kernels_meet_every_demand",
+        "lab/conform/test_check.py::test_backend_meets_what_is_drawn kernels/test_exact.py kernels/test_orders.py",
         "kernels/test_formula_mutation.py kernels/test_mutation.py kernels/test_random_formulas.py",
         # kernels compiled in many ways, or on many threads
         "kernels/test_cpu_microkernel.py kernels/test_cpu_product.py kernels/test_cpu_threads.py",

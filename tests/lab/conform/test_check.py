@@ -25,20 +25,28 @@ from minibert.lab.conform.judge import judge
 HERE = [status.backend for status in backends.available() if status.backend is not None]
 
 
-def demands() -> Iterator[Any]:
+DRAWN = ("any_size", "any_values", "propagates")
+
+
+def demands(drawn: bool) -> Iterator[Any]:
     for op in OPS.values():
         for backend in HERE:
             for name, dtype in planned(backend, op):
-                if backend.emulated and name == "any_size":  # `.ci/run` does it, by `minibert check`
+                if (name in DRAWN) != drawn or (backend.emulated and name == "any_size"):  # that: `.ci/run`, by `check`
                     continue
                 yield pytest.param(name, op, backend, dtype, id=f"{op.name}-{backend.name}-{dtype}-{name}")
 
 
-@pytest.mark.parametrize(("name", "op", "backend", "dtype"), list(demands()))
+@pytest.mark.parametrize(("name", "op", "backend", "dtype"), list(demands(drawn=False)))
 def test_backend_meets(name: str, op: Op, backend: Backend, dtype: str) -> None:
     result = run_check(name, op, backend, dtype)
     assert result.ok, result.message
     assert result.inputs > 0
+
+
+@pytest.mark.parametrize(("name", "op", "backend", "dtype"), list(demands(drawn=True)))
+def test_backend_meets_what_is_drawn(name: str, op: Op, backend: Backend, dtype: str) -> None:
+    test_backend_meets(name, op, backend, dtype)
 
 
 def test_backends_that_do_not_run_here_say_why() -> None:
