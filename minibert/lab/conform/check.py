@@ -57,9 +57,9 @@ class CheckResult:
 
 CHECKS: dict[str, Callable[[Case, Tally], None]] = {
     check.__name__: check
-    for check in (
-        guarded, follows_formula, part_in_step, any_values, propagates, any_size, strided_inputs, inputs_left_alone,
-        empty_inputs, deterministic, fresh_output, order_of_work, many_calls, gradient, gradient_rounding,
+    for check in (  # in this order: what is quick, and then what takes its time
+        guarded, follows_formula, part_in_step, any_values, propagates, strided_inputs, inputs_left_alone, empty_inputs,
+        deterministic, fresh_output, order_of_work, many_calls, any_size, gradient, gradient_rounding,
     )
 }  # fmt: skip
 
