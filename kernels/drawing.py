@@ -126,7 +126,7 @@ class Drawing:
 
     def ids(self, count: int, below: int) -> np.ndarray:
         """(count,) int32 in [0, below): all different as far as they go, any, all the same, the first and the last."""
-        kind = self.among("different", "any", "same", "ends")
+        kind = self.among("different", "any", "ends", "same")
         if kind == "any" or not below:
             ids = self.rng.integers(0, max(1, below), count)
         elif kind == "different":

@@ -53,7 +53,7 @@ def _sums(rng: np.random.Generator) -> Iterator[Sample]:
 
 
 def _draw_sum(draw: Drawing, rows: int, columns: int) -> Sample:
-    shape, axes = draw.among(((rows, columns), (-1, 0, None, (0, 1))), ((2, rows, columns), (-1, -2, 0, (0, 2))))
+    shape, axes = draw.among(((rows, columns), (0, -1, None, (0, 1))), ((2, rows, columns), (-1, -2, 0, (0, 2))))
     return Sample((draw.floats(*shape),), {"axis": draw.among(*axes)})
 
 

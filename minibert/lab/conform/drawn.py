@@ -92,10 +92,11 @@ def sizes_of(case: Case) -> Iterator[Drawn]:
         if case.backend.emulated and size > few[0] and size not in few:
             continue
         regime = BY_SIZE[number // len(axes) % len(BY_SIZE)]
-        if size >= LARGE and case.backend.emulated:
-            regime = BY_SIZE[0]
+        chosen = number
+        if size >= LARGE and case.backend.emulated:  # once, with the choices that suit the axis
+            regime, chosen = BY_SIZE[0], list(axes).index(axis)
         for each in dict.fromkeys((regime, *BY_SIZE[: size >= LARGE])):
-            yield Drawn(case.seed, number, {**small(axes, number, size), axis: size}, each)
+            yield Drawn(case.seed, chosen, {**small(axes, number, size), axis: size}, each)
         number += 1
 
 
