@@ -177,8 +177,8 @@ def far(x):
 @pytest.mark.parametrize(
     ("function", "cells", "message"),
     [
-        ("raises", r"kernel +\d+ +0 +FAIL$", "raised ValueError: boom, at mine.py:3: in raises (arrays of shapes"),
-        ("none", r"kernel +\d+ +0 +FAIL$", "output y: expected an array of shape (3, 7), got NoneType; again by"),
+        ("raises", r"kernel +\d+ +\d+ +FAIL$", "raised ValueError: boom, at mine.py:3: in raises (arrays of shapes"),
+        ("none", r"kernel +\d+ +\d+ +FAIL$", "output y: expected an array of shape (3, 7), got NoneType; again by"),
         ("far", r"kernel +\d+ +\d+ +\S+e\+\d+ +\de\+\d\d% +wrong +FAIL$", "y["),
     ],
 )
