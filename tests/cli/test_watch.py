@@ -93,7 +93,7 @@ def test_a_failure_is_the_exit_status_of_a_single_look(kernel: Path, root: Path)
     kernel.write_text(SLIGHTLY_WRONG)
     done = minibert("watch", "mine.py:scale=scale", "--backend", "numpy", "--once", folder=kernel.parent, root=root)
     assert done.returncode == 1
-    assert "FAIL scale after 1 checks" in done.stdout and "expected" in done.stdout
+    assert "FAIL scale after 2 checks" in done.stdout and "expected" in done.stdout
     assert done.stdout.rstrip().endswith("--backend numpy --dtype float32 --seed 0 --kernel mine.py:scale=scale")
 
 
