@@ -171,6 +171,42 @@ NOWHERE = {
     "softmax",
     "tanh",
 }
+SOMEWHERE = frozenset(
+    [
+        "adamw",
+        "adamw_shadow",
+        "add",
+        "add_layer_norm",
+        "add_layer_norm_grad",
+        "add_linear_grad",
+        "add_rows",
+        "broadcast",
+        "concatenate",
+        "cross_entropy",
+        "dropout",
+        "embedding",
+        "gather_rows",
+        "layer_norm_grad",
+        "linear",
+        "linear_gelu",
+        "linear_grad",
+        "matmul",
+        "mul",
+        "pad_axis",
+        "reduce_sum",
+        "relu",
+        "relu_grad",
+        "reshape",
+        "scale",
+        "scatter_rows",
+        "slice_axis",
+        "softmax_grad",
+        "square_norm",
+        "tanh_grad",
+        "transpose",
+        "where",
+    ]
+)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -193,7 +229,8 @@ def test_formulas_and_kernels_have_the_same_bits_where_they_are_exact(op: Op, dt
                     stored = np.asarray(result, b.dtype)
                 assert np.array_equal(stored[exactly], b.value[exactly])
         found |= {op.name for b in expected if np.all(b.error == 0)}
-    assert dtype != "float32" or not (found and op.name in NOWHERE)
+    if dtype == "float32" and op.name in NOWHERE | SOMEWHERE:  # an op that somebody adds is in neither
+        assert bool(found) == (op.name in SOMEWHERE)
 
 
 def test_one_element_that_is_dropped_of_many_is_a_difference() -> None:
