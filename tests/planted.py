@@ -173,15 +173,23 @@ def run(op: Op, arrays: Sequence[np.ndarray], params: Mapping[str, Any]) -> None
 
 
 def findings(ops: Sequence[Op], dtype: str, schedules: Sequence[str] = SCHEDULES) -> Iterator[list[Finding]]:
-    """What is found in each launch that something is found in, over the samples of these ops in these schedules."""
+    """What is found in each run that something is found in, over the samples of these ops in these schedules.
+
+    Notes, of what is no mistake and may point to one, are told too.
+    """
+    driver = emulator().emulator
+    driver.notes.clear()
     inputs = [(op, arrays, params) for op in ops for arrays, params in samples(op, dtype)]
     for op, arrays, params in sorted(inputs, key=lambda one: sum(a.size for a in one[1])):
         for schedule in schedules:
             try:
-                with emulator().emulator.set(schedule=schedule):
+                with driver.set(schedule=schedule):
                     run(op, arrays, params)
             except (KernelFault, EmulatorCrash) as error:
                 yield error.findings
+            if driver.notes:
+                yield list(driver.notes.values())
+                driver.notes.clear()
 
 
 def lines_named(finding: Finding) -> set[tuple[str, int]]:

@@ -142,7 +142,7 @@ FAULTS = (
     Fault(
         "every thread writes the loss", "cross_entropy/gpu.cu", "cross_entropy",
         "if (threadIdx.x == 0) *loss =", "*loss =",
-        "race",
+        "same value written",
     ),
     Fault(
         "one buffer instead of two", "layer_norm/gpu.cu", "layer_norm_grad",
@@ -157,7 +157,7 @@ FAULTS = (
     Fault(
         "all lanes that share a column write it", "embedding/gpu.cu", "scatter_rows",
         "if (share == 0 && column < columns) store(", "if (column < columns) store(",
-        "race",
+        "same value written",
     ),
     Fault(
         "single columns are written as packs", "embedding/gpu.cu", "scatter_rows",
@@ -188,7 +188,7 @@ FAULTS = (
     Fault(
         "each block does all rows", "embedding/gpu.cu", "gather_rows",
         "return blockIdx.x * WARPS + threadIdx.x / WARP;", "return threadIdx.x / WARP;",
-        "race", at="store(out + j, from == skip ? 0.0f : load(in + j));",
+        "same value written", at="store(out + j, from == skip ? 0.0f : load(in + j));",
     ),
     # --------------------------------------------------------------------------------------- warps and barriers
     Fault(

@@ -57,9 +57,9 @@ _process: GuardedProcess | None = None
 
 
 def guarded_process() -> GuardedProcess:
-    """A process that waits for a job: the same as before, as long as it lives."""
+    """A process that waits for a job: the same as before, as long as it lives and finds the modules that we find."""
     global _process
-    if _process is not None and _process.ended():
+    if _process is not None and (_process.ended() or _process.place != place()):
         _end_process()
     if _process is None:
         _process = GuardedProcess()
@@ -74,6 +74,11 @@ def _end_process() -> None:
     _process = None
 
 
+def place() -> tuple[str, ...]:
+    """Where names of files and modules are looked for."""
+    return (os.getcwd(), *sys.path)
+
+
 class GuardedProcess:
     """Starts at once. Raises Ended where it cannot guard its memory, with the reason."""
 
@@ -81,6 +86,7 @@ class GuardedProcess:
         from minibert.kernels.cpu import guard_pages
 
         with ExitStack() as stack:
+            self.place = place()
             self._log = stack.enter_context(tempfile.TemporaryFile("a+b"))
             file = os.memfd_create("minibert-guarded")
             stack.callback(os.close, file)

@@ -127,18 +127,18 @@ def test_a_kernel_that_would_end_pytest_is_run_in_no_check(plugin: Callable[...,
     checks = [f"conformance::add-{check}-float32" for check in ("guarded", "deterministic")]
     ran = plugin(*PLUGIN, "--kernel", "broken.py:add=add", *checks)
     assert ran.returncode == 1 and "0 of 2 checks passed, 2 failed" in ran.stdout
-    found = re.findall("^found .*", ran.stdout, re.MULTILINE)
+    found = set(re.findall("^found .*", ran.stdout, re.MULTILINE))  # pytest's summary repeats them where CI is set
     assert len(found) == 2 and all(
         "ended the process by SIGABRT" in line and "broken.py:2: in add" in line for line in found
     )
 
 
 def test_a_kernel_that_takes_no_empty_arrays_is_found(plugin: Callable[..., Any], examples: Path) -> None:
-    (examples / "broken.py").write_text("def add(x, y): return x.reshape(-1, x.shape[-1]).reshape(x.shape) + y\n")
+    (examples / "broken.py").write_text("def add(x, y): return x.reshape(len(x), -1).reshape(x.shape) + y\n")
     ran = plugin(*PLUGIN, "--kernel", "broken.py:add=add", "conformance::add-empty_inputs-float32")
     assert ran.returncode == 1
     failure = dict(re.findall(r"^(\w+) {2,}(.*)$", ran.stdout, re.MULTILINE))
-    assert failure["sample"] == "0" and "(3, 0)" in failure["shapes"]
+    assert failure["sample"] == "0" and "(0, " in failure["shapes"]
     assert "cannot reshape array of size 0" in failure["raised"]
 
 
@@ -149,11 +149,11 @@ def test_header_and_footer(plugin: Callable[..., Any]) -> None:
     versions = rf"NumPy {re.escape(np.__version__)}; threads 1\nminibert \S+, Python 3\.\d+\.\d+"
     assert re.search(rf"conformance of shelf_backend.py:ShelfBackend 0.1: arrays on a shelf, {versions}", text)
     assert "31 checks of 3 ops in float32, float64; seed 0" in text and "collected 31 items" in text
-    # guarded formula part size values propagates strided inputs empty determ. fresh order gradient rounding
+    # guarded formula part values propagates strided inputs empty determ. fresh order calls size gradient rounding
     rows = (
-        "softmax 1 2 1 1 1 1 1 1 1 1 1 1 1 1",
-        "adamw - 2 1 - - - 1 1 - 1 1 - - -",
-        "all ops 1 6 3 1 1 1 3 3 1 3 3 1 2 2",
+        "softmax 1 2 1 1 1 1 1 1 1 1 1 - 1 1 1",
+        "adamw - 2 1 - - 1 1 - 1 1 - - - - -",
+        "all ops 1 6 3 1 1 3 3 1 3 3 1 - 1 2 2",
     )
     for row in rows:
         assert re.search(f"^{re.sub(' ', ' +', row)}$", text, re.MULTILINE)
