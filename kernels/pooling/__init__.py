@@ -66,8 +66,8 @@ def _normalize_vjp(run: Run, g: Array, outs: tuple[Array, ...], x: Array, *, eps
 
 
 def _packed() -> Iterator[tuple[np.ndarray, int]]:
-    """Offsets of sequences, and columns: small, of one token, in packs, of unequal lengths with an empty one, long."""
-    for lengths, columns in [([3, 5], 7), ([1], 1), ([4, 12, 8], 16), ([1, 37, 0, 70, 9], 33), ([1031], 3)]:
+    """Offsets of sequences, and columns: small, one token, in packs, unequal lengths with an empty one, one long."""
+    for lengths, columns in [([3, 5], 7), ([1], 1), ([4, 12, 8], 16), ([1, 37, 0, 70, 9], 515), ([1031], 3)]:
         yield np.cumsum([0, *lengths]).astype(np.int32), columns
 
 
