@@ -32,7 +32,7 @@ TOWER = """
     lab/lockstep
     lab/conform
     __init__  moved
-    train
+    train  tuning
     data
     model
     assets  errors

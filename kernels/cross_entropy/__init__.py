@@ -16,7 +16,7 @@ import numpy as np
 
 from minibert.kernels.drawing import IGNORED, Drawing
 from minibert.kernels.elementwise import mul
-from minibert.kernels.linear import matmul, parameter_gradients
+from minibert.kernels.linear import matmul, parameter_gradients, wanted
 from minibert.kernels.op import Array, BertSize, Op, Run, Sample
 
 
@@ -44,7 +44,9 @@ def _linear_cross_entropy_vjp(
     run: Run, g: Array, outs: tuple[Array, ...], x: Array, weight: Array, bias: Array, labels: Array
 ) -> tuple[Any, ...]:
     dlogits = outs[1]  # g is a number: it is cheapest to scale the small arrays
-    dx = run(mul, run(matmul, dlogits, weight), g)
+    dx = run(mul, run(matmul, dlogits, weight), g) if wanted(run, 0) else None
+    if not wanted(run, 1, 2):
+        return dx, None, None, None
     dweight, total = parameter_gradients(run, dlogits, run(mul, x, g), 1)
     return dx, dweight, run(mul, total, g), None
 

@@ -41,12 +41,25 @@ def _add_linear_grad(xp: Any, total: Array, g: Array, x: Array) -> tuple[Array]:
     return (total + g.swapaxes(0, 1) @ x,)
 
 
-def _matmul_vjp(run: Run, g: Array, outs: tuple[Array, ...], a: Array, b: Array) -> tuple[Array, Array]:
-    return sum_to(run, run(matmul, g, b.swapaxes(-1, -2)), a), sum_to(run, run(matmul, a.swapaxes(-1, -2), g), b)
+def _matmul_vjp(run: Run, g: Array, outs: tuple[Array, ...], a: Array, b: Array) -> tuple[Array | None, ...]:
+    da = sum_to(run, run(matmul, g, b.swapaxes(-1, -2)), a) if wanted(run, 0) else None
+    db = sum_to(run, run(matmul, a.swapaxes(-1, -2), g), b) if wanted(run, 1) else None
+    return da, db
 
 
-def linear_vjp(run: Run, g: Array, outs: Any, x: Array, weight: Array, bias: Array) -> tuple[Array, Array, Array]:
-    dx = run(matmul, g, weight)
+def wanted(run: Run, *numbers: int) -> bool:
+    """Whether the gradient of one of the inputs with those numbers is asked for.
+
+    Autodiff asks for none of what is frozen and led to by nothing that is not; who checks a gradient asks for all.
+    """
+    asked = getattr(run, "wanted", None)
+    return asked is None or asked(*numbers)
+
+
+def linear_vjp(run: Run, g: Array, outs: Any, x: Array, weight: Array, bias: Array) -> tuple[Array | None, ...]:
+    dx = run(matmul, g, weight) if wanted(run, 0) else None
+    if not wanted(run, 1, 2):
+        return dx, None, None
     if x.ndim != 2:  # every row counts alike, whatever axes it stands in
         g, x = (run(reshape, a, shape=(-1, a.shape[-1])) for a in (g, x))
     return dx, *parameter_gradients(run, g, x, 1, 2)
@@ -55,8 +68,11 @@ def linear_vjp(run: Run, g: Array, outs: Any, x: Array, weight: Array, bias: Arr
 def parameter_gradients(run: Run, g: Array, x: Array, weight: int, *bias: int) -> tuple[Array, Array]:
     """dW and db: of the inputs with those numbers (the bias's is left out where db is not yet its whole gradient).
 
-    Where autodiff has a gradient of the weight already, and a backend a kernel for it, dW is that, with this added.
+    Where autodiff has a gradient of the weight already, and a backend a kernel for it, dW is that, with this added;
+    it is None where the weight is frozen.
     """
+    if not wanted(run, weight):
+        return None, run(reduce_sum, g, axis=0)
     so_far = getattr(run, "gradient_so_far", None)
     total = None if so_far is None else so_far(weight, add_linear_grad)
     if total is None:

@@ -14,18 +14,27 @@ from typing import Any
 import numpy as np
 
 from minibert.errors import UserError
-from minibert.kernels.activation import relu, tanh
+from minibert.kernels.activation import gelu, relu, tanh
 from minibert.kernels.attention import attention
 from minibert.kernels.cross_entropy import linear_cross_entropy
 from minibert.kernels.dropout import dropout
 from minibert.kernels.elementwise import where
 from minibert.kernels.embedding import gather_rows, scatter_rows
-from minibert.kernels.linear import linear, linear_gelu
+from minibert.kernels.linear import linear_gelu
 from minibert.kernels.philox import Stream
 from minibert.kernels.softmax import softmax
-from minibert.kernels.view import concatenate
 from minibert.model.config import GELU, BertConfig
-from minibert.model.nn import Embedding, LayerNorm, Linear, Module, Parameter, Place, embed, lay_together
+from minibert.model.nn import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    Module,
+    Parameter,
+    Place,
+    embed,
+    lay_together,
+    side_by_side,
+)
 from minibert.model.outputs import Batch, BertOutput, MaskedLMOutput, PreTrainingOutput
 from minibert.model.packing import IGNORE, Packed, as_array, pack, refuse_unknown
 from minibert.model.pretrained import PreTrained
@@ -38,6 +47,8 @@ EMBEDDING_STREAM, ATTENTION_OUTPUT_STREAM, ATTENTION_STREAM, OUTPUT_STREAM = 16,
 
 def activated(dense: Linear, x: Tensor, hidden_act: str) -> Tensor:  # (N, in) -> (N, out)
     """act(x W' + b), in one op where there is one."""
+    if hidden_act in GELU and dense.low_rank is not None:
+        return apply(gelu, dense(x), approximate=GELU[hidden_act])
     if hidden_act in GELU:
         return apply(linear_gelu, x, dense.weight, dense.bias, approximate=GELU[hidden_act])
     return apply(tanh if hidden_act == "tanh" else relu, dense(x))
@@ -76,9 +87,7 @@ class BertSelfAttention(Module):
             lay_together(*three)  # the three are one product
 
     def __call__(self, x: Tensor, batch: Batch, attentions: list[Tensor] | None) -> Tensor:  # (N, C) -> (N, C)
-        weight = apply(concatenate, self.query.weight, self.key.weight, self.value.weight, axis=0)
-        bias = apply(concatenate, self.query.bias, self.key.bias, self.value.bias, axis=0)
-        qkv = apply(linear, x, weight, bias)  # (N, 3C): one product for all three
+        qkv = side_by_side(x, self.query, self.key, self.value)  # (N, 3C): one product for all three
         if attentions is not None:
             attentions.append(self.probabilities(qkv, batch))
         params = batch.dropout(self.config.attention_probs_dropout_prob, ATTENTION_STREAM, self.layer)

@@ -66,7 +66,7 @@ def read_config(folder: AnyPath) -> BertConfig:
     if not path.exists() and (path.parent / GOOGLES_CONFIG).exists():
         raise UserError(f"no {CONFIG} in {path.parent}, but {GOOGLES_CONFIG}, which says the same: rename it")
     try:
-        return BertConfig.from_dict(_read_json(path))
+        return BertConfig.from_dict(read_json(path))
     except UserError as error:
         message = str(error)
         raise UserError(message if str(path) in message else f"{path}: {message}") from None
@@ -149,7 +149,7 @@ def _read_array(file: Any, data_start: int, name: str, entry: Mapping[str, Any])
 
 def _read_shards(index: Path) -> Arrays:
     """The arrays of several files, as `model.safetensors.index.json` tells: weight_map gives each name its file."""
-    where = _read_json(index).get("weight_map")
+    where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
         raise UserError(f"expected weight_map, from tensor names to file names, in {index}: get the file anew")
     arrays: Arrays = {}
@@ -163,7 +163,8 @@ def _read_shards(index: Path) -> Arrays:
     return arrays
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError, one line that names it, where there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:

@@ -12,9 +12,10 @@ import numpy as np
 from minibert.backends.base import Backend
 from minibert.kernels.embedding import embedding
 from minibert.kernels.layer_norm import add_layer_norm, layer_norm
-from minibert.kernels.linear import linear
+from minibert.kernels.linear import linear, matmul
 from minibert.kernels.op import Array
 from minibert.kernels.philox import Stream, random_words
+from minibert.kernels.view import concatenate, pad_axis
 from minibert.model.packing import row_numbers
 from minibert.model.tensor import Tensor, apply, at_place, tick
 
@@ -182,14 +183,46 @@ class Module:
 
 
 class Linear(Module):
-    """y = x W' + b; weight (out_features, in_features)."""
+    """y = x W' + b; weight (out_features, in_features). To it is added what tuning hangs on it as `low_rank`."""
+
+    low_rank: Any = None  # a minibert.tuning.low_rank.LowRank
 
     def __init__(self, in_features: int, out_features: int, place: Place) -> None:
         self.weight = Parameter((out_features, in_features), "normal", place)
         self.bias = Parameter((out_features,), "zeros", place)
 
     def __call__(self, x: Tensor) -> Tensor:  # (N, in) -> (N, out)
-        return apply(linear, x, self.weight, self.bias)
+        return side_by_side(x, self)
+
+
+def side_by_side(x: Tensor, *layers: Linear) -> Tensor:
+    """Linear layers of one input as one product, their outputs along the channels: (N, in) -> (N, sum of out).
+
+    Low-rank updates of some of them are one more: x A' of each, side by side, (N, sum of r), times a matrix
+    (sum of out, sum of r) in which the B of each stands at its layer's rows and its A's columns.
+    """
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    weight = weights[0] if len(layers) == 1 else apply(concatenate, *weights, axis=0)
+    bias = biases[0] if len(layers) == 1 else apply(concatenate, *biases, axis=0)
+    y = apply(linear, x, weight, bias)
+    ends = np.cumsum([w.declared_shape[0] for w in weights]).tolist()
+    tuned = [(layer.low_rank, end) for layer, end in zip(layers, ends, strict=True) if layer.low_rank is not None]
+    if not tuned:
+        return y
+    downs = [low_rank.down(x) for low_rank, _ in tuned]
+    ups = [low_rank.up() for low_rank, _ in tuned]
+    if len(layers) > 1:
+        ups = [
+            apply(pad_axis, up, axis=0, before=end - up.shape[0], after=ends[-1] - end)
+            for up, (_, end) in zip(ups, tuned, strict=True)
+        ]
+    if len(tuned) > 1:
+        downs, ups = ([apply(concatenate, *parts, axis=1)] for parts in (downs, ups))
+    update = apply(matmul, downs[0], ups[0].transpose(1, 0))
+    total = y + update
+    for part in (y, update):
+        part.forget()  # a sum's gradient reads neither
+    return total
 
 
 class LayerNorm(Module):

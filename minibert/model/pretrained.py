@@ -86,9 +86,10 @@ class PreTrained(Module):
         """Where inputs are given, by torch's name: the CPU, whatever the backend, which brings them where it is."""
         return "cpu"
 
-    def num_parameters(self) -> int:
-        """How many numbers are trained; what is tied counts once."""
-        return sum(math.prod(p.declared_shape) for p in self.parameters())
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """How many numbers the parameters hold, or those that are not frozen; what is tied counts once."""
+        counted = (p for p in self.parameters() if p.requires_grad or not only_trainable)
+        return sum(math.prod(p.declared_shape) for p in counted)
 
     def zero_grad(self) -> None:
         """Forget every gradient."""

@@ -256,6 +256,10 @@ class _Run:
     def __call__(self, op: Op, *arrays: Array, **params: Any) -> Any:
         return self.run(op, *arrays, **params)
 
+    def wanted(self, *numbers: int) -> bool:
+        """Whether a gradient of one of those inputs is asked for: of a frozen parameter, say, none is."""
+        return any(self.inputs[number].requires_grad for number in numbers)
+
     def gradients_of(self, *numbers: int) -> Run:
         """`run` for a call whose outputs are the gradients of those inputs: made where an optimiser wants them."""
         into = tuple(self._buffer(self.inputs[number]) for number in numbers)

@@ -82,7 +82,9 @@ class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019), one op call for each group.
 
     `params` is a list of parameters, or of mappings {"params": [...], "weight_decay": ...} as in torch. `max_grad_norm`
-    clips by the global norm of all gradients (Pascanu et al. 2013). Raises UserError for an empty or repeated list.
+    clips by the global norm of all gradients (Pascanu et al. 2013). Parameters that are frozen by now
+    (`requires_grad` is False) are left out, and take no memory here. Raises UserError for a list that is empty, has
+    repetitions, or holds nothing but frozen parameters.
     """
 
     def __init__(
@@ -112,10 +114,13 @@ class AdamW:
         made = [(_parameters(g.get("params", ())), float(g.get("weight_decay", weight_decay))) for g in groups]
         if any(decay < 0 for _, decay in made):
             raise UserError("AdamW: expected a weight_decay of 0 or more in every group")
-        self.groups = [ParameterGroup(parameters, decay) for parameters, decay in made if parameters]
-        everything = [p for g in self.groups for p in g.params]
+        everything = [p for parameters, _ in made for p in parameters]
         if not everything or len(set(map(id, everything))) != len(everything):
             raise UserError(f"AdamW: expected each parameter once, got {len(everything)} with repetitions, or none")
+        trained = [([p for p in parameters if p.requires_grad], decay) for parameters, decay in made]
+        self.groups = [ParameterGroup(parameters, decay) for parameters, decay in trained if parameters]
+        if not self.groups:
+            raise UserError("AdamW: every parameter is frozen: set requires_grad of those that are to be trained")
         self.lr, self.betas, self.eps, self.max_grad_norm = lr, betas, eps, max_grad_norm
         self.step_count = 0
         self.grad_norm: float | None = None  # of the last step, before clipping; only known where it is clipped
