@@ -32,6 +32,7 @@ TOWER = """
     lab/lockstep
     lab/conform
     __init__  moved
+    tasks
     train  tuning
     data
     model

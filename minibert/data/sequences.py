@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from minibert.data.masking import PAIRING_STREAM, SPLIT_STREAM, below, check_seed, shuffled
 from minibert.data.text import Document
@@ -51,15 +51,20 @@ def encode(documents: Sequence[Document], tokenizer: Tokenizer) -> list[EncodedD
 
 def ids_of(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """(n,) int32 of each text."""
-    batch: list[str] = []
+    for encoding in encodings_of(texts, tokenizer):
+        yield np.array(encoding.ids, dtype=np.int32)
+
+
+def encodings_of(texts: Iterable[str | Sequence[str]], tokenizer: Tokenizer, words: bool = False) -> Iterator[Encoding]:
+    """What the tokenizer makes of each text, or with `words` of each list of words, no special tokens added."""
+    batch: list[str | Sequence[str]] = []
     size = 0
     for text in chain(texts, [None]):
         if text is not None:
             batch.append(text)
-            size += len(text)
+            size += sum(map(len, text)) if words else len(text)
         if text is None or size > CHARACTERS_AT_ONCE:
-            for encoding in tokenizer.encode_batch(batch, add_special_tokens=False):
-                yield np.array(encoding.ids, dtype=np.int32)
+            yield from tokenizer.encode_batch(batch, is_pretokenized=words, add_special_tokens=False)
             batch, size = [], 0
 
 
