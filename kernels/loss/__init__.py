@@ -1,11 +1,10 @@
-"""Losses against targets that are numbers, the mean over all elements; each keeps its gradients.
+"""Losses against targets that are numbers, the mean over elements (0 where there are none); each keeps its gradients.
 
 binary_cross_entropy: loss = mean of max(z, 0) - z t + log(1 + exp(-|z|)), which is -t log p - (1 - t) log(1 - p) with
 p = 1 / (1 + exp(-z)), and never overflows; as torch's BCEWithLogitsLoss. Keeps dlogits = (p - t) / count and dtargets =
--z / count.
-mse_loss: loss = mean of (x - t)^2; keeps dpredictions = 2 (x - t) / count.
-An element whose target is `IGNORED` (-100) counts for nothing: the mean is over the others (0 where there is none), and
-its gradients are 0. Shapes: z, x and t alike; loss ().
+-z / count. An element whose target is `IGNORED` (-100, no probability) counts for nothing: its gradients are 0.
+mse_loss: loss = mean of (x - t)^2; keeps dpredictions = 2 (x - t) / count. Every number is a target.
+Shapes: z, x and t alike; loss ().
 """
 
 from __future__ import annotations
@@ -34,9 +33,7 @@ def _binary_cross_entropy(xp: Any, logits: Array, targets: Array) -> tuple[Array
 
 
 def _mse_loss(xp: Any, predictions: Array, targets: Array) -> tuple[Array, Array]:
-    kept = targets != IGNORED
-    count = max(1, int(kept.sum()))
-    apart = xp.where(kept, predictions - targets, 0.0)
+    apart, count = predictions - targets, max(1, predictions.size)
     loss = (apart * apart).sum() / count
     dpredictions = 2 * apart / count
     return loss, dpredictions
@@ -68,7 +65,7 @@ def _draw_bce(draw: Drawing, rows: int, columns: int) -> Sample:
 
 
 def _draw_mse(draw: Drawing, rows: int, columns: int) -> Sample:
-    return Sample((draw.floats(rows, columns), _ignoring(draw, draw.floats(rows, columns))))
+    return Sample((draw.floats(rows, columns), draw.floats(rows, columns)))
 
 
 def _bench(targets: Callable[..., np.ndarray], rng: np.random.Generator, size: BertSize) -> Sample:

@@ -1,4 +1,4 @@
-"""Losses against targets that are numbers: one block, which counts, adds and writes the gradients."""
+"""Losses against targets that are numbers: one block, which adds and writes the gradients."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def mse_loss(predictions: Array, targets: Array) -> tuple[Array, Array]:
     predictions, targets = contiguous(predictions), contiguous(targets, predictions.shape, "targets")
     loss = predictions.device.empty((), np.float32)
     dpredictions = predictions.device.empty(predictions.shape, predictions.dtype)
-    mse_block(predictions, targets, loss, dpredictions, predictions.size, IGNORED, grid=1)
+    mse_block(predictions, targets, loss, dpredictions, predictions.size, grid=1)
     return loss, dpredictions

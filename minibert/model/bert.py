@@ -18,8 +18,7 @@ from minibert.kernels.activation import gelu, relu, tanh
 from minibert.kernels.attention import attention
 from minibert.kernels.cross_entropy import linear_cross_entropy
 from minibert.kernels.dropout import dropout
-from minibert.kernels.elementwise import where
-from minibert.kernels.embedding import gather_rows, scatter_rows
+from minibert.kernels.embedding import gather_rows
 from minibert.kernels.linear import linear_gelu
 from minibert.kernels.philox import Stream
 from minibert.kernels.softmax import softmax
@@ -42,7 +41,7 @@ from minibert.model.recompute import SumOfParts, recomputed
 from minibert.model.tensor import Tensor, apply, at_place
 
 HEAD_ROWS = 384  # predicted positions whose logits exist at one time
-EMBEDDING_STREAM, ATTENTION_OUTPUT_STREAM, ATTENTION_STREAM, OUTPUT_STREAM = 16, 17, 18, 19
+EMBEDDING_STREAM, ATTENTION_OUTPUT_STREAM, ATTENTION_STREAM, OUTPUT_STREAM, CLASSIFIER_STREAM = 16, 17, 18, 19, 20
 
 
 def activated(dense: Linear, x: Tensor, hidden_act: str) -> Tensor:  # (N, in) -> (N, out)
@@ -95,22 +94,12 @@ class BertSelfAttention(Module):
 
     def probabilities(self, qkv: Tensor, batch: Batch) -> Tensor:
         """softmax(q k' / sqrt D), (B, H, T, T), before dropout; computed when asked for: no kernel keeps it."""
-        packed, heads = batch.packed, self.config.num_attention_heads
-        lengths = np.diff(packed.cu_seqlens)
-        rows, (count, length) = packed.rows, packed.padded_shape or (len(lengths), int(lengths.max()))
-        if rows is None:
-            shift = np.arange(count) * length - packed.cu_seqlens[:-1]
-            rows = np.repeat(shift, lengths) + np.arange(len(packed.input_ids))
-        real = np.zeros(count * length, bool)
-        real[rows] = True
-        head_size = self.config.hidden_size // heads
-        x = apply(scatter_rows, qkv, batch.integers(rows.astype(np.int32)), num_rows=count * length)
-        x = x.reshape(count, length, 3, heads, head_size).transpose(2, 0, 3, 1, 4)
+        heads, head_size = self.config.num_attention_heads, self.config.hidden_size // self.config.num_attention_heads
+        count, length = batch.rows[1]
+        x = batch.by_sequence(qkv).reshape(count, length, 3, heads, head_size).transpose(2, 0, 3, 1, 4)
         q, k = (x.slice(0, i, i + 1).reshape(count, heads, length, head_size) for i in (0, 1))
         scores = (q @ k.transpose(0, 1, 3, 2)) * head_size**-0.5
-        least = -6e4 if batch.place.dtype == "float16" else -1e30  # float16 ends at 65504
-        hidden = Tensor(batch.place.backend.asarray(least, dtype=batch.place.dtype), batch.place.backend)
-        return apply(softmax, apply(where, batch.integers(real.reshape(count, 1, 1, length)), scores, hidden))
+        return apply(softmax, batch.or_least(batch.real.reshape(count, 1, 1, length), scores))
 
 
 class BertSelfOutput(Module):
@@ -253,10 +242,10 @@ class BertModel(PreTrained):
 
     def encode(
         self, input_ids: Any, attention_mask: Any, token_type_ids: Any, position_ids: Any, *, inputs_embeds: Any = None,
-        cu_seqlens: Any = None, labels: Any = None, output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None, **unknown: Any,
+        cu_seqlens: Any = None, labels: Any = None, num_labels: int | None = None,
+        output_hidden_states: bool | None = None, output_attentions: bool | None = None, **unknown: Any,
     ) -> BertOutput:  # fmt: skip
-        """What a call makes, with the labels of the model around this one."""
+        """What a call makes, with the labels of each token, if the model around this one has them."""
         refuse_unknown(unknown)
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("expected input_ids or inputs_embeds, one of the two")
@@ -271,7 +260,8 @@ class BertModel(PreTrained):
             if any(given is not None for given in described):
                 raise UserError("a Packed batch has its positions, types and labels within; give it alone")
         else:
-            packed = pack(self.config, input_ids, *described, None if embeds is None else embeds.shape[:-1])
+            shape = None if embeds is None else embeds.shape[:-1]
+            packed = pack(self.config, input_ids, *described, shape, num_labels)
         batch = Batch(packed, self.place, Stream(self.seed, 0, self.step, 0) if self.training else None)
         self.step += self.training
         attentions: list[Tensor] | None = [] if output_attentions else None
@@ -303,30 +293,10 @@ class BertModel(PreTrained):
         return given
 
 
-class BertForMaskedLM(PreTrained):
-    """BERT with the masked-language-model head, its decoder tied to the word embeddings."""
+class WithEncoder(PreTrained):
+    """A model with a head: its encoder is `bert`."""
 
-    output = MaskedLMOutput
-    next_sentence = False
-    has_decoder = True
-    head_in_parts = True  # where there are more labels than `HEAD_ROWS`
-
-    def __init__(
-        self,
-        config: BertConfig,
-        backend: Any = "numba",
-        dtype: str = "float32",
-        seed: int = 0,
-        *,
-        initialise: bool = True,
-    ) -> None:
-        place = self.begin(config, backend, dtype, seed)
-        self.bert = BertModel(
-            config, place.backend, dtype, seed, add_pooling_layer=self.next_sentence, initialise=False
-        )
-        self.cls = BertHeads(config, place, next_sentence=self.next_sentence)
-        if initialise:
-            self.initialise()
+    bert: BertModel
 
     @property
     def step(self) -> int:
@@ -348,6 +318,27 @@ class BertForMaskedLM(PreTrained):
     def gradient_checkpointing_disable(self) -> None:
         """As `BertModel.gradient_checkpointing_disable`."""
         self.bert.gradient_checkpointing_disable()
+
+
+class BertForMaskedLM(WithEncoder):
+    """BERT with the masked-language-model head, its decoder tied to the word embeddings."""
+
+    output = MaskedLMOutput
+    next_sentence = False
+    has_decoder = True
+    head_in_parts = True  # where there are more labels than `HEAD_ROWS`
+
+    def __init__(
+        self, config: BertConfig, backend: Any = "numba", dtype: str = "float32", seed: int = 0,
+        *, initialise: bool = True,
+    ) -> None:  # fmt: skip
+        place = self.begin(config, backend, dtype, seed)
+        self.bert = BertModel(
+            config, place.backend, dtype, seed, add_pooling_layer=self.next_sentence, initialise=False
+        )
+        self.cls = BertHeads(config, place, next_sentence=self.next_sentence)
+        if initialise:
+            self.initialise()
 
     def __call__(
         self, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,

@@ -33,7 +33,13 @@ ONLY = {
 }
 
 # Fields that a config.json of transformers' holds only where they say something, and may hold as null.
-QUIET = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
+QUIET: dict[str, Any] = {
+    "output_hidden_states": False, "output_attentions": False, "return_dict": True, "problem_type": None,
+    "id2label": {},
+}  # fmt: skip
+# What the labels of a BertForSequenceClassification are: numbers, one class of several, or any of several.
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+NULLABLE = {"pad_token_id": int, "classifier_dropout": float, "problem_type": str}  # fields that may be None
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,9 @@ class BertConfig:
     output_hidden_states: bool = False  # what a call returns where it does not say
     output_attentions: bool = False
     return_dict: bool = True  # an output with names; if not, a tuple
+    classifier_dropout: float | None = None  # before a head's classifier; None: hidden_dropout_prob
+    problem_type: str | None = None  # one of PROBLEM_TYPES; None: what the first labels say
+    id2label: Mapping[int, str] = field(default_factory=dict, hash=False)  # names of a head's outputs; {}: two without
     # What a config.json holds beside, as it stands there: nothing here reads it, save_pretrained writes it back. It is
     # no part of what makes two configs equal. A keyword that is misspelt in Python stays a TypeError.
     others: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -67,26 +76,40 @@ class BertConfig:
     def __post_init__(self) -> None:
         if self.pad_token_id == -1:  # as some write it where there is no padding
             object.__setattr__(self, "pad_token_id", None)
+        object.__setattr__(self, "id2label", _names(self.id2label))
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name != "others" and not (f.name == "pad_token_id" and value is None):
-                object.__setattr__(self, f.name, _of_type(f.name, value, type(f.default)))
+            if f.name not in ("others", "id2label") and not (f.name in NULLABLE and value is None):
+                kind = NULLABLE.get(f.name, type(f.default))
+                object.__setattr__(self, f.name, _of_type(f.name, value, kind))
         misplaced = self.others.keys() & vars(self).keys() - {"others"}
         _require(not misplaced, "others", "what no field holds", ", ".join(misplaced))
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                      "max_position_embeddings", "type_vocab_size"):  # fmt: skip
             _require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            _require(0.0 <= getattr(self, name) < 1.0, name, "a probability in [0, 1)", getattr(self, name))
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            _require(0.0 <= (getattr(self, name) or 0.0) < 1.0, name, "a probability in [0, 1)", getattr(self, name))
         for name in ("initializer_range", "layer_norm_eps"):
             value = getattr(self, name)
             _require(value >= 0.0 and math.isfinite(value), name, "a finite number of 0 or more", value)
+        kinds = f"None or one of {', '.join(PROBLEM_TYPES)}"
+        _require(self.problem_type in (None, *PROBLEM_TYPES), "problem_type", kinds, self.problem_type)
         _require(self.hidden_act in ACTIVATIONS, "hidden_act", f"one of {', '.join(ACTIVATIONS)}", self.hidden_act)
         heads = f"a multiple of num_attention_heads ({self.num_attention_heads})"
         _require(self.hidden_size % self.num_attention_heads == 0, "hidden_size", heads, self.hidden_size)
         padding = self.pad_token_id
         fits = padding is None or 0 <= padding < self.vocab_size
         _require(fits, "pad_token_id", f"None, or an id of 0 or more and below vocab_size ({self.vocab_size})", padding)
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of a head that classifies; 2 where nothing is said."""
+        return len(self.id2label) or 2
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """The number of each label by its name; of two labels of one name, the last's."""
+        return {name: number for number, name in self.id2label.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BertConfig:
@@ -95,6 +118,7 @@ class BertConfig:
         A warning names a key that looks like a misspelt one of this model's, and the code that another model brings
         along. Raises UserError for a value of the wrong type, and for one that this model cannot follow.
         """
+        given, values = values, with_labels(values)
         own = {f.name for f in fields(cls)} - {"others"}
         for key, only in ONLY.items():
             value = values.get(key, only)
@@ -112,7 +136,7 @@ class BertConfig:
             warn(
                 "config: auto_map names code of the checkpoint's own; it is not run, and this is BERT, which may differ"
             )
-        others = {key: value for key, value in values.items() if key not in own and key != "model_type"}
+        others = {key: value for key, value in given.items() if key not in own | {"model_type", "label2id"}}
         unsaid = {key for key in QUIET if values.get(key) is None}  # null is no there
         return cls(**{key: value for key, value in values.items() if key in own - unsaid}, others=others)
 
@@ -120,7 +144,40 @@ class BertConfig:
         """What config.json holds for this model, as transformers' BertConfig reads it."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "others"}
         said = {key: value for key, value in own.items() if key not in QUIET or value != QUIET[key]}
+        if self.id2label:  # JSON's keys are strings
+            said["id2label"] = {str(number): name for number, name in self.id2label.items()}
+            said["label2id"] = self.label2id
+        if "num_labels" in self.others:  # as some write it besides
+            said["num_labels"] = self.num_labels
         return {**self.others, "model_type": "bert", **said}
+
+
+def with_labels(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` of a config with its labels in `id2label` alone, whichever of transformers' names it gave them under.
+
+    `num_labels` names them LABEL_0, LABEL_1 ... as there, where `id2label` does not name as many.
+    """
+    given = dict(values)
+    count, numbers = given.pop("num_labels", None), given.pop("label2id", None)
+    if not given.get("id2label") and isinstance(numbers, Mapping) and numbers:
+        given["id2label"] = {number: name for name, number in numbers.items()}
+    if count is not None:
+        _require(isinstance(count, int) and count > 0, "num_labels", "a whole number of 1 or more", count)
+        if len(given.get("id2label") or ()) != count:
+            given["id2label"] = {number: f"LABEL_{number}" for number in range(count)}
+    return given
+
+
+def _names(given: Any) -> dict[int, str]:
+    """Labels by number, in the order of the numbers; a list names them from 0 on."""
+    if isinstance(given, list | tuple):
+        given = dict(enumerate(given))
+    expected = "a mapping from whole numbers to names"
+    _require(given is None or isinstance(given, Mapping), "id2label", expected, given)
+    try:
+        return {number: str(name) for number, name in sorted((int(key), name) for key, name in (given or {}).items())}
+    except (TypeError, ValueError):
+        raise UserError(f"config: expected id2label to be {expected}, got {reprlib.repr(given)}") from None
 
 
 def _of_type(name: str, value: Any, expected: type) -> Any:

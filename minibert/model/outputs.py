@@ -10,6 +10,7 @@ import numpy as np
 
 from minibert.errors import UserError
 from minibert.kernels.cross_entropy import cross_entropy, linear_cross_entropy
+from minibert.kernels.elementwise import where
 from minibert.kernels.embedding import gather_rows, scatter_rows
 from minibert.kernels.linear import linear
 from minibert.kernels.philox import Stream
@@ -35,12 +36,42 @@ class Batch:
             return {"rate": 0.0, "stream": Stream()}
         return {"rate": rate, "stream": self.streams._replace(stream=stream, layer=layer)}
 
+    def floats(self, values: np.ndarray) -> Tensor:
+        return Tensor(self.place.backend.asarray(values, dtype=self.place.dtype), self.place.backend)
+
+    @cached_property
+    def rows(self) -> tuple[np.ndarray, tuple[int, int]]:
+        """Where each token stands in the flat (B * T) padded batch, (N,); and (B, T), of a packed batch too."""
+        packed = self.packed
+        if packed.rows is not None and packed.padded_shape is not None:
+            return packed.rows, packed.padded_shape
+        lengths = np.diff(packed.cu_seqlens)
+        count, length = len(lengths), int(lengths.max())
+        shift = np.arange(count) * length - packed.cu_seqlens[:-1]
+        return (np.repeat(shift, lengths) + np.arange(len(packed.input_ids))).astype(np.int32), (count, length)
+
+    @property
+    def real(self) -> np.ndarray:
+        """(B, T) whether there is a token."""
+        rows, shape = self.rows
+        real = np.zeros(shape, bool)
+        real.reshape(-1)[rows] = True
+        return real
+
+    def by_sequence(self, x: Tensor) -> Tensor:  # (N, C) -> (B, T, C), zero where there is no token
+        rows, (count, length) = self.rows
+        spread = apply(scatter_rows, x, self.integers(rows), num_rows=count * length)
+        return spread.reshape(count, length, x.shape[-1])
+
+    def or_least(self, real: np.ndarray, x: Tensor) -> Tensor:
+        """x where it is of a token, else a number whose exp vanishes beside any other's."""
+        least = -6e4 if self.place.dtype == "float16" else -1e30  # float16 ends at 65504
+        return apply(where, self.integers(real), x, self.floats(np.asarray(least)))
+
     def padded(self, x: Tensor) -> Tensor:  # (N, C) -> (B, T, C), zero where the batch was padded
         if self.packed.rows is None or self.packed.padded_shape is None:
             return x
-        batch, length = self.packed.padded_shape
-        rows = self.integers(self.packed.rows)
-        return apply(scatter_rows, x, rows, num_rows=batch * length).reshape(batch, length, -1)
+        return self.by_sequence(x)
 
     def of_its_own(self, x: Tensor) -> Tensor:  # (N, C) -> (B, T, C) or (N, C)
         """As `padded`, always in other memory than x: who writes there changes nothing that is computed from x."""

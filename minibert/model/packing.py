@@ -16,7 +16,7 @@ IGNORE = IGNORED  # the label of a position that is not predicted
 
 # Arguments that scripts written for transformers give and that no model here takes: what to do instead.
 ELSEWHERE = {
-    "labels": "BertModel has no head that predicts; use BertForMaskedLM or BertForPreTraining",
+    "labels": "BertModel has no head that predicts; use BertForMaskedLM, BertForSequenceClassification or another head",
     "next_sentence_label": "this model has no next-sentence head; use BertForPreTraining",
     "masked_lm_labels": "its name is labels",
     "lm_labels": "its name is labels",
@@ -83,13 +83,15 @@ def pack(
     labels: Any = None,
     cu_seqlens: Any = None,
     embedded: tuple[int, ...] | None = None,
+    num_labels: int | None = None,
 ) -> Packed:
     """Check a batch and lay its real tokens one after the other.
 
     `input_ids` is (B, T), with an `attention_mask` (B, T) of 0 and 1 in any dtype; or (N,) together with `cu_seqlens`
     (B + 1,), already packed. A row that is masked throughout is an empty sequence. Positions are columns of the padded
-    batch, as in Hugging Face's models. `embedded` is the shape, less its last axis, of embeddings given in place of
-    ids: the packed ids are then their rows. Raises UserError for ids, positions or shapes that the model cannot take.
+    batch, as in Hugging Face's models. A label is one of `num_labels` (None: of the vocabulary), or -100. `embedded` is
+    the shape, less its last axis, of embeddings given in place of ids: the packed ids are then their rows. Raises
+    UserError for ids, positions or shapes that the model cannot take.
     """
     if embedded is None:
         ids = _integers("input_ids", input_ids)
@@ -113,7 +115,9 @@ def pack(
     _within("token_type_ids", packed.token_type_ids, config.type_vocab_size, "token types (type_vocab_size)")
     if packed.labels is not None:
         kept = packed.labels != IGNORE
-        _within("labels", packed.labels[kept], config.vocab_size, "the vocabulary, or -100 where nothing is predicted")
+        of_what = "the vocabulary" if num_labels is None else "the labels (num_labels)"
+        count = config.vocab_size if num_labels is None else num_labels
+        _within("labels", packed.labels[kept], count, f"{of_what}, or -100 where nothing is predicted")
         predicted = np.flatnonzero(kept).astype(np.int32)
         packed = packed._replace(predicted=predicted, targets=packed.labels[predicted].astype(np.int32))
     return packed._replace(
@@ -219,13 +223,20 @@ def sentence_labels(given: Any, packed: Packed) -> np.ndarray:
 
     Raises UserError for any other, and where none counts.
     """
-    labels, count = _integers("next_sentence_label", given), len(packed.first_rows)
-    if labels.size != count or labels.ndim > 2:
-        raise UserError(f"next_sentence_label: expected one for each of {count} sequences, got shape {labels.shape}")
-    labels = np.where(packed.not_empty, labels.reshape(-1), IGNORE)
-    _within("next_sentence_label", labels[labels != IGNORE], 2, "the head (0: it follows, 1: it does not), or -100")
+    labels = class_numbers("next_sentence_label", given, len(packed.first_rows), 2)
+    labels = np.where(packed.not_empty, labels, IGNORE)
     if (labels == IGNORE).all():
         raise UserError("next_sentence_label: expected one of 0 or 1 at least, but no sequence has a label that counts")
+    return labels
+
+
+def class_numbers(name: str, given: Any, rows: int, classes: int) -> np.ndarray:
+    """(rows,) class numbers, -100 for a row that does not count. Raises UserError for another shape or number."""
+    labels = _integers(name, given)
+    if labels.size != rows or labels.ndim > 2:
+        raise UserError(f"{name}: expected one for each of {rows} sequences, got shape {labels.shape}")
+    labels = labels.reshape(-1)
+    _within(name, labels[labels != IGNORE], classes, f"the head's {classes} labels, or -100")
     return labels
 
 

@@ -16,7 +16,7 @@ from minibert import backends
 from minibert.backends.base import Backend, dtype_of
 from minibert.errors import UserError, warn
 from minibert.model import checkpoint
-from minibert.model.config import BertConfig
+from minibert.model.config import BertConfig, with_labels
 from minibert.model.matching import DECODER, LoadReport, has_own_decoder, match
 from minibert.model.nn import Module, Parameter, Place
 from minibert.model.packing import as_array
@@ -201,6 +201,7 @@ def _changed(config: BertConfig, changes: Mapping[str, Any]) -> BertConfig:
     """`config` with the fields that were given to from_pretrained; what else was given there is refused."""
     if not isinstance(config, BertConfig):
         raise _no_config(config)
+    changes = with_labels(changes)
     for name in sorted(changes.keys() - vars(config).keys()):
         mend = INSTEAD.get(name, "leave it out; given by name are also fields of the config, as num_hidden_layers=2")
         raise UserError(f"from_pretrained: unknown argument {name!r}: {mend}")

@@ -78,6 +78,7 @@ def test_a_config_comes_back_with_all_that_is_beside_the_math() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = BertConfig.from_dict({**PUBLISHED, **json.loads(json.dumps(config.to_dict()))})
+    config = replace(config, id2label=["no", "yes"], problem_type="single_label_classification")
     assert found == config and hash(found) == hash(config)
     written = json.loads(json.dumps(replace(found, num_hidden_layers=3).to_dict()))
     assert written == {**PUBLISHED, **config.to_dict(), "num_hidden_layers": 3}
@@ -153,3 +154,22 @@ def test_the_named_configs_are_google_s_miniatures_and_minilm() -> None:
         "base": (12, 768, 12, 3072), "minilm": (6, 384, 12, 1536),
     }  # fmt: skip
     assert NAMED["base"] == BertConfig()
+
+
+@pytest.mark.parametrize(
+    ("values", "id2label"),
+    [
+        ({}, {}),
+        ({"id2label": None}, {}),
+        ({"id2label": {"1": "yes", "0": "no"}}, {0: "no", 1: "yes"}),
+        ({"label2id": {"no": 0, "yes": 1}}, {0: "no", 1: "yes"}),
+        ({"num_labels": 3}, {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}),
+        ({"num_labels": 1, "id2label": {"0": "no", "1": "yes"}}, {0: "LABEL_0"}),
+        ({"id2label": {str(n): n for n in range(12)}}, {n: str(n) for n in range(12)}),
+    ],
+)
+def test_labels_have_transformers_names(values: dict[str, Any], id2label: dict[int, str]) -> None:
+    config = BertConfig.from_dict(values)
+    assert config.id2label == id2label and config.num_labels == (len(id2label) or 2)
+    again = BertConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert list(again.id2label.items()) == list(id2label.items()) and again == config

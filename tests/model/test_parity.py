@@ -118,7 +118,7 @@ def weights(model: Any) -> dict[str, np.ndarray]:
 
 
 def ours(case: Case, architecture: str, backend: str, dtype: str, reference: Any) -> Any:
-    model = getattr(mb, architecture)(mb.BertConfig(**case.config()), backend=backend, dtype=dtype)
+    model = getattr(mb, architecture)(mb.BertConfig.from_dict(case.config()), backend=backend, dtype=dtype)
     model.load_state_dict(weights(reference), strict=False)
     return model
 
@@ -184,8 +184,8 @@ def deviations(name: str, backend: str, dtype: str) -> dict[str, float]:
     return apart
 
 
-def gradient_deviations(model: Any, gradients: dict[str, np.ndarray]) -> dict[str, float]:
-    """|g - g'| / |g'| for every parameter.
+def gradient_deviations(model: Any, gradients: dict[str, np.ndarray], least: float = 0.0) -> dict[str, float]:
+    """|g - g'| / |g'| for every parameter, |g'| no less than `least` of the largest.
 
     Some gradients are zero in exact arithmetic: that of a key's bias (it moves all scores of a row alike), and those of
     query and key where each sequence is one token. What is left is rounding noise: it is measured by the value's norm.
@@ -197,6 +197,7 @@ def gradient_deviations(model: Any, gradients: dict[str, np.ndarray]) -> dict[st
     for name, parameter in named.items():
         value = name.replace(".self.query.", ".self.value.").replace(".self.key.", ".self.value.")
         scale = norms[value if name.endswith(".key.bias") or norms[name] == 0 else name]
+        scale = max(scale, least * max(norms.values()))
         apart[f"grad {name}"] = float(np.linalg.norm(parameter.backend.numpy(parameter.grad) - gradients[name])) / scale
     return apart
 

@@ -1,0 +1,89 @@
+"""Losses of heads that classify, answer or predict numbers: means over what counts, made of ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from minibert.errors import UserError
+from minibert.kernels.cross_entropy import cross_entropy
+from minibert.kernels.loss import binary_cross_entropy, mse_loss
+from minibert.model.config import BertConfig
+from minibert.model.packing import IGNORE, as_array, class_numbers
+from minibert.model.tensor import Tensor, apply
+
+
+def problem_type(config: BertConfig, labels: np.ndarray) -> str:
+    """What the labels are: as the config says, else by transformers' rule.
+
+    One output is regression; of several, whole numbers name one class, floats are the targets of each. Raises UserError
+    where a single output is to choose a class, on which every loss is 0.
+    """
+    found = config.problem_type
+    if found is None and config.num_labels == 1:
+        found = "regression"
+    elif found is None:
+        found = "single_label_classification" if labels.dtype.kind in "iu" else "multi_label_classification"
+    if found == "single_label_classification" and config.num_labels == 1:
+        raise UserError("problem_type single_label_classification: expected two labels or more, got num_labels 1")
+    return found
+
+
+def sequence_loss(
+    logits: Tensor, labels: Any, kind: str, class_weights: Sequence[float] | None = None, counted: Any = None
+) -> Tensor:
+    """The mean loss of (B, K) logits, by `problem_type`.
+
+    "single_label_classification": cross entropy of `labels` (B,), class numbers, of which -100 does not count, nor does
+    a row where `counted` (B,) is false; each row is weighed by its class's weight. "multi_label_classification": binary
+    cross entropy with logits of `labels` (B, K) from 0 to 1, -100 where one is not known. "regression": mean squared
+    error of `labels` (B, K), or (B,) where K is 1. Raises UserError for labels of another shape, type or range.
+    """
+    rows, classes = logits.shape
+    if class_weights is not None and kind != "single_label_classification":
+        raise UserError(f"class_weights: expected none with {kind}: they weigh classes of which each example has one")
+    if kind == "single_label_classification":
+        numbers = class_numbers("labels", labels, rows, classes)
+        if counted is not None:
+            numbers = np.where(counted, numbers, IGNORE)
+        return weighed_cross_entropy(logits, numbers, class_weights)
+    targets = as_array("labels", labels, "an array of numbers").astype(np.float64)
+    if targets.shape == (rows,) and classes == 1:
+        targets = targets.reshape(rows, 1)
+    if targets.shape != (rows, classes):
+        raise UserError(f"labels: expected shape {(rows, classes)} for {kind}, got {targets.shape}")
+    if not np.isfinite(targets).all():
+        raise UserError(f"labels: expected finite numbers, got {targets[~np.isfinite(targets)][0]}")
+    op = mse_loss
+    if kind == "multi_label_classification":
+        op = binary_cross_entropy
+        wrong = targets[(targets != IGNORE) & ~((targets >= 0) & (targets <= 1))]
+        if wrong.size:
+            raise UserError(f"labels: expected 0 to 1 for {kind}, or -100 where it is not known, got {wrong[0]:g}")
+    return apply(op, logits, Tensor(logits.backend.asarray(targets, dtype=logits.dtype), logits.backend))
+
+
+def weighed_cross_entropy(logits: Tensor, labels: np.ndarray, class_weights: Sequence[float] | None = None) -> Tensor:
+    """sum w[y] loss / sum w[y] over rows with a label y, as torch's CrossEntropyLoss; 0 where there is none.
+
+    logits (M, K), labels (M,) of which -100 does not count, class_weights (K,), all 1 where there are none.
+    """
+
+    def of(some: np.ndarray) -> Tensor:
+        return apply(cross_entropy, logits, Tensor(logits.backend.asarray(some.astype(np.int32)), logits.backend))
+
+    if class_weights is None:
+        return of(labels)
+    weights = np.asarray(class_weights, np.float64)
+    if weights.shape != (logits.shape[1],) or not (np.isfinite(weights) & (weights >= 0)).all():
+        raise UserError(f"class_weights: expected {logits.shape[1]} numbers of 0 or more, got {class_weights}")
+    present, counts = np.unique(labels[labels != IGNORE], return_counts=True)
+    shares = counts * weights[present]  # of each class's own mean loss
+    parts = [
+        of(np.where(labels == label, labels, IGNORE)) * float(share / shares.sum())
+        for label, share in zip(present, shares, strict=True)
+        if share
+    ]
+    return sum(parts[1:], parts[0]) if parts else of(np.full_like(labels, IGNORE))
