@@ -39,7 +39,8 @@ from minibert.model.bert import BertForMaskedLM, BertForPreTraining
 from minibert.model.checkpoint import has_weights, read_config
 from minibert.model.config import NAMED, BertConfig
 from minibert.train.config import TrainingConfig
-from minibert.train.trainer import Record, State, Trainer, prepare, read_state, refuse_to_overwrite
+from minibert.train.loop import Record, State, read_state, refuse_to_overwrite
+from minibert.train.trainer import Trainer, prepare
 
 FASTEST_FIRST = ("cupy", "numba", "numpy")
 DEFAULT = TrainingConfig()

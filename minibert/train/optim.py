@@ -17,6 +17,7 @@ from minibert.kernels.adamw import adamw, adamw_shadow, clip_scale, square_norm
 from minibert.kernels.elementwise import add
 from minibert.kernels.op import Array
 from minibert.model.nn import Module, Parameter
+from minibert.train.config import OptimizationConfig
 
 
 @dataclass
@@ -127,6 +128,12 @@ class AdamW:
         for group in self.groups:
             group.flatten()
         self.groups[0].params[0].backend.release_memory()  # the arrays that the parameters had before
+
+    @classmethod
+    def of(cls, config: OptimizationConfig, groups: list[dict[str, Any]]) -> AdamW:
+        """The optimiser that a run's config describes."""
+        betas = config.adam_beta1, config.adam_beta2
+        return cls(groups, config.learning_rate, betas, config.adam_epsilon, max_grad_norm=config.max_grad_norm)
 
     def zero_grad(self) -> None:
         """Forget every gradient."""

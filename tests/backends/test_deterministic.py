@@ -25,8 +25,8 @@ from minibert.data import SHIPPED_TEXT, SHIPPED_VOCABULARY
 from minibert.model.bert import BertForMaskedLM
 from minibert.model.config import BertConfig
 from minibert.model.packing import Packed, pack
+from minibert.train.loop import read_state
 from minibert.train.optim import AdamW, parameter_groups
-from minibert.train.trainer import read_state
 from tests.small_steps import batch
 
 pytestmark = pytest.mark.skipif(

@@ -16,7 +16,7 @@ from minibert import backends
 from minibert.cli import main
 from minibert.data import SHIPPED_VOCABULARY
 from minibert.kernels.gpu.launch import CudaFile
-from minibert.train.trainer import LOG, STATE
+from minibert.train.loop import LOG, STATE
 from tests.emulator_device import needs_compiler
 
 SMALL = {

@@ -31,8 +31,9 @@ from minibert.model.packing import Packed, pack
 from minibert.train.config import TrainingConfig
 from minibert.train.graphed import GraphedSteps
 from minibert.train.guard import NonFiniteError
+from minibert.train.loop import LOG, read_state
 from minibert.train.optim import AdamW
-from minibert.train.trainer import LOG, Data, Trainer, prepare, read_state
+from minibert.train.trainer import Data, Trainer, prepare
 from tests.children import child
 
 TINY = BertConfig(

@@ -12,7 +12,8 @@ from minibert.errors import UserError
 from minibert.model.bert import BertForMaskedLM
 from minibert.model.config import BertConfig
 from minibert.train.config import TrainingConfig
-from minibert.train.trainer import LOG, STATE, Data, Trainer, prepare, read_state
+from minibert.train.loop import LOG, STATE, read_state
+from minibert.train.trainer import Data, Trainer, prepare
 
 SMALL = BertConfig(
     vocab_size=8000, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,

@@ -30,7 +30,8 @@ from minibert.model.config import BertConfig
 from minibert.model.packing import IGNORE
 from minibert.train.config import TrainingConfig
 from minibert.train.guard import NonFiniteError
-from minibert.train.trainer import LOG, STATE, Data, Trainer, prepare, read_state
+from minibert.train.loop import LOG, STATE, read_state
+from minibert.train.trainer import Data, Trainer, prepare
 from tests.children import child
 
 TINY = BertConfig(
