@@ -57,7 +57,7 @@ ALLOWED_IN_PLUGIN = {"minibert/conformance.py": {"pytest"}}
 ALLOWED_LAZILY = {
     "kernels": set(),
     "backends": {"cupy", "cupyx"},
-    "minibert": {"torch", "transformers", "matplotlib", "jinja2", "markupsafe", "pynvml"},
+    "minibert": {"torch", "transformers", "matplotlib", "jinja2", "markupsafe", "pynvml", "sklearn", "seqeval"},
 }
 
 LONGEST_FILE = 450

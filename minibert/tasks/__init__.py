@@ -1,50 +1,50 @@
-"""What a BERT is used for: labelled data read and encoded.
+"""What a BERT is used for: labelled data read and encoded, predictions judged and turned into entities and answers.
 
     train = read_texts("reviews.csv", "classify")              # examples.py; columns.py says which column is what
     names = train.label_names()                                # labels.py
     encoded = encode_texts(tokenizer, train.texts, train.pairs, max_seq_length=128)  # encoding.py
     targets = train.targets(names)
+    figures, report = class_metrics(targets, predicted, names) # metrics.py; picture.py draws the confusion matrix
 
     sentences = read_words("train.conll")                      # words.py: CoNLL, CoNLL-U, JSON lines
+    entities(tags, sentence.spans, sentence.text)              # tags.py
     questions = read_questions("train-v2.0.json")              # questions.py: SQuAD
+    answers_from(windows, contexts, start_logits, end_logits)  # answers.py
 
 Rows of any file come from tables.py. A file or a row that does not fit is a UserError that names the file and the line.
 """
 
+from minibert.tasks.answers import AnswerPrediction, Candidate, answers_from
 from minibert.tasks.columns import Columns, find_columns
 from minibert.tasks.encoding import EncodedTexts, EncodedWords, Windows, encode_questions, encode_texts, encode_words
 from minibert.tasks.examples import TextExample, TextExamples, read_texts, stream_texts
 from minibert.tasks.labels import LabelIds, class_ids, class_sets, names_of, sorted_names
+from minibert.tasks.metrics import (
+    Scores,
+    answer_metrics,
+    best_null_threshold,
+    by_group,
+    class_metrics,
+    confusion_matrix,
+    group_report,
+    multi_label_metrics,
+    regression_metrics,
+    search_metrics,
+    similarity_metrics,
+    tag_metrics,
+)
+from minibert.tasks.picture import draw_confusion_matrix
 from minibert.tasks.questions import Answer, Question, QuestionExamples, read_questions
 from minibert.tasks.tables import Table, open_table
+from minibert.tasks.tags import Entity, entities, to_iob2, word_tags
 from minibert.tasks.words import Sentence, WordExamples, read_words, stream_words
 
 __all__ = [
-    "Answer",
-    "Columns",
-    "EncodedTexts",
-    "EncodedWords",
-    "LabelIds",
-    "Question",
-    "QuestionExamples",
-    "Sentence",
-    "Table",
-    "TextExample",
-    "TextExamples",
-    "Windows",
-    "WordExamples",
-    "class_ids",
-    "class_sets",
-    "encode_questions",
-    "encode_texts",
-    "encode_words",
-    "find_columns",
-    "names_of",
-    "open_table",
-    "read_questions",
-    "read_texts",
-    "read_words",
-    "sorted_names",
-    "stream_texts",
-    "stream_words",
-]
+    "Answer", "AnswerPrediction", "Candidate", "Columns", "EncodedTexts", "EncodedWords", "Entity", "LabelIds",
+    "Question", "QuestionExamples", "Scores", "Sentence", "Table", "TextExample", "TextExamples", "Windows",
+    "WordExamples", "answer_metrics", "answers_from", "best_null_threshold", "by_group", "class_ids",
+    "class_metrics", "class_sets", "confusion_matrix", "draw_confusion_matrix", "encode_questions", "encode_texts",
+    "encode_words", "entities", "find_columns", "group_report", "multi_label_metrics", "names_of", "open_table",
+    "read_questions", "read_texts", "read_words", "regression_metrics", "search_metrics", "similarity_metrics",
+    "sorted_names", "stream_texts", "stream_words", "tag_metrics", "to_iob2", "word_tags",
+]  # fmt: skip

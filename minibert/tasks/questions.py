@@ -48,6 +48,21 @@ class QuestionExamples:
     def __len__(self) -> int:
         return len(self.questions)
 
+    @property
+    def contexts(self) -> list[str]:
+        return [question.context for question in self.questions]
+
+    @property
+    def answers(self) -> list[list[str]]:
+        """The right answers to each question: what predictions are judged by."""
+        return [[answer.text for answer in question.answers] for question in self.questions]
+
+    @property
+    def answer_spans(self) -> list[tuple[int, int] | None]:
+        """Where the first answer to each question stands in its context: what is trained on, as in Hugging Face's."""
+        firsts = [question.answers[0] if question.answers else None for question in self.questions]
+        return [None if first is None else (first.start, first.start + len(first.text)) for first in firsts]
+
 
 def read_questions(source: Source, *, labelled: bool = True, format: str | None = None) -> QuestionExamples:
     """All questions of a file. Raises UserError where one of them does not fit, an answer does not stand where it is

@@ -42,9 +42,11 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_squad_of_both_versions(file: Any) -> None:
     text = squad(qa(), qa("b", [], is_impossible=True, plausible_answers=[{"text": "cat", "answer_start": 4}]))
     assert read_questions(file("a.json", text)).questions == [ANSWERED, NONE]
+    found = read_questions("a.json")
+    assert (found.answers, found.answer_spans, found.contexts) == ([["mat"], []], [(19, 22), None], [CONTEXT] * 2)
     several = qa(answers=[{"text": "mat", "answer_start": 19}, {"text": "the mat", "answer_start": 15}])
-    (found,) = read_questions(file("b.json", squad(several))).questions
-    assert found.answers == [Answer("mat", 19), Answer("the mat", 15)]
+    (question,) = read_questions(file("b.json", squad(several))).questions
+    assert question.answers == [Answer("mat", 19), Answer("the mat", 15)]
 
 
 def test_flat_rows(file: Any) -> None:

@@ -6,6 +6,8 @@ import io
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minibert.errors import UserError
 from minibert.tasks.tables import open_table
@@ -128,6 +130,43 @@ def test_a_wrong_file_is_told_by_file_and_line(
         list(open_table(name))
     assert str(raised.value).startswith(said)
     assert "\n" not in str(raised.value)
+
+
+PIECES = [
+    '"',
+    ",",
+    ";",
+    "\t",
+    "\n",
+    "\r\n",
+    "a",
+    "{",
+    "}",
+    "[",
+    "]",
+    ":",
+    '"a"',
+    "\\",
+    "1",
+    "\ufeff",
+    "\0",
+    "\udce9",
+    "é",
+]
+
+
+@given(st.sampled_from(["csv", "tsv", "jsonl", "json", "txt"]), st.lists(st.sampled_from(PIECES), max_size=12))
+def test_any_bytes_are_rows_or_one_line_that_says_what_is_wrong(format: str, pieces: list[str]) -> None:
+    content = "".join(pieces).encode("utf-8", "surrogateescape")
+    try:
+        table = open_table(io.BytesIO(content), format)
+        lines = [line for line, row in table if list(row) == table.columns or format.startswith("json")]
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert lines == sorted(set(lines)) or format == "json"
+        assert lines[0] >= 1
+        assert lines[-1] <= 1 + content.count(b"\n") + content.count(b"\r")
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
