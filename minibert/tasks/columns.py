@@ -6,7 +6,7 @@ there, or where one column is left over; never from the values. Else it is a Use
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -39,6 +39,7 @@ SCORES = (
     ("label", "labels"),
     ("score", "target", "rating", "stars", "similarity", "value", "grade", "mean", "y", "relatedness_score"),
 )
+LABEL_NAMES = {name for tier in CLASSES + SCORES for name in tier}
 LABELS = {"classify": CLASSES, "regress": SCORES, "embed": SCORES}
 OPTIONS = {"text": "--text-column", "pair": "--pair-column", "negative": "--negative-column", "label": "--label-column"}
 NO_TEXT = {"id", "idx", "index", "uid", "guid", "column_1"}  # the last: an index that pandas wrote without a name
@@ -85,54 +86,59 @@ def find_columns(
     a label (a score of likeness) only where one is named or guessed beside no negative. Raises UserError where a name
     is not there, is given twice, or no guess is sure.
     """
-    given = {"text": text, "pair": pair, "label": label, "negative": negative}
-    for part, name in given.items():
+    taken = {"text": text, "pair": pair, "label": label, "negative": negative}
+    check_named(taken, available, where)
+    left = [name for name in available if name not in taken.values()]
+
+    def guess(part: str, *tiers: Sequence[str]) -> None:
+        if taken[part] is None and (name := by_name(left, tiers, where, part, available)) is not None:
+            taken[part] = name
+            left.remove(name)
+
+    if text is None:
+        for first, second in pairs_for(task):
+            names = set(map(plain, left))
+            if first in names and (second in names if pair is None else second == plain(pair)):
+                guess("text", [first])
+                guess("pair", [second])
+                break
+    parts = ["text"]
+    if task == "embed":
+        parts.append("pair")
+        guess("negative", ["negative"])
+        if labelled and taken["negative"] is None:
+            guess("label", *SCORES)
+    elif labelled:
+        parts.append("label")
+        guess("label", *LABELS[task])
+    guess("text", *TEXTS)
+
+    missing = [part for part in parts if taken[part] is None]
+    spare = [name for name in left if plain(name) not in NO_TEXT and (labelled or plain(name) not in LABEL_NAMES)]
+    spare = spare if spare or labelled else left  # a single column is the text, whatever its name
+    if missing and (len(missing) != len(spare) or missing == ["text", "label"]):
+        raise UserError(
+            f"{where}: which column is the {missing[0]}? Its columns, as the first line names them, are "
+            f"{listed(available)}: name one with {OPTIONS[missing[0]]}"
+        )
+    taken |= dict(zip(missing, spare, strict=False))  # two texts in the order of their columns
+    taken["label"] = taken["label"] if labelled else None
+    unread = tuple(name for name in available if name not in taken.values())
+    return Columns(str(taken["text"]), taken["pair"], taken["label"], taken["negative"], unread)
+
+
+def check_named(named: Mapping[str, str | None], available: Sequence[str], where: str) -> None:
+    """Raises UserError for a column that is not there, or is named for two things."""
+    names = [name for name in named.values() if name is not None]
+    for part, name in named.items():
         if name is not None and name not in available:
             near = get_close_matches(name, available, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(
                 f"{where} has no column {name!r} ({OPTIONS[part]}): its columns are {listed(available)}{hint}"
             )
-    named = [name for name in given.values() if name is not None]
-    if len(set(named)) < len(named):
-        raise UserError(f"{where}: the column {max(named, key=named.count)!r} is named for two things: name another")
-
-    left = {plain(name): name for name in available if name not in named}
-    taken = dict(given)
-
-    def take(part: str, key: str | None) -> None:
-        if taken[part] is None and key is not None:
-            taken[part] = left.pop(key, None)
-
-    if text is None:
-        for part, key in zip(("text", "pair"), pair_by_name(left, pair, task), strict=True):
-            take(part, key)
-    parts = ["text"]
-    if task == "embed":
-        parts.append("pair")
-        take("negative", "negative")
-        if taken["negative"] is None and labelled:
-            take("label", by_name(left, SCORES, where, "label", available) if label is None else None)
-    elif labelled:
-        parts.append("label")
-        take("label", by_name(left, LABELS[task], where, "label", available) if label is None else None)
-    take("text", by_name(left, TEXTS, where, "text", available) if taken["text"] is None else None)
-
-    missing = [part for part in parts if taken[part] is None]
-    spare = [
-        key for key in left if key not in NO_TEXT and (labelled or not any(key in tier for tier in CLASSES + SCORES))
-    ]
-    spare = spare if spare or labelled else list(left)  # a single column is the text, whatever its name
-    if missing and (len(missing) != len(spare) or missing == ["text", "label"]):
-        raise UserError(
-            f"{where}: which column is the {missing[0]}? Its columns, as the first line names them, are "
-            f"{listed(available)}: name one with {OPTIONS[missing[0]]}"
-        )
-    for part, key in zip(missing, spare, strict=False):  # two texts in the order of their columns
-        take(part, key)
-    used = {part: name for part, name in taken.items() if labelled or part != "label"}
-    unread = tuple(name for name in available if name not in used.values())
-    return Columns(str(used["text"]), used.get("pair"), used.get("label"), used.get("negative"), unread)
+        if name is not None and names.count(name) > 1:
+            raise UserError(f"{where}: the column {name!r} is named for two things: name another for one of them")
 
 
 def plain(name: str) -> str:
@@ -140,24 +146,20 @@ def plain(name: str) -> str:
     return name.strip().lower().replace(" ", "_").replace("-", "_")
 
 
-def pair_by_name(left: dict[str, str], pair: str | None, task: str) -> tuple[str | None, str | None]:
-    """The first known pair of names that is there, or that goes with the second one's name `pair`."""
-    for a, b in (*SEARCH_PAIRS, *PAIRS) if task == "embed" else PAIRS:
-        if a in left and (b in left if pair is None else b == plain(pair)):
-            return a, b
-    return None, None
+def pairs_for(task: str) -> Sequence[tuple[str, str]]:
+    return (*SEARCH_PAIRS, *PAIRS) if task == "embed" else PAIRS
 
 
 def by_name(
-    left: dict[str, str], tiers: Sequence[Sequence[str]], where: str, part: str, available: Sequence[str]
+    left: Sequence[str], tiers: Iterable[Sequence[str]], where: str, part: str, available: Sequence[str]
 ) -> str | None:
-    """The name that is there of the first list that has any. Raises UserError where two are."""
+    """The column whose name is in the first list that has any. Raises UserError where two are."""
     for tier in tiers:
-        found = [name for name in tier if name in left]
+        found = [name for name in left if plain(name) in tier]
         if len(found) > 1:
             raise UserError(
-                f"{where}: {listed([left[name] for name in found])} could each be the {part}; its columns are "
-                f"{listed(available)}: name one with {OPTIONS[part]}"
+                f"{where}: {listed(found)} could each be the {part}; its columns are {listed(available)}: name one "
+                f"with {OPTIONS[part]}"
             )
         if found:
             return found[0]

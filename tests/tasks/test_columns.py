@@ -46,6 +46,7 @@ UNSURE = [
     ("classify", "review comment label", {}, "a.csv: 'review', 'comment' could each be the text; its columns are 'revie"
      "w', 'comment', 'label': name one with --text-column"),
     ("classify", "text class topic", {}, "a.csv: 'class', 'topic' could each be the label; its columns are 'text', 'c"),
+    ("classify", "Text text label", {}, "a.csv: 'Text', 'text' could each be the text; its columns are 'Text', 'tex"),
     ("classify", "text a b", {}, "a.csv: which column is the label? Its columns, as the first line names them, are 'tex"
      "t', 'a', 'b': name one with --label-column"),
     ("classify", "a b", {}, "a.csv: which column is the text? Its columns, as the first line names them, are 'a', 'b'"),
