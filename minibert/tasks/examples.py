@@ -21,11 +21,12 @@ import numpy as np
 
 from minibert.data.tokenizer_config import is_text
 from minibert.errors import UserError
+from minibert.model.config import PROBLEM_TYPES
 from minibert.tasks.columns import Columns, find_columns, listed
 from minibert.tasks.labels import class_ids, class_sets, number_in, sorted_names
 from minibert.tasks.tables import Source, name_of, open_table, wrong_line
 
-SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+REGRESSION, SINGLE, MULTI = PROBLEM_TYPES
 TASKS = ("classify", "regress", "embed")
 MOST_NUMBERS = 20  # different decimal numbers that may be names of classes: half stars are 10
 

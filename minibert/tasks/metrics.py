@@ -34,6 +34,7 @@ MAIN = {
     "single_label_classification": "accuracy", "multi_label_classification": "f1_micro", "regression": "pearson",
     "entities": "entity_f1", "tags": "accuracy", "answers": "f1",
 }  # fmt: skip
+PARTS = ("precision", "recall", "f1")
 
 
 class Scores(NamedTuple):
@@ -176,10 +177,12 @@ def tag_metrics(targets: Sequence[Sequence[str]], predicted: Sequence[Sequence[s
     right = [a == b for a, b in zip(flat_true, flat_given, strict=True)]
     figures: Figures = {"accuracy": finite(np.mean(right)) if right else None}
     seqeval = seqeval_metrics()
-    for suffix, mode in (("", {}), ("_strict", {"mode": "strict", "scheme": scheme_of(true, given)})):
-        for name in ("precision", "recall", "f1"):
-            found = getattr(seqeval, f"{name}_score")(true, given, average="micro", zero_division=0, **mode)
-            figures[f"entity_{name}{suffix}"] = finite(found)
+    lenient, strict = (part.precision_recall_fscore_support for part in (seqeval.sequence_labeling, seqeval.v1))
+    for suffix, found in (
+        ("", lenient(true, given, average="micro", zero_division=0)),
+        ("_strict", strict(true, given, average="micro", zero_division=0, scheme=scheme_of(true, given))),
+    ):
+        figures |= {f"entity_{part}{suffix}": finite(value) for part, value in zip(PARTS, found, strict=False)}
     if not any(tag != "O" for tag in (*flat_true, *flat_given)):
         return Scores(figures, "no entities, and none predicted\n")
     return Scores(figures, seqeval.classification_report(true, given, digits=4, zero_division=0))

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minibert.errors import UserError
+from minibert.errors import UserError, pip_install
 from minibert.tasks import metrics
 from minibert.tasks.metrics import (
     GLUE,
@@ -39,12 +39,12 @@ GIVEN = np.array([0, 1, 1, 1, 2, 0])
 
 @pytest.fixture
 def sklearn() -> None:
-    pytest.importorskip("sklearn.metrics", reason="needs scikit-learn, of the extra `tasks`")
+    pytest.importorskip("sklearn.metrics", reason=f"needs scikit-learn: {pip_install('[tasks]')}")
 
 
 @pytest.fixture
 def seqeval(sklearn: None) -> None:
-    pytest.importorskip("seqeval.metrics", reason="needs seqeval, of the extra `tasks`")
+    pytest.importorskip("seqeval.metrics", reason=f"needs seqeval: {pip_install('[tasks]')}")
 
 
 def f1_of(true: np.ndarray, given: np.ndarray) -> float:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minibert.data import SHIPPED_VOCABULARY, load_tokenizer
+from minibert.errors import pip_install
 from minibert.tasks import encode_words
 from minibert.tasks.tags import Entity, entities, entity_words, is_entity_tag, to_iob2, word_tags
 
@@ -16,8 +17,8 @@ TAGS = st.lists(st.sampled_from(["O", *(f"{letter}-{kind}" for letter in "BIES" 
 
 @given(TAGS)
 def test_entities_are_those_of_seqeval(tags: list[str]) -> None:
-    reading = pytest.importorskip("seqeval.metrics.sequence_labeling", reason="needs seqeval, of the extra `tasks`")
-    assert entity_words(tags) == reading.get_entities(tags)
+    seqeval = pytest.importorskip("seqeval.metrics", reason=f"needs seqeval: {pip_install('[tasks]')}")
+    assert entity_words(tags) == seqeval.sequence_labeling.get_entities(tags)
 
 
 @given(TAGS)
