@@ -247,6 +247,10 @@ class Loop:
         weights = {f"model.{name}": array for name, array in self.model.state_dict().items()}
         moments = {f"optimizer.{name}": array for name, array in self.optimizer.state_dict().items()}
         write_arrays(self.output / STATE, {**weights, **moments}, {"trainer_state": json.dumps(about)})
+        self.save_model()
+
+    def save_model(self) -> None:
+        """The model as it is now, at the top of the folder."""
         self.model.save_pretrained(self.output)
 
     def resume(self, state: State) -> None:

@@ -29,6 +29,7 @@ class ParameterGroup:
 
     params: list[Parameter]
     weight_decay: float
+    lr_scale: float = 1.0  # of the optimiser's learning rate
     offsets: list[int] = field(default_factory=list)
     buffers: list[Any] = field(default_factory=list)  # each parameter's part of `grad`
     param: Array = None
@@ -82,10 +83,10 @@ class ParameterGroup:
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019), one op call for each group.
 
-    `params` is a list of parameters, or of mappings {"params": [...], "weight_decay": ...} as in torch. `max_grad_norm`
-    clips by the global norm of all gradients (Pascanu et al. 2013). Parameters that are frozen by now
-    (`requires_grad` is False) are left out, and take no memory here. Raises UserError for a list that is empty, has
-    repetitions, or holds nothing but frozen parameters.
+    `params` is a list of parameters, or of mappings {"params": [...], "weight_decay": ...} as in torch; such a group
+    may have an `lr_scale`, a factor of the learning rate. `max_grad_norm` clips by the global norm of all gradients
+    (Pascanu et al. 2013). Parameters that are frozen by now (`requires_grad` is False) are left out, and take no memory
+    here. Raises UserError for a list that is empty, has repetitions, or holds nothing but frozen parameters.
     """
 
     def __init__(
@@ -109,17 +110,27 @@ class AdamW:
                 raise UserError(
                     f"AdamW: {name} {value} is out of range: betas lie in [0, 1), max_grad_norm > 0, all else >= 0"
                 )
-        unknown = {key for group in groups for key in group} - {"params", "weight_decay"}
+        unknown = {key for group in groups for key in group} - {"params", "weight_decay", "lr_scale"}
         if unknown:
-            raise UserError(f"AdamW: a group holds params and weight_decay, got {', '.join(sorted(unknown))} as well")
-        made = [(_parameters(g.get("params", ())), float(g.get("weight_decay", weight_decay))) for g in groups]
-        if any(decay < 0 for _, decay in made):
-            raise UserError("AdamW: expected a weight_decay of 0 or more in every group")
-        everything = [p for parameters, _ in made for p in parameters]
+            raise UserError(
+                f"AdamW: a group holds params, weight_decay and lr_scale, got {', '.join(sorted(unknown))} as well"
+            )
+        made = [
+            ParameterGroup(
+                _parameters(g.get("params", ())),
+                float(g.get("weight_decay", weight_decay)),
+                float(g.get("lr_scale", 1)),
+            )
+            for g in groups
+        ]
+        if any(group.weight_decay < 0 or group.lr_scale < 0 for group in made):
+            raise UserError("AdamW: expected a weight_decay and an lr_scale of 0 or more in every group")
+        everything = [p for group in made for p in group.params]
         if not everything or len(set(map(id, everything))) != len(everything):
             raise UserError(f"AdamW: expected each parameter once, got {len(everything)} with repetitions, or none")
-        trained = [([p for p in parameters if p.requires_grad], decay) for parameters, decay in made]
-        self.groups = [ParameterGroup(parameters, decay) for parameters, decay in trained if parameters]
+        for group in made:
+            group.params = [p for p in group.params if p.requires_grad]
+        self.groups = [group for group in made if group.params]
         if not self.groups:
             raise UserError("AdamW: every parameter is frozen: set requires_grad of those that are to be trained")
         self.lr, self.betas, self.eps, self.max_grad_norm = lr, betas, eps, max_grad_norm
@@ -188,7 +199,7 @@ class AdamW:
                     op, state = adamw_shadow, (group.param, group.master, *state[1:])
                 backend.run(
                     op, *(array[span] for array in state), grad_scale,
-                    lr=lr, step=step, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
+                    lr=lr * group.lr_scale, step=step, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
                     weight_decay=group.weight_decay,
                 )  # fmt: skip
             for p in group.params:

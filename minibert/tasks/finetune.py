@@ -1,0 +1,347 @@
+"""Fine-tuning: a task's model trained on labelled examples, evaluated after each epoch, the best of them kept.
+
+train = read_texts("reviews.csv", "classify")
+task = Classify.of(train)
+tokenizer = load_tokenizer("folder")
+model = load_model(task, "folder", "numba")
+config = FineTuningConfig(num_train_epochs=3)
+data = [task.prepare(examples, tokenizer, config.max_seq_length) for examples in (train, validation)]
+for kind, record in FineTuning(model, task, *data, tokenizer, config, "output").run():
+    print(kind, record)
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from minibert.backends import Backend
+from minibert.data import SHUFFLE_STREAM, PackedBatch, check_vocabulary
+from minibert.data.batching import pack as packed_sequences
+from minibert.data.masking import shuffled
+from minibert.errors import UserError
+from minibert.kernels.philox import Stream
+from minibert.model.checkpoint import has_weights, read_config
+from minibert.model.packing import Packed, pack
+from minibert.model.pretrained import PreTrained
+from minibert.model.tensor import no_grad
+from minibert.tasks.metrics import Scores
+from minibert.tasks.task import Classify, Prepared, Task
+from minibert.train.config import OptimizationConfig
+from minibert.train.loop import Loop, Record, State
+from minibert.train.optim import AdamW, parameter_groups
+
+LAYER = re.compile(r"\.layer\.(\d+)\.")
+FROZEN = re.compile(r"(embeddings)|layers:(\d+)(?:-(\d+))?")
+
+
+@dataclass(frozen=True)
+class FineTuningConfig(OptimizationConfig):
+    """How a model is fine-tuned; the defaults are Hugging Face's Trainer's, but for the warm-up and 16 a batch."""
+
+    learning_rate: float = 5e-5
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    num_train_epochs: float = 3.0  # passes over the examples
+    per_device_train_batch_size: int = 16  # examples of one forward pass
+    tokens_per_batch: int = 4096  # of one forward pass in evaluation
+    layerwise_lr_decay: float = 1.0  # factor of the learning rate from each layer to the one below it
+    freeze: str = ""  # what is not trained: embeddings, layers:0-3, or both, separated by a comma
+    class_weights: str = ""  # "balanced": each class weighs the same, however rare; "": each example
+    early_stopping_patience: int | None = None  # evaluations without a better one after which it ends
+    metric_for_best_model: str = ""  # a metric, higher is better, or eval_loss; "": the task's own
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least_1("per_device_train_batch_size", "tokens_per_batch")
+        self._require(0 < self.num_train_epochs < math.inf, "num_train_epochs", "above 0")
+        self._require(0 < self.layerwise_lr_decay <= 1, "layerwise_lr_decay", "above 0, and 1 at most")
+        self._require(self.class_weights in ("", "balanced"), "class_weights", "balanced, or empty")
+        patience = self.early_stopping_patience
+        self._require(patience is None or patience >= 1, "early_stopping_patience", "1 or more")
+        parts = [FROZEN.fullmatch(part.strip()) for part in self.freeze.split(",")] if self.freeze else []
+        self._require(None not in parts, "freeze", "embeddings, layers:0-3, or both, separated by a comma")
+
+
+def load_model(
+    task: Task, folder: str | Path, backend: str | Backend, dtype: str = "float32", seed: int = 0
+) -> tuple[PreTrained, bool]:
+    """The task's model with the weights in a folder, and whether its head is new.
+
+    A head in the folder is kept where its labels are the task's, by name and order; else a new one is drawn from
+    `seed`. What is missing is initialised, and a warning names it. Raises UserError for a folder that does not fit.
+    """
+    config = read_config(folder)
+    names = {number: name for number, name in enumerate(task.names)}
+    known = (config.others.get("architectures") or [""])[0] == task.architecture.__name__
+    kept = known and (not names or config.id2label == names)
+    if not has_weights(folder):
+        raise UserError(f"no weights in {folder}: expected a pretrained model, such as `minibert pretrain` writes")
+    model = task.architecture.from_pretrained(
+        folder, backend, dtype, seed, ignore_mismatched_sizes=known and not kept, **task.labels()
+    )
+    if not kept:
+        head = {name for name, _ in model.named_parameters() if name.startswith(f"{task.architecture.head}.")}
+        model.initialise(head)
+    return model, not kept
+
+
+class FineTuning(Loop):
+    """A run of fine-tuning (see `Loop`). At the top of its folder is the best model so far, not the last.
+
+    Raises UserError where model, examples and config do not fit.
+    """
+
+    config: FineTuningConfig
+
+    def __init__(
+        self, model: Any, task: Task, train: Prepared, validation: Prepared, tokenizer: Tokenizer,
+        config: FineTuningConfig, output: str | Path, options: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        check_vocabulary(tokenizer, model.config.vocab_size)
+        if config.max_seq_length > model.config.max_position_embeddings:
+            raise UserError(
+                f"expected max_seq_length of at most {model.config.max_position_embeddings}, the model's positions, "
+                f"got {config.max_seq_length}: lower it"
+            )
+        freeze(model, config.freeze)
+        self.task, self.train, self.validation = task, train, validation
+        self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps  # of one update
+        self.steps_per_epoch = -(-len(train.sequences) // self.batch_size)
+        max_steps = math.ceil(config.num_train_epochs * self.steps_per_epoch)
+        groups = layerwise_groups(model, config.weight_decay, config.layerwise_lr_decay)
+        super().__init__(model, tokenizer, config, max_steps, AdamW.of(config, groups), output, options)
+        self.class_weights = balanced(task, train) if config.class_weights else None
+        self.progress |= {"best": None, "evaluations_since": 0, "ended": False}
+
+    @property
+    def epoch(self) -> float:
+        return self.step / self.steps_per_epoch
+
+    @property
+    def fingerprint(self) -> int:
+        found = 0
+        for part in (self.train, self.validation):
+            for array in (part.sequences.ids, part.sequences.offsets, np.asarray(part.targets)):
+                found = zlib.crc32(np.ascontiguousarray(array).tobytes(), found)
+        return found
+
+    # ---------------------------------------------------------------------------------------------------------- steps
+
+    def chosen(self, step: int) -> np.ndarray:
+        """The numbers of an update's sequences: in each epoch all of them once, in an order drawn by its number."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = shuffled(len(self.train.sequences), Stream(self.config.seed, SHUFFLE_STREAM, epoch))
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
+
+    @np.errstate(all="ignore")  # the guard sees what NumPy would warn of, and says where it began
+    def forward_backward(self) -> tuple[float, int]:
+        """Gradients and loss of an update's examples, in passes of equal number, as if they were one batch.
+
+        The loss of a pass is a mean, so it counts by what it is the mean of: examples, or words with a label.
+        """
+        self.model.train()
+        self.optimizer.zero_grad()
+        chosen = self.chosen(self.step)
+        size = self.config.per_device_train_batch_size
+        passes = [self.batch(self.train, chosen[start : start + size]) for start in range(0, len(chosen), size)]
+        weights = [self.weight(targets) for _, targets in passes]
+        total, loss = sum(weights), 0.0
+        for number, ((packed, targets), weight) in enumerate(zip(passes, weights, strict=True)):
+            if not weight:
+                continue
+            self.model.step = self.step * self.config.gradient_accumulation_steps + number  # names the dropout masks
+            _, mean = self.task.forward(self.model, packed, targets, self.class_weights)
+            assert mean is not None
+            mean.backward(np.asarray(weight / total))
+            loss += mean.item() * weight / total
+        return loss, sum(len(packed.input_ids) for packed, _ in passes)
+
+    def weight(self, targets: np.ndarray) -> float:
+        """What the mean loss of a pass is the mean of; with class weights, their sum."""
+        if self.class_weights is None:
+            return self.task.counted(targets)
+        return float(np.asarray(self.class_weights)[targets[targets >= 0]].sum())
+
+    def batch(self, part: Prepared, chosen: np.ndarray) -> tuple[Packed, np.ndarray]:
+        """Sequences and their targets."""
+        return batch_of(self.task, self.model, part, chosen)
+
+    # ----------------------------------------------------------------------------------------------------- evaluation
+
+    def eval_due(self) -> bool:
+        return self.step % self.steps_per_epoch == 0
+
+    def evaluate(self) -> Record:
+        """Loss and metrics on the validation examples."""
+        loss, scores, _ = evaluate(self.task, self.model, self.validation, self.config.tokens_per_batch)
+        return {"epoch": round(self.epoch, 4), "eval_loss": loss, **prefixed("eval", scores.figures)}
+
+    def evaluate_and_log(self) -> Record:
+        """As `Loop.evaluate_and_log`; the best model so far is written, and the run may end early."""
+        record = super().evaluate_and_log()
+        name = self.config.metric_for_best_model or self.task.main_metric
+        key = name if name.startswith("eval_") else f"eval_{name}"
+        if key not in record:
+            known = ", ".join(key.removeprefix("eval_") for key in record if key.startswith("eval_"))
+            raise UserError(f"metric_for_best_model: expected one of {known}, got {name!r}")
+        value = -math.inf if record[key] is None else record[key] * (-1 if key == "eval_loss" else 1)
+        best = self.progress["best"]
+        if best is None or value > best["value"]:
+            self.progress |= {
+                "best": {"metric": key, "value": max(value, -1e300), "step": self.step}, "evaluations_since": 0,
+            }  # fmt: skip
+            self.model.save_pretrained(self.output)
+        else:
+            self.progress["evaluations_since"] += 1
+            patience = self.config.early_stopping_patience
+            if patience is not None and self.progress["evaluations_since"] >= patience:
+                self.max_steps, self.progress["ended"] = self.step, True
+        return record
+
+    def resume(self, state: State) -> None:
+        """As `Loop.resume`; a run that ended early stays at its end."""
+        super().resume(state)
+        if self.progress["ended"]:
+            self.max_steps = self.step
+
+    def save_model(self) -> None:
+        """Nothing: the best model is written when it is found."""
+
+
+def freeze(model: PreTrained, what: str) -> None:
+    """Set apart what is not trained. Raises UserError for layers that the model lacks."""
+    count = model.config.num_hidden_layers
+    for part in filter(None, map(str.strip, what.split(","))):
+        found = FROZEN.fullmatch(part)
+        assert found is not None
+        first = int(found[2] or 0)
+        last = int(found[3] or first)
+        if not found[1] and not first <= last < count:
+            raise UserError(f"freeze: expected layers from 0 to {count - 1}, got {part}")
+        for name, parameter in model.named_parameters():
+            layer = LAYER.search(name)
+            inside = layer is not None and first <= int(layer[1]) <= last
+            if name.startswith(("bert.embeddings.", "embeddings.")) if found[1] else inside:
+                parameter.requires_grad = False
+
+
+def layerwise_groups(model: PreTrained, weight_decay: float, decay: float) -> list[dict[str, Any]]:
+    """Groups of parameters whose learning rate falls by `decay` from the head down, layer by layer, to the embeddings.
+
+    Howard, Ruder (2018), "Universal language model fine-tuning", section 3.2. Without decay as `parameter_groups`.
+    """
+    if decay == 1:
+        return parameter_groups(model, weight_decay)
+    top = model.config.num_hidden_layers + 1
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        layer = LAYER.search(name)
+        depth = int(layer[1]) + 1 if layer else 0 if "embeddings." in name else top
+        matrix = len(parameter.declared_shape) > 1
+        group = {"params": [], "weight_decay": weight_decay * matrix, "lr_scale": decay ** (top - depth)}
+        groups.setdefault((depth, matrix), group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def balanced(task: Task, train: Prepared) -> list[float]:
+    """(K,) the weight of each class by which all classes count the same: rows / (K rows of the class)."""
+    targets = np.asarray(train.targets)
+    if targets.dtype.kind != "i" or targets.ndim != 1:
+        raise UserError("class_weights: expected one class for each example or word: others have no weights")
+    counts = np.bincount(targets[targets >= 0], minlength=len(task.names))
+    return [float(counts.sum() / (np.count_nonzero(counts) * count)) if count else 0.0 for count in counts]
+
+
+# ------------------------------------------------------------------------------------------------ without the trainer
+
+
+def batch_of(task: Task, model: Any, part: Prepared, chosen: np.ndarray) -> tuple[Packed, np.ndarray]:
+    """Sequences as the model takes them, and their targets."""
+    flat: PackedBatch = packed_sequences(part.sequences, chosen)
+    packed = pack(
+        model.config, flat.input_ids, token_type_ids=flat.token_type_ids, position_ids=flat.position_ids,
+        cu_seqlens=flat.cu_seqlens,
+    )  # fmt: skip
+    targets = np.zeros(len(chosen)) if part.targets is None else part.targets
+    if task.of_tokens and len(targets) == len(part.sequences.ids):
+        offsets = part.sequences.offsets
+        return packed, np.concatenate([targets[offsets[i] : offsets[i + 1]] for i in chosen])
+    return packed, targets[chosen] if part.targets is not None else targets
+
+
+def in_order(sequences: Any, tokens_per_batch: int) -> Iterator[np.ndarray]:
+    """The numbers of sequences, in order, as many at a time as their tokens allow."""
+    ends = np.cumsum(sequences.lengths)
+    start = 0
+    while start < len(ends):
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + tokens_per_batch, side="right")))
+        yield np.arange(start, stop)
+        start = stop
+
+
+def predict(task: Task, model: Any, part: Prepared, tokens_per_batch: int = 4096) -> np.ndarray:
+    """The logits of all rows, (S, K) or (N, K) float32, dropout off."""
+    return evaluated(task, model, part, tokens_per_batch, with_loss=False)[1]
+
+
+def evaluate(
+    task: Task, model: Any, part: Prepared, tokens_per_batch: int = 4096
+) -> tuple[float | None, Scores, np.ndarray]:
+    """The mean loss over what counts (None where nothing does), the metrics, and the logits of all rows."""
+    loss, outputs = evaluated(task, model, part, tokens_per_batch, with_loss=True)
+    return loss, task.scores(part, outputs), outputs
+
+
+def evaluated(
+    task: Task, model: Any, part: Prepared, tokens_per_batch: int, with_loss: bool
+) -> tuple[float | None, np.ndarray]:
+    model.eval()
+    loss = count = 0.0
+    rows = []
+    with no_grad():
+        for chosen in in_order(part.sequences, tokens_per_batch):
+            packed, targets = batch_of(task, model, part, chosen)
+            weight = task.counted(targets) if with_loss else 0
+            logits, mean = task.forward(model, packed, targets if weight else None)
+            rows.append(logits.numpy().astype(np.float32))
+            if mean is not None:
+                loss += mean.item() * weight
+                count += weight
+    return (loss / count if count else None), np.concatenate(rows)
+
+
+def prefixed(prefix: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}_{name}": value for name, value in figures.items()}
+
+
+def split_examples(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of examples to train on and to hold out, drawn by `seed`; one at least in each."""
+    if count < 2:
+        raise UserError(f"expected two examples or more, to hold some out, got {count}: add some, or give --validation")
+    order = shuffled(count, Stream(seed, SHUFFLE_STREAM, 0xFFFFFFFF))
+    held_out = min(max(round(share * count), 1), count - 1)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def names_for(examples: Any, folder: str | Path, task: type[Task]) -> Sequence[str]:
+    """The labels of the model in a folder, where it is of this task and has all that the examples have; else theirs."""
+    config = read_config(folder)
+    own = list(examples.label_names())
+    known = (config.others.get("architectures") or [""])[0] == task.architecture.__name__
+    names = [config.id2label[number] for number in sorted(config.id2label)]
+    return names if known and set(own) <= set(names) else own
+
+
+__all__ = [
+    "Classify", "FineTuning", "FineTuningConfig", "evaluate", "load_model", "names_for", "predict", "split_examples",
+]  # fmt: skip
