@@ -52,7 +52,19 @@ def in_one_line(error: BaseException) -> str:
 
 def main() -> None:
     """Run a command. A user's mistake is one line on stderr and exit code 2; an interrupt is exit code 130."""
-    from minibert.cli import bisect, build, check, compare, diff, pretrain, tables, tokenizer, watch  # noqa: F401  register commands
+    from minibert.cli import (  # noqa: F401  register commands
+        bisect,
+        build,
+        check,
+        compare,
+        diff,
+        finetune,
+        predict,
+        pretrain,
+        tables,
+        tokenizer,
+        watch,
+    )  # fmt: skip
     from minibert.cli.options import refuse_repeated
 
     for stream in (sys.stdout, sys.stderr):  # a path or a token that the terminal cannot show must not stop a command

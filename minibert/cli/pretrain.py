@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
 from minibert import backends
-from minibert.backends import MOST_THREADS, Backend, BackendUnavailable
+from minibert.backends import MOST_THREADS, Backend
 from minibert.cli import app
-from minibert.cli.compiling import show_compiling
 from minibert.cli.inputs import SEPARATOR_HELP
-from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP, PRODUCTS_HELP, console, set_products
+from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP, PRODUCTS_HELP, set_products
+from minibert.cli.running import fastest_or, follow, say, stopped_by_signals
 from minibert.data import (
     SHIPPED_TEXT,
     Document,
@@ -33,8 +29,7 @@ from minibert.data import (
 )
 from minibert.data.text import BLANK_LINE, TWO_BLANK_LINES
 from minibert.errors import UserError
-from minibert.kernels import Op
-from minibert.lab.conform.own_kernels import HELP, TriedKernel, load_kernels, refuse_misshapen, refuse_uncalled
+from minibert.lab.conform.own_kernels import HELP, load_kernels, refuse_misshapen
 from minibert.model.bert import BertForMaskedLM, BertForPreTraining
 from minibert.model.checkpoint import has_weights, read_config
 from minibert.model.config import NAMED, BertConfig
@@ -42,7 +37,6 @@ from minibert.train.config import TrainingConfig
 from minibert.train.loop import Record, State, read_state, refuse_to_overwrite
 from minibert.train.trainer import Trainer, prepare
 
-FASTEST_FIRST = ("cupy", "numba", "numpy")
 DEFAULT = TrainingConfig()
 # What may change when a run is resumed: nothing here enters the arithmetic of a step, but max_steps by the schedule.
 CHANGEABLE = {"max_steps", "logging_steps", "eval_steps", "save_steps", "checkpoint_activations"}
@@ -145,17 +139,13 @@ def pretrain(
     if trainer.step >= training.max_steps:
         say(f"all {training.max_steps} steps were done before: --steps makes the run longer")
     with place.using(swapped) if swapped else nullcontext(), stopped_by_signals(trainer):
-        follow(trainer, swapped)
+        follow(trainer, evaluation, swapped)
     if trainer.step < training.max_steps:
         again = resume_command(output, kernel, options["backend"])
         say(f"stopped after step {trainer.step} of {training.max_steps}, and saved. To go on: {again}")
         return 130
     say(f"the model is in {output}: minibert.BertForMaskedLM.from_pretrained({str(output)!r})")
     return 0
-
-
-def say(text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- setting up
@@ -184,22 +174,6 @@ def resumed(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
             f"--resume: the run's --backend was {stored['backend']}, code of its own: name it again, or another"
         )
     return {name: stored.get(name) if value is None or value == [] else value for name, value in given.items()}
-
-
-def fastest_or(name: str | None, threads: int | None) -> Backend:
-    """The backend called `name`, else the fastest that runs here."""
-    if threads is not None:
-        backends.set_num_threads(threads)
-    if name is not None:
-        return backends.get(name)
-    for candidate in FASTEST_FIRST:
-        if candidate in backends.names():
-            try:
-                return backends.get(candidate)
-            except BackendUnavailable as error:
-                if candidate != "cupy" or find_spec("cupy"):  # most machines have no GPU: that is no news
-                    say(str(error))
-    raise UserError("no backend runs here: see minibert backends")
 
 
 def make_trainer(
@@ -320,69 +294,12 @@ def choose_tokenizer(
 # ----------------------------------------------------------------------------------------------------------- the run
 
 
-@contextmanager
-def stopped_by_signals(trainer: Trainer) -> Iterator[None]:
-    """Ctrl-C, or SIGTERM, lets the step finish and the run save itself; the second one does what it always does.
-
-    One that is ignored, as a shell has SIGINT ignored by what it starts in the background, stays so.
-    """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
-
-    def stop(number: int, frame: Any) -> None:
-        trainer.stop = True
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def follow(trainer: Trainer, swapped: dict[Op, TriedKernel]) -> None:
-    """Run, and show how it goes: a progress bar on a terminal, else a line for each line of the log."""
-    events = trainer.run()
-    with show_compiling():  # the first evaluation and the first step compile all there is to compile
-        for kind, record in events:
-            if kind == "eval":
-                say(evaluation(record))
-            if kind == "step":
-                refuse_uncalled(swapped)
-                break
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-    )  # fmt: skip
-    with bar:
-        task = bar.add_task("", total=trainer.config.max_steps, completed=trainer.step, rate="")
-        for kind, record in events:
-            if kind == "eval":
-                say(evaluation(record))
-            elif kind == "log" and not console.is_terminal:
-                say(line(record, trainer.config.max_steps))
-            elif kind == "step":
-                rate = f"{record['tokens'] / record['seconds']:,.0f} tokens/s"
-                bar.update(task, completed=record["step"], description=f"loss {record['loss']:.3f}", rate=rate)
-
-
 def evaluation(record: Record) -> str:
     more = record.get("eval_next_sentence_accuracy")
     return (
         f"step {record['step']}: held-out loss {record['eval_loss']:.4f} "
         f"({record['eval_loss'] - record['unigram_loss']:+.4f} against frequencies), "
         f"accuracy {record['eval_accuracy']:.2%}" + ("" if more is None else f", next sentence {more:.2%}")
-    )
-
-
-def line(record: Record, steps: int) -> str:
-    left = (steps - record["step"]) * record["seconds"] / record["step"]
-    return (
-        f"step {record['step']}/{steps}: loss {record['loss']:.4f}, learning rate {record['learning_rate']:.2e}, "
-        f"gradient norm {record['grad_norm']:.2f}, {record['tokens_per_second']:,.0f} tokens/s, {left:.0f} s left"
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,6 +58,21 @@ class TextExamples:
     labels: list[Any] | None  # names of classes; lists of them; or numbers
     rows: list[dict[str, Any]]
 
+    @classmethod
+    def of(cls, name: str, columns: Columns, found: list[TextExample], problem_type: str | None = None) -> TextExamples:
+        """Rows, column by column."""
+        return cls(
+            name=name,
+            columns=columns,
+            problem_type=problem_type,
+            lines=[example.line for example in found],
+            texts=[example.text for example in found],
+            pairs=None if columns.pair is None else [str(example.pair) for example in found],
+            negatives=None if columns.negative is None else [str(example.negative) for example in found],
+            labels=None if columns.label is None else [example.label for example in found],
+            rows=[example.row for example in found],
+        )
+
     def __len__(self) -> int:
         return len(self.texts)
 
@@ -89,6 +104,15 @@ class TextExamples:
         if self.problem_type == REGRESSION:
             return np.array(self.labels, dtype=np.float32)
         return (class_sets if self.problem_type == MULTI else class_ids)(self.labels, names, self.name, self.lines)
+
+    def subset(self, rows: np.ndarray) -> TextExamples:
+        """Some of the examples, by number."""
+
+        def some(values: Any) -> Any:
+            return None if values is None else [values[row] for row in rows]
+
+        columns = ("lines", "texts", "pairs", "negatives", "labels", "rows")
+        return replace(self, **{name: some(getattr(self, name)) for name in columns})
 
     def groups(self, column: str) -> list[str]:
         """The values of any column as text, for figures by group. Raises UserError where there is no such column."""
@@ -158,20 +182,8 @@ def read_texts(source: Source, task: str, **options: Any) -> TextExamples:
         if isinstance(example.label, list) != several:
             kinds = ("one label", "a list") if several else ("a list", "one label")
             wrong_line(name, example.line, f"{kinds[0]} where the rows before have {kinds[1]}: write all alike")
-    problem_type = None
-    if columns.label is not None:
-        problem_type = REGRESSION if task != "classify" else MULTI if several else SINGLE
-    return TextExamples(
-        name=name,
-        columns=columns,
-        problem_type=problem_type,
-        lines=[example.line for example in found],
-        texts=[example.text for example in found],
-        pairs=None if columns.pair is None else [str(example.pair) for example in found],
-        negatives=None if columns.negative is None else [str(example.negative) for example in found],
-        labels=None if columns.label is None else [example.label for example in found],
-        rows=[example.row for example in found],
-    )
+    kind = REGRESSION if task != "classify" else MULTI if several else SINGLE
+    return TextExamples.of(name, columns, found, None if columns.label is None else kind)
 
 
 def text_in(row: dict[str, Any], column: str, name: str, line: int, may_be_empty: bool) -> str:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from minibert.data.tokenizer_config import is_text
 from minibert.errors import UserError
@@ -47,6 +49,10 @@ class QuestionExamples:
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    def subset(self, rows: np.ndarray) -> QuestionExamples:
+        """Some of the examples, by number."""
+        return replace(self, questions=[self.questions[row] for row in rows])
 
     @property
     def contexts(self) -> list[str]:

@@ -117,13 +117,15 @@ class Classify(Task):
     def loss(self, logits: Tensor, targets: np.ndarray, class_weights: Sequence[float] | None) -> Tensor:
         return sequence_loss(logits, targets, str(self.problem_type), class_weights)
 
-    def scores(self, prepared: Prepared, outputs: np.ndarray) -> Scores:
+    def scores(self, prepared: Prepared, outputs: np.ndarray, rows: Any = slice(None)) -> Scores:
+        """How good the outputs of some rows are, of all where none are named."""
         assert prepared.targets is not None
+        targets, outputs = prepared.targets[rows], outputs[rows]
         if self.problem_type == REGRESSION:
-            return regression_metrics(prepared.targets, outputs[:, 0])
+            return regression_metrics(targets, outputs[:, 0])
         if self.problem_type == MULTI:
-            return multi_label_metrics(prepared.targets, probabilities(outputs, MULTI), self.names)
-        return class_metrics(prepared.targets, outputs.argmax(axis=-1), self.names)
+            return multi_label_metrics(targets, probabilities(outputs, MULTI), self.names)
+        return class_metrics(targets, outputs.argmax(axis=-1), self.names)
 
     @property
     def main_metric(self) -> str:

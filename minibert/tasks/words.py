@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from minibert.data.tokenizer_config import is_text
 from minibert.errors import UserError
@@ -53,6 +55,10 @@ class WordExamples:
 
     def __len__(self) -> int:
         return len(self.sentences)
+
+    def subset(self, rows: np.ndarray) -> WordExamples:
+        """Some of the examples, by number."""
+        return replace(self, sentences=[self.sentences[row] for row in rows])
 
     @property
     def words(self) -> list[list[str]]:

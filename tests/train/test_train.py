@@ -19,7 +19,7 @@ import pytest
 from minibert import backends
 from minibert.cli import main
 from minibert.cli.compiling import show_compiling
-from minibert.cli.pretrain import stopped_by_signals
+from minibert.cli.running import stopped_by_signals
 from minibert.data import SHIPPED_TEXT, SHIPPED_VOCABULARY, load_tokenizer, read_documents
 from minibert.errors import UserError
 from minibert.kernels.cpu.jit import jit

@@ -1,0 +1,294 @@
+"""`minibert finetune`: a classifier, a tagger or an answering model from a pretrained one and labelled examples."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import typer
+from tokenizers import Tokenizer
+
+from minibert import backends
+from minibert.backends import MOST_THREADS, Backend
+from minibert.cli import app
+from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP
+from minibert.cli.running import fastest_or, follow, say, stopped_by_signals
+from minibert.data import load_tokenizer
+from minibert.errors import UserError
+from minibert.model.checkpoint import write_atomically
+from minibert.tasks.examples import TextExamples, read_texts
+from minibert.tasks.finetune import (
+    FineTuning,
+    FineTuningConfig,
+    evaluate,
+    load_model,
+    names_for,
+    prefixed,
+    split_examples,
+)
+from minibert.tasks.metrics import by_group, confusion_matrix, group_report
+from minibert.tasks.picture import draw_confusion_matrix
+from minibert.tasks.questions import read_questions
+from minibert.tasks.task import Answer, Classify, Prepared, Tag, Task
+from minibert.tasks.words import read_words
+from minibert.train.loop import Record, read_state, refuse_to_overwrite
+
+TASKS = ("classify", "regress", "tag", "answer")
+DEFAULT = FineTuningConfig()
+# What may change when a run is resumed: nothing here enters the arithmetic of a step.
+CHANGEABLE = {"logging_steps", "save_steps", "checkpoint_activations", "early_stopping_patience", "tokens_per_batch"}
+TEST_RESULTS, CONFUSION = "test_results.json", "confusion_matrix.png"
+
+
+class Columns(NamedTuple):
+    """Names of columns, where they are not to be guessed."""
+
+    text: str | None = None
+    pair: str | None = None
+    label: str | None = None
+    label_separator: str | None = None
+    token: str | None = None
+
+
+def read_examples(kind: str, path: Path, columns: Columns, labelled: bool = True) -> Any:
+    """The examples of a file for a task, and a line that says which column was taken as what."""
+    if kind == "answer":
+        return read_questions(path, labelled=labelled)
+    if kind == "tag":
+        return read_words(path, token_column=columns.token, label_column=columns.label, labelled=labelled)
+    return read_texts(
+        path, kind, text_column=columns.text, pair_column=columns.pair, label_column=columns.label,
+        label_separator=columns.label_separator, labelled=labelled,
+    )  # fmt: skip
+
+
+def note_of(examples: Any) -> str:
+    """Which column was taken as what."""
+    return examples.columns.note if isinstance(examples, TextExamples) else getattr(examples, "note", "")
+
+
+def setting(name: str, help: str) -> Any:
+    """An option that sets a field of FineTuningConfig; None where it is not given."""
+    shown = getattr(DEFAULT, name)
+    return typer.Option(None, f"--{name.replace('_', '-')}", show_default=str(shown) if shown else False, help=help)
+
+
+@app.command()
+def finetune(
+    context: typer.Context,
+    task: str = typer.Argument(metavar="TASK", help="classify, regress, tag or answer."),
+    model: Path = typer.Option(None, "--model", help="Folder of the pretrained model, with its tokenizer."),
+    train: Path = typer.Option(
+        None, "--train", help="Examples: CSV, TSV or JSONL; CoNLL or CoNLL-U to tag; SQuAD's JSON to answer."
+    ),
+    output: Path = typer.Option(..., help="Folder for the best model, its tokenizer, the log and the state."),
+    validation: Path = typer.Option(None, help="Examples by which the best model is chosen; if none, some of --train."),
+    validation_split: float = typer.Option(0.1, min=0.001, max=0.9, help="Share of --train without --validation."),
+    test: Path = typer.Option(None, help="Examples on which the best model is judged at the end."),
+    resume: bool = typer.Option(False, "--resume", help="Go on with the run in --output, as if it had not stopped."),
+    text_column: str = typer.Option(None, show_default="guessed", help="Column of the text."),
+    pair_column: str = typer.Option(None, show_default="guessed", help="Column of a second text."),
+    label_column: str = typer.Option(None, show_default="guessed", help="Column of the label, class, number or tag."),
+    token_column: str = typer.Option(None, show_default="the first", help="Column of the words, to tag."),
+    label_separator: str = typer.Option(None, help="Cuts a label into several of which any may hold."),
+    group_column: str = typer.Option(None, help="Column by whose values the metrics of --test are given too."),
+    num_train_epochs: float = setting("num_train_epochs", "Passes over the examples."),
+    per_device_train_batch_size: int = setting("per_device_train_batch_size", "Examples of one pass."),
+    gradient_accumulation_steps: int = setting("gradient_accumulation_steps", "Passes of one update."),
+    max_seq_length: int = typer.Option(None, show_default="128; 384 to answer", help="Tokens of a sequence at most."),
+    learning_rate: float = setting("learning_rate", "At its highest."),
+    warmup_ratio: float = setting("warmup_ratio", "Share of the steps in which the learning rate rises."),
+    weight_decay: float = setting("weight_decay", "On matrices."),
+    max_grad_norm: float = setting("max_grad_norm", "Gradients are clipped to this norm."),
+    layerwise_lr_decay: float = setting("layerwise_lr_decay", "Factor of the learning rate from layer to layer, down."),
+    freeze: str = setting("freeze", "What is not trained: embeddings, layers:0-3, or both, with a comma."),
+    class_weights: str = setting("class_weights", "balanced: rare classes count as much as frequent ones."),
+    early_stopping_patience: int = setting(
+        "early_stopping_patience", "Evaluations without a better one before it ends."
+    ),
+    metric_for_best_model: str = setting(
+        "metric_for_best_model", "What chooses the best model; eval_loss, or a metric."
+    ),
+    logging_steps: int = setting("logging_steps", "Steps from line to line of the log."),
+    save_steps: int = setting("save_steps", "Steps from one saved state to the next."),
+    checkpoint_activations: bool = typer.Option(None, "--checkpoint-activations", help="Less memory, more time."),
+    seed: int = setting("seed", "Of the head, order and dropout."),
+    backend: str = typer.Option(
+        None, *BACKENDS, show_default="the fastest here", help=f"See `minibert backends`. {OWN_HELP}"
+    ),
+    dtype: str = typer.Option(None, show_default="float32", help="float32, float64; on a GPU float16, bfloat16."),
+    deterministic: bool = typer.Option(None, "--deterministic", help=DETERMINISTIC_HELP),
+    threads: int = typer.Option(None, min=1, max=MOST_THREADS, show_default="all cores", help="Threads."),
+) -> int:
+    """Fine-tune a pretrained model on labelled examples. Ctrl-C saves, and --resume goes on."""
+    given = dict(locals())
+    if task not in TASKS:
+        raise UserError(f"finetune: expected {', '.join(TASKS)}, got {task!r}")
+    settings = {name: given[name] for name in asdict(DEFAULT) if given.get(name) is not None}
+    state = read_state(output, FineTuningConfig) if resume else None
+    if state is None:
+        refuse_to_overwrite(output)
+        if model is None or train is None:
+            raise UserError("expected --model, a folder, and --train, a file: or --resume to go on with a run")
+    options: dict[str, Any] = {
+        "task": task, "model": _absolute(model), "train": _absolute(train), "validation": _absolute(validation),
+        "validation_split": validation_split,
+        "columns": list(Columns(text_column, pair_column, label_column, label_separator, token_column)),
+        "dtype": dtype or "float32", "deterministic": bool(deterministic),
+    }  # fmt: skip
+    if state is not None:
+        options = state.options
+        if task != options["task"]:
+            raise UserError(f"--resume: the run in {output} is of `finetune {options['task']}`, got {task}")
+        config = _merged(state.config, settings)
+    else:
+        config = FineTuningConfig(**{"max_seq_length": 384 if task == "answer" else 128, **settings})
+    context.with_resource(backends.determinism(options["deterministic"]))
+    place = fastest_or(backend, threads)
+    place.require_dtype(options["dtype"])
+
+    run = make_run(options, config, place, output)
+    columns = Columns(*options["columns"])
+    judge = None if test is None else prepared(run.task, task, test, columns, run.tokenizer, config.max_seq_length)
+    if state is not None:
+        run.resume(state)
+        say(f"going on after step {run.step}")
+    with stopped_by_signals(run):
+        follow(run, evaluation)
+    if run.step < run.max_steps:
+        say(f"stopped after step {run.step} of {run.max_steps}, and saved. To go on: "
+            f"minibert finetune {task} --output {output} --resume")  # fmt: skip
+        return 130
+    best = run.progress["best"]
+    say(f"the best model, of step {best['step']}, is in {output} (by {best['metric'].removeprefix('eval_')})")
+    if judge is not None:
+        tested(run, judge, group_column)
+    return 0
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.absolute())
+
+
+def _merged(stored: FineTuningConfig, settings: dict[str, Any]) -> FineTuningConfig:
+    for name, value in settings.items():
+        if name not in CHANGEABLE and value != getattr(stored, name):
+            raise UserError(
+                f"--resume: the run began with {name} {getattr(stored, name)}, got {value}: leave it out, or begin anew"
+            )
+    return replace(stored, **settings)
+
+
+# ----------------------------------------------------------------------------------------------------------- setting up
+
+
+def make_run(options: dict[str, Any], config: FineTuningConfig, place: Backend, output: Path) -> FineTuning:
+    """Read examples, tokenizer and model, and say what was found."""
+    kind, folder, columns = options["task"], Path(options["model"]), Columns(*options["columns"])
+    tokenizer = load_tokenizer(folder)
+    examples = read_examples(kind, Path(options["train"]), columns)
+    if note := note_of(examples):
+        say(note)
+    task = task_for(kind, examples, folder)
+    if options["validation"] is None:
+        share = options["validation_split"]
+        train, held_out = divided(task, examples, tokenizer, config, share)
+        say(f"no --validation: {share:.0%} of the examples are held out for it")
+    else:
+        train = task.prepare(examples, tokenizer, config.max_seq_length)
+        held_out = prepared(task, kind, Path(options["validation"]), columns, tokenizer, config.max_seq_length)
+    model, new = load_model(task, folder, place, options["dtype"], config.seed)
+    run = FineTuning(model, task, train, held_out, tokenizer, config, output, options)
+    trained = sum(p.data.size for p in model.parameters() if p.requires_grad)
+    said = f"{len(task.names)} labels: {', '.join(task.names[:12])}{' ...' if len(task.names) > 12 else ''}"
+    say(f"backend {place.name}: {place.describe()}, {options['dtype']}")
+    say(
+        f"model: {type(model).__name__} from {folder}, {trained:,} of {model.num_parameters():,} parameters trained, "
+        f"{'a new head' if new else 'with its head'}" + (f"; {said}" if kind in ("classify", "tag") else "")
+    )
+    say(
+        f"examples: {len(train.examples):,} to train on ({len(train.sequences.ids):,} tokens), "
+        f"{len(held_out.examples):,} to choose by; {run.max_steps:,} steps"
+    )
+    for note in train.notes:
+        say(f"note: {note}")
+    return run
+
+
+def task_for(kind: str, examples: Any, folder: Path) -> Task:
+    """The task, with the labels of the model in the folder where they are those of the examples."""
+    if kind == "answer":
+        return Answer()
+    if kind == "regress":
+        return Classify.of(examples)
+    names = names_for(examples, folder, Tag if kind == "tag" else Classify)
+    return Tag(names) if kind == "tag" else Classify.of(examples, names)
+
+
+def prepared(
+    task: Task, kind: str, path: Path, columns: Columns, tokenizer: Tokenizer, max_seq_length: int
+) -> Prepared:
+    """A file's examples, as the model takes them. Raises UserError for labels that the task does not have."""
+    return task.prepare(read_examples(kind, path, columns), tokenizer, max_seq_length)
+
+
+def divided(
+    task: Task, examples: Any, tokenizer: Tokenizer, config: FineTuningConfig, share: float
+) -> tuple[Prepared, Prepared]:
+    """Examples to train on, and some held out, drawn by seed; one at least of each."""
+    first, second = (
+        task.prepare(examples.subset(rows), tokenizer, config.max_seq_length)
+        for rows in split_examples(len(examples), share, config.seed)
+    )
+    return first, second
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def evaluation(record: Record) -> str:
+    """A record of the log in words."""
+    figures = ", ".join(
+        f"{name.removeprefix('eval_').replace('_', ' ')} {'-' if value is None else f'{value:.4f}'}"
+        for name, value in record.items()
+        if name.startswith("eval_") and isinstance(value, float | None)
+    )
+    return f"epoch {record['epoch']:g}: {figures}"
+
+
+def tested(run: FineTuning, part: Prepared, group_column: str | None) -> None:
+    """Judge the best model on examples that had no part in training; the figures are kept beside the model."""
+    best = type(run.model).from_pretrained(run.output, run.model.backend, run.options["dtype"])
+    results = judged(run.task, best, part, run.config.tokens_per_batch, group_column)
+    text = json.dumps(results, indent=2) + "\n"
+    write_atomically(run.output / TEST_RESULTS, lambda file: file.write_text(text, encoding="utf-8"))
+    if matrix := results.get("test_confusion_matrix"):
+        draw_confusion_matrix(np.array(matrix), run.task.names, run.output / CONFUSION)
+        say(f"the confusion matrix is in {run.output / CONFUSION}")
+
+
+def judged(
+    task: Task, model: Any, part: Prepared, tokens_per_batch: int, group_column: str | None, prefix: str = "test"
+) -> dict[str, Any]:
+    """Print how good a model is on examples; gives the figures."""
+    for note in part.notes:
+        say(f"note: {note}")
+    loss, scores, outputs = evaluate(task, model, part, tokens_per_batch)
+    results: dict[str, Any] = {f"{prefix}_loss": loss, **prefixed(prefix, scores.figures)}
+    say(f"{part.examples.name}: {len(part.examples):,} examples, loss {'-' if loss is None else f'{loss:.4f}'}")
+    say(", ".join(f"{n.replace('_', ' ')} {'-' if v is None else f'{v:.4f}'}" for n, v in scores.figures.items()))
+    say(scores.report.rstrip("\n"))
+    if isinstance(task, Classify) and task.problem_type == "single_label_classification":
+        assert part.targets is not None
+        matrix = confusion_matrix(part.targets, outputs.argmax(axis=-1), len(task.names))
+        results[f"{prefix}_confusion_matrix"] = matrix.tolist()
+    if group_column is not None:
+        if not isinstance(task, Classify):
+            raise UserError("--group-column: expected with classify or regress, whose files have columns")
+        groups = by_group(part.examples.groups(group_column), lambda rows: task.scores(part, outputs, rows))
+        say(group_report(groups).rstrip("\n"))
+        results[f"{prefix}_by_{group_column}"] = groups
+    return results

@@ -1,0 +1,158 @@
+"""`minibert predict` and `minibert evaluate`: a fine-tuned model on a file of its own kind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from minibert.backends import MOST_THREADS
+from minibert.cli import app
+from minibert.cli.finetune import Columns, judged, note_of, prepared, read_examples
+from minibert.cli.options import BACKENDS, OWN_HELP, machine, notes, refuse_unwritable
+from minibert.cli.running import fastest_or
+from minibert.data import load_tokenizer
+from minibert.errors import UserError
+from minibert.model.checkpoint import read_config, write_atomically
+from minibert.tasks.examples import REGRESSION, TextExamples, stream_texts
+from minibert.tasks.finetune import predict as logits_of
+from minibert.tasks.predictions import predictions
+from minibert.tasks.task import Answer, Tag, Task, task_of
+from minibert.tasks.words import WordExamples, stream_words
+
+ROWS_AT_ONCE = 1024  # examples that are read, run and written together
+BACKEND_HELP = f"See `minibert backends`. {OWN_HELP}"
+
+
+def fine_tuned(folder: Path, backend: str | None, dtype: str, threads: int | None) -> tuple[Task, str, Any, Any]:
+    """The task, what `finetune` calls it, the model and its tokenizer. Raises UserError for a model of another kind."""
+    config = read_config(folder)
+    architecture = (config.others.get("architectures") or ["no architecture"])[0]
+    task = task_of(config, architecture)
+    if task is None:
+        raise UserError(
+            f"{folder} holds {architecture}: expected a fine-tuned model, as `minibert finetune` writes, with "
+            "BertForSequenceClassification, BertForTokenClassification or BertForQuestionAnswering in its config.json"
+        )
+    tokenizer = load_tokenizer(folder)
+    place = fastest_or(backend, threads)
+    place.require_dtype(dtype)
+    notes.print(f"backend {place.name}: {place.describe()}, {dtype}", markup=False, highlight=False, soft_wrap=True)
+    model = task.architecture.from_pretrained(folder, place, dtype, strict=False)
+    kind = "answer" if isinstance(task, Answer) else "tag" if isinstance(task, Tag) else "classify"
+    return task, "regress" if task.problem_type == REGRESSION else kind, model, tokenizer
+
+
+def longest(model: Any, max_seq_length: int | None, task: Task) -> int:
+    """Tokens of a sequence: as asked for, else the task's, at most the model's positions."""
+    positions = model.config.max_position_embeddings
+    if max_seq_length is not None and max_seq_length > positions:
+        raise UserError(f"--max-seq-length {max_seq_length}: the model has {positions} positions; lower it")
+    return max_seq_length or (min(task.max_seq_length, positions) if isinstance(task, Answer) else positions)
+
+
+@app.command()
+def evaluate(
+    folder: Path = typer.Argument(metavar="FOLDER", help="A fine-tuned model with its tokenizer."),
+    file: Path = typer.Argument(metavar="FILE", help="Labelled examples, in a format that `finetune` takes."),
+    json_file: Path = typer.Option(None, "--json", help="Write the figures to this file too."),
+    text_column: str = typer.Option(None, show_default="guessed", help="Column of the text."),
+    pair_column: str = typer.Option(None, show_default="guessed", help="Column of a second text."),
+    label_column: str = typer.Option(None, show_default="guessed", help="Column of the label."),
+    token_column: str = typer.Option(None, show_default="the first", help="Column of the words, to tag."),
+    label_separator: str = typer.Option(None, help="Cuts a label into several."),
+    group_column: str = typer.Option(None, help="Column by whose values the metrics are given too."),
+    max_seq_length: int = typer.Option(None, min=3, show_default="the model's", help="Tokens of a sequence at most."),
+    batch_tokens: int = typer.Option(4096, min=1, help="Tokens of one pass."),
+    backend: str = typer.Option(None, *BACKENDS, show_default="the fastest here", help=BACKEND_HELP),
+    dtype: str = typer.Option("float32", help="float32, float64; on a GPU float16, bfloat16."),
+    threads: int = typer.Option(None, min=1, max=MOST_THREADS, show_default="all cores", help="Threads."),
+) -> None:
+    """How good a fine-tuned model is on labelled examples, matched with its labels by name."""
+    refuse_unwritable(json=json_file)
+    task, kind, model, tokenizer = fine_tuned(folder, backend, dtype, threads)
+    columns = Columns(text_column, pair_column, label_column, label_separator, token_column)
+    part = prepared(task, kind, file, columns, tokenizer, longest(model, max_seq_length, task))
+    if note := note_of(part.examples):
+        notes.print(note, markup=False, highlight=False, soft_wrap=True)
+    results = judged(task, model, part, batch_tokens, group_column, prefix="eval")
+    if json_file is not None:
+        text = json.dumps({**results, "machine": machine()}, indent=2) + "\n"
+        write_atomically(json_file, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+@app.command()
+def predict(
+    folder: Path = typer.Argument(metavar="FOLDER", help="A fine-tuned model with its tokenizer."),
+    file: Path | None = typer.Argument(None, metavar="[FILE]", help="Without labels; if none, standard input."),
+    output: Path = typer.Option(None, "--output", help="A .jsonl or .csv file; if none, standard output."),
+    format: str | None = typer.Option(None, help="Of standard input: txt (a text a line), jsonl, csv, tsv, conllu."),
+    text_column: str = typer.Option(None, show_default="guessed", help="Column of the text."),
+    pair_column: str = typer.Option(None, show_default="guessed", help="Column of a second text."),
+    token_column: str = typer.Option(None, show_default="the first", help="Column of the words, to tag."),
+    max_seq_length: int = typer.Option(None, min=3, show_default="the model's", help="Tokens of a sequence at most."),
+    batch_tokens: int = typer.Option(4096, min=1, help="Tokens of one pass."),
+    backend: str = typer.Option(None, *BACKENDS, show_default="the fastest here", help=BACKEND_HELP),
+    dtype: str = typer.Option("float32", help="float32, float64; on a GPU float16, bfloat16."),
+    threads: int = typer.Option(None, min=1, max=MOST_THREADS, show_default="all cores", help="Threads."),
+) -> None:
+    """What a fine-tuned model makes of texts, words or questions: a row for each, in their order."""
+    if output is not None and output.suffix not in (".jsonl", ".csv"):
+        raise UserError(f"--output: expected a name that ends in .jsonl or .csv, got {output}")
+    if output is not None and output.exists():
+        raise UserError(f"--output: {output} exists: name another file")
+    task, kind, model, tokenizer = fine_tuned(folder, backend, dtype, threads)
+    source: Any = file if file is not None else sys.stdin.buffer
+    if file is None and format is None:
+        format = "json" if kind == "answer" else "txt"
+    columns = Columns(text_column, pair_column, token=token_column)
+    length = longest(model, max_seq_length, task)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for examples in in_parts(kind, source, columns, format):
+            part = task.prepare(examples, tokenizer, length)
+            yield from predictions(task, part, logits_of(task, model, part, batch_tokens))
+
+    if output is None:
+        for row in rows():
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+        return
+    write_atomically(output, lambda path: written(path, output.suffix, rows()))
+
+
+def in_parts(kind: str, source: Any, columns: Columns, format: str | None) -> Iterator[Any]:
+    """Examples without labels, some at a time, as they come. Questions come together: their windows share contexts."""
+    if kind == "answer":
+        yield read_examples(kind, source, columns, labelled=False)
+        return
+    if kind == "tag":
+        note, sentences = stream_words(source, token_column=columns.token, labelled=False, format=format)
+        while some := list(islice(sentences, ROWS_AT_ONCE)):
+            yield WordExamples(str(source), note, some)
+        return
+    taken, texts = stream_texts(
+        source, "classify" if kind == "classify" else "regress", text_column=columns.text, pair_column=columns.pair,
+        labelled=False, format=format,
+    )  # fmt: skip
+    while examples := list(islice(texts, ROWS_AT_ONCE)):
+        yield TextExamples.of(str(source), taken, examples)
+
+
+def written(path: Path, suffix: str, rows: Iterator[dict[str, Any]]) -> None:
+    """JSON lines; or a CSV, whose cells hold what is no text or number as JSON."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if suffix == ".jsonl":
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            return
+        table: csv.DictWriter[str] | None = None
+        for row in rows:
+            if table is None:
+                table = csv.DictWriter(file, list(row))
+                table.writeheader()
+            table.writerow({k: v if isinstance(v, str | int | float) else json.dumps(v) for k, v in row.items()})

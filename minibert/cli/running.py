@@ -1,0 +1,102 @@
+"""What commands that train share: the backend, signals, and how a run is shown."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from minibert import backends
+from minibert.backends import Backend, BackendUnavailable
+from minibert.cli.compiling import show_compiling
+from minibert.cli.options import console
+from minibert.errors import UserError
+from minibert.kernels import Op
+from minibert.lab.conform.own_kernels import TriedKernel, refuse_uncalled
+from minibert.train.loop import Loop, Record
+
+FASTEST_FIRST = ("cupy", "numba", "numpy")
+
+
+def say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def fastest_or(name: str | None, threads: int | None) -> Backend:
+    """The backend called `name`, else the fastest that runs here."""
+    if threads is not None:
+        backends.set_num_threads(threads)
+    if name is not None:
+        return backends.get(name)
+    for candidate in FASTEST_FIRST:
+        if candidate in backends.names():
+            try:
+                return backends.get(candidate)
+            except BackendUnavailable as error:
+                if candidate != "cupy" or find_spec("cupy"):  # most machines have no GPU: that is no news
+                    say(str(error))
+    raise UserError("no backend runs here: see minibert backends")
+
+
+@contextmanager
+def stopped_by_signals(trainer: Loop) -> Iterator[None]:
+    """Ctrl-C, or SIGTERM, lets the step finish and the run save itself; the second one does what it always does.
+
+    One that is ignored, as a shell has SIGINT ignored by what it starts in the background, stays so.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
+
+    def stop(number: int, frame: Any) -> None:
+        trainer.stop = True
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def follow(trainer: Loop, evaluation: Callable[[Record], str], swapped: dict[Op, TriedKernel] | None = None) -> None:
+    """Run, and show how it goes: a progress bar on a terminal, else a line for each line of the log.
+
+    `evaluation` puts a record of the log into words.
+    """
+    events = trainer.run()
+    with show_compiling():  # the first evaluation and the first step compile all there is to compile
+        for kind, record in events:
+            if kind == "eval":
+                say(evaluation(record))
+            if kind == "step":
+                refuse_uncalled(swapped or {})
+                break
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("", total=trainer.max_steps, completed=trainer.step, rate="")
+        for kind, record in events:
+            if kind == "eval":
+                say(evaluation(record))
+            elif kind == "log" and not console.is_terminal:
+                say(line(record, trainer.max_steps))
+            elif kind == "step":
+                rate = f"{record['tokens'] / record['seconds']:,.0f} tokens/s"
+                bar.update(task, completed=record["step"], description=f"loss {record['loss']:.3f}", rate=rate)
+
+
+def line(record: Record, steps: int) -> str:
+    left = (steps - record["step"]) * record["seconds"] / record["step"]
+    return (
+        f"step {record['step']}/{steps}: loss {record['loss']:.4f}, learning rate {record['learning_rate']:.2e}, "
+        f"gradient norm {record['grad_norm']:.2f}, {record['tokens_per_second']:,.0f} tokens/s, {left:.0f} s left"
+    )
