@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from io import TextIOWrapper
@@ -58,13 +59,14 @@ def main() -> None:
         check,
         compare,
         diff,
+        embed,
         finetune,
         predict,
         pretrain,
         tables,
         tokenizer,
         watch,
-    )  # fmt: skip
+    )
     from minibert.cli.options import refuse_repeated
 
     for stream in (sys.stdout, sys.stderr):  # a path or a token that the terminal cannot show must not stop a command
@@ -78,6 +80,9 @@ def main() -> None:
         if error.format_message():
             print(f"error: {error.format_message()}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # who read standard output has enough of it, as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         sys.exit(130)

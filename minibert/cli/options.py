@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -89,11 +90,15 @@ def _is_json_result(path: Path) -> bool:
 
 
 def _start(path: Path) -> str:
+    return _first_bytes(path).decode("utf-8", "replace")
+
+
+def _first_bytes(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(1000).decode("utf-8", "replace")
+            return file.read(1000)
     except OSError:
-        return ""
+        return b""
 
 
 # By kind: whether a file is an earlier result of it. Rows are added to a CSV, and the bench looks at its columns.
@@ -103,6 +108,9 @@ EARLIER_RESULT: dict[str, Callable[[Path], bool]] = {
     "markdown": lambda path: _start(path).startswith((COMPARE_TITLE, KERNELS_TITLE)),
     "page": lambda path: "<title>minibert: " in _start(path),
     "csv": lambda path: True,
+    "npy": lambda path: _first_bytes(path).startswith(b"\x93NUMPY"),
+    "jsonl": lambda path: _start(path).startswith('{"text": '),
+    "tsv": lambda path: re.match(r"-?\d+\.\d{4}[\t\n]", _start(path)) is not None,
 }
 
 

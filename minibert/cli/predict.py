@@ -91,7 +91,7 @@ def evaluate(
 def predict(
     folder: Path = typer.Argument(metavar="FOLDER", help="A fine-tuned model with its tokenizer."),
     file: Path | None = typer.Argument(None, metavar="[FILE]", help="Without labels; if none, standard input."),
-    output: Path = typer.Option(None, "--output", help="A .jsonl or .csv file; if none, standard output."),
+    output: Path | None = typer.Option(None, "--output", help="A .jsonl or .csv file; if none, standard output."),
     format: str | None = typer.Option(None, help="Of standard input: txt (a text a line), jsonl, csv, tsv, conllu."),
     text_column: str = typer.Option(None, show_default="guessed", help="Column of the text."),
     pair_column: str = typer.Option(None, show_default="guessed", help="Column of a second text."),

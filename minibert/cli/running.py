@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from minibert import backends
 from minibert.backends import Backend, BackendUnavailable
 from minibert.cli.compiling import show_compiling
-from minibert.cli.options import console
+from minibert.cli.options import console, notes
 from minibert.errors import UserError
 from minibert.kernels import Op
 from minibert.lab.conform.own_kernels import TriedKernel, refuse_uncalled
@@ -38,7 +38,7 @@ def fastest_or(name: str | None, threads: int | None) -> Backend:
                 return backends.get(candidate)
             except BackendUnavailable as error:
                 if candidate != "cupy" or find_spec("cupy"):  # most machines have no GPU: that is no news
-                    say(str(error))
+                    notes.print(str(error), markup=False, highlight=False, soft_wrap=True)
     raise UserError("no backend runs here: see minibert backends")
 
 

@@ -1,4 +1,4 @@
-"""Losses of heads that classify, answer or predict numbers: means over what counts, made of ops."""
+"""Losses of heads that classify, answer or predict numbers, and of encoders: means over what counts, made of ops."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from minibert.backends.base import NARROW
 from minibert.errors import UserError
 from minibert.kernels.cross_entropy import cross_entropy
 from minibert.kernels.loss import binary_cross_entropy, mse_loss
+from minibert.kernels.pooling import normalize
+from minibert.kernels.view import concatenate
 from minibert.model.config import BertConfig
 from minibert.model.packing import IGNORE, as_array, class_numbers
 from minibert.model.tensor import Tensor, apply
@@ -62,7 +65,8 @@ def sequence_loss(
         wrong = targets[(targets != IGNORE) & ~((targets >= 0) & (targets <= 1))]
         if wrong.size:
             raise UserError(f"labels: expected 0 to 1 for {kind}, or -100 where it is not known, got {wrong[0]:g}")
-    return apply(op, logits, Tensor(logits.backend.asarray(targets, dtype=logits.dtype), logits.backend))
+    dtype = "float32" if logits.dtype.name in NARROW else logits.dtype  # targets are given, and keep their digits
+    return apply(op, logits, Tensor(logits.backend.asarray(targets, dtype=dtype), logits.backend))
 
 
 def weighed_cross_entropy(logits: Tensor, labels: np.ndarray, class_weights: Sequence[float] | None = None) -> Tensor:
@@ -87,3 +91,23 @@ def weighed_cross_entropy(logits: Tensor, labels: np.ndarray, class_weights: Seq
         if share
     ]
     return sum(parts[1:], parts[0]) if parts else of(np.full_like(labels, IGNORE))
+
+
+def multiple_negatives_ranking_loss(
+    anchors: Tensor, positives: Tensor, *negatives: Tensor, scale: float = 20.0
+) -> Tensor:
+    """() Mean over i of the cross entropy of row i of scale cos(anchors, [positives, *negatives]) against column i.
+
+    Each is (B, C); whatever belongs to another anchor is a negative of this one, so that no text may be in a batch
+    twice. Henderson et al., "Efficient natural language response suggestion" (2017), section 4.4, with cosines, as
+    MultipleNegativesRankingLoss of sentence-transformers. `scale` is one over the temperature.
+
+    Raises UserError for shapes that differ.
+    """
+    shapes = [t.shape for t in (anchors, positives, *negatives)]
+    if anchors.ndim != 2 or len(set(shapes)) != 1:
+        raise UserError(f"expected anchors, positives and negatives of one shape (B, C), got {shapes}")
+    others = positives if not negatives else apply(concatenate, positives, *negatives, axis=0)
+    cosines = apply(normalize, anchors) @ apply(normalize, others).transpose(1, 0)
+    own = anchors.backend.asarray(np.arange(anchors.shape[0], dtype=np.int32))
+    return apply(cross_entropy, cosines * float(scale), Tensor(own, anchors.backend))

@@ -1,4 +1,5 @@
-"""What a BERT is used for: labelled data read and encoded, predictions judged and turned into entities and answers.
+"""What a BERT is used for: labelled data read and encoded, predictions judged and turned into entities and answers,
+texts made vectors.
 
     train = read_texts("reviews.csv", "classify")              # examples.py; columns.py says which column is what
     names = train.label_names()                                # labels.py
@@ -10,6 +11,8 @@
     entities(tags, sentence.spans, sentence.text)              # tags.py
     questions = read_questions("train-v2.0.json")              # questions.py: SQuAD
     answers_from(windows, contexts, start_logits, end_logits)  # answers.py
+
+    encoder = SentenceTransformer.from_pretrained("folder")    # sentences.py: texts to vectors, and how alike they are
 
 Rows of any file come from tables.py. A file or a row that does not fit is a UserError that names the file and the line.
 """
@@ -35,14 +38,16 @@ from minibert.tasks.metrics import (
 )
 from minibert.tasks.picture import draw_confusion_matrix
 from minibert.tasks.questions import Answer, Question, QuestionExamples, read_questions
+from minibert.tasks.sentences import SentenceTransformer
 from minibert.tasks.tables import Table, open_table
 from minibert.tasks.tags import Entity, entities, to_iob2, word_tags
 from minibert.tasks.words import Sentence, WordExamples, read_words, stream_words
 
 __all__ = [
     "Answer", "AnswerPrediction", "Candidate", "Columns", "EncodedTexts", "EncodedWords", "Entity", "LabelIds",
-    "Question", "QuestionExamples", "Scores", "Sentence", "Table", "TextExample", "TextExamples", "Windows",
-    "WordExamples", "answer_metrics", "answers_from", "best_null_threshold", "by_group", "class_ids",
+    "Question", "QuestionExamples", "Scores", "Sentence", "SentenceTransformer", "Table", "TextExample",
+    "TextExamples", "Windows", "WordExamples", "answer_metrics", "answers_from", "best_null_threshold", "by_group",
+    "class_ids",
     "class_metrics", "class_sets", "confusion_matrix", "draw_confusion_matrix", "encode_questions", "encode_texts",
     "encode_words", "entities", "find_columns", "group_report", "multi_label_metrics", "names_of", "open_table",
     "read_questions", "read_texts", "read_words", "regression_metrics", "search_metrics", "similarity_metrics",
