@@ -207,6 +207,7 @@ def side_by_side(x: Tensor, *layers: Linear) -> Tensor:
     y = apply(linear, x, weight, bias)
     ends = np.cumsum([w.declared_shape[0] for w in weights]).tolist()
     tuned = [(layer.low_rank, end) for layer, end in zip(layers, ends, strict=True) if layer.low_rank is not None]
+    tuned = [(low_rank, end) for low_rank, end in tuned if low_rank.rank]
     if not tuned:
         return y
     downs = [low_rank.down(x) for low_rank, _ in tuned]

@@ -146,6 +146,13 @@ class AdamW:
         betas = config.adam_beta1, config.adam_beta2
         return cls(groups, config.learning_rate, betas, config.adam_epsilon, max_grad_norm=config.max_grad_norm)
 
+    @property
+    def clip_factor(self) -> float:
+        """By what the gradients of the last step, which stay as they were, were multiplied: 1 if not clipped."""
+        if self.max_grad_norm is None or self.grad_norm is None:
+            return 1.0
+        return min(1.0, self.max_grad_norm / (self.grad_norm + 1e-6))
+
     def zero_grad(self) -> None:
         """Forget every gradient."""
         for group in self.groups:

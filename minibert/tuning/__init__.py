@@ -7,7 +7,8 @@ model = PeftModel.from_pretrained(mb.BertForMaskedLM.from_pretrained("folder"), 
 plain = model.merge_and_unload()                            # the updates added to the weights
 """
 
-from minibert.tuning.config import LoraConfig
+from minibert.tuning.adalora import AdaLoraModel
+from minibert.tuning.config import AdaLoraConfig, LoraConfig
 from minibert.tuning.peft_model import PeftModel, get_peft_model
 
-__all__ = ["LoraConfig", "PeftModel", "get_peft_model"]
+__all__ = ["AdaLoraConfig", "AdaLoraModel", "LoraConfig", "PeftModel", "get_peft_model"]

@@ -162,3 +162,56 @@ def _is_whole(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class AdaLoraConfig(LoraConfig):
+    """AdaLoRA (Zhang et al., "Adaptive budget allocation for parameter-efficient fine-tuning", 2023).
+
+    y = W x + s B diag(E) A x, of which the least important triplets of a column of B, an entry of E and a row of A are
+    pruned, until `target_r` are left in a layer on average. s = lora_alpha / init_r, whatever is pruned.
+    """
+
+    peft_type: ClassVar[str] = "ADALORA"
+
+    target_r: int = 8  # triplets that are left in the end, on average
+    init_r: int = 12  # triplets of each layer at the beginning
+    tinit: int = 0  # steps before anything is pruned
+    tfinal: int = 0  # steps at the end in which the ranks stay
+    deltaT: int = 1  # steps from one pruning to the next
+    beta1: float = 0.85  # of the average of the sensitivity
+    beta2: float = 0.85  # of the average of its uncertainty
+    orth_reg_weight: float = 0.5  # of the term that keeps A and B orthogonal
+    total_step: Any = None  # steps of the whole training; it must be known before
+
+    def _demand_ranks(self) -> None:
+        whole = {"target_r": 1, "init_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1}
+        for name, least in whole.items():
+            value = getattr(self, name)
+            self._demand(_is_whole(value) and value >= least, name, f"a whole number from {least}")
+        self._demand(
+            _is_whole(self.total_step) and self.total_step > 0, "total_step", "the steps of the whole training"
+        )
+        self._demand(self.target_r <= self.init_r, "target_r", f"at most init_r, {self.init_r}")
+        self._demand(
+            self.tinit < self.total_step - self.tfinal, "tinit", "less than total_step - tfinal: nothing is pruned"
+        )
+        for name in ("beta1", "beta2"):
+            self._demand(_is_number(getattr(self, name)) and 0 < getattr(self, name) < 1, name, "a number in (0, 1)")
+        self._demand(_is_number(self.lora_alpha) and self.lora_alpha > 0, "lora_alpha", "a number above 0")
+        self._demand(
+            _is_number(self.orth_reg_weight) and self.orth_reg_weight >= 0, "orth_reg_weight", "a number from 0"
+        )
+        for name in ("use_rslora", "alpha_pattern"):
+            self._demand(not getattr(self, name), name, "nothing: AdaLoRA has one scaling for all layers")
+        self._demand(
+            all(
+                isinstance(kept, list) and all(isinstance(one, bool) for one in kept) and len(kept) == self.init_r
+                for kept in self.rank_pattern.values()
+            ),
+            "rank_pattern", f"a list of {self.init_r} times true or false for each layer",
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """As adapter_config.json holds it."""
+        return {**super().to_dict(), "rank_pattern": self.rank_pattern or None}

@@ -30,6 +30,7 @@ class LowRank(Module):
         outs, ins = shape
         self.lora_A = Parameter((rank, ins), "zeros", place)
         self.lora_B = Parameter((outs, rank), "zeros", place)
+        self.rank = rank  # where it is 0, nothing is added
         self.layer, self.scaling, self.rate, self.seed = layer, scaling, rate, seed
 
     def initialise(self, how: Any) -> None:

@@ -26,17 +26,26 @@ def get_peft_model(model: PreTrained, config: LoraConfig) -> PeftModel:
 
     Raises UserError where the model is tuned already, and where it lacks what the config names.
     """
-    return PeftModel(model, config)
+    return _kind_of(config)(model, config)
+
+
+def _kind_of(config: Any) -> type[PeftModel]:
+    kinds: list[type[PeftModel]] = [PeftModel, *PeftModel.__subclasses__()]
+    for kind in kinds:
+        if kind.config_type is type(config):
+            return kind
+    raise UserError(f"expected a LoraConfig or an AdaLoraConfig, got {type(config).__name__}")
 
 
 class PeftModel:
     """What `get_peft_model` makes; all that it has not itself it asks of the model within."""
 
+    config_type: type[LoraConfig] = LoraConfig
+    suffix = ".weight"  # after the names of what tuning adds, in a file
+
     def __init__(self, model: PreTrained, config: LoraConfig, *, loaded: bool = False) -> None:
         if not isinstance(model, PreTrained):
             raise UserError(f"expected a model of minibert, got {type(model).__name__}")
-        if not isinstance(config, LoraConfig):
-            raise UserError(f"expected a LoraConfig, got {type(config).__name__}")
         if any(ADDED in name for name, _ in model.named_parameters()):
             raise UserError("this model is tuned already: merge_and_unload() it first, or load it anew")
         self.model, self.peft_config = model, config
@@ -102,6 +111,9 @@ class PeftModel:
         for layer in self.layers.values():
             layer.step = step
 
+    def update_and_allocate(self, global_step: int, clip_factor: float = 1.0) -> None:
+        """What is due between an update and `zero_grad`: of LoRA nothing, see `AdaLoraModel`."""
+
     def train(self, mode: bool = True) -> PeftModel:
         """Dropout on (or off), that of the updates too. Returns this."""
         self.model.train(mode)
@@ -123,7 +135,7 @@ class PeftModel:
         for name, parameter in self.model.named_parameters():
             module, _, kind = name.rpartition(".")
             if ADDED in name:
-                name = f"{name.replace(ADDED, '.')}.weight"
+                name = f"{name.replace(ADDED, '.')}{self.suffix}"
             elif name not in self.of_base:
                 continue
             elif module in self.linears:
@@ -141,11 +153,17 @@ class PeftModel:
         print(f"trainable params: {trained:,} || all params: {count:,} || trainable%: {100 * trained / count:.4f}")
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """A copy of all that is trained, by the names of `trained`."""
-        return {name: np.array(p.numpy()) for name, p in self.trained().items()}
+        """A copy of all that a run needs to go on: what is trained, by the names of `trained`."""
+        return self._values()
 
     def load_state_dict(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take what `state_dict` gave. Raises UserError for a tensor that is missing, surplus or of another shape."""
+        self._assign(arrays)
+
+    def _values(self) -> dict[str, np.ndarray]:
+        return {name: np.array(p.numpy()) for name, p in self.trained().items()}
+
+    def _assign(self, arrays: Mapping[str, np.ndarray]) -> None:
         parameters = self.trained()
         demand_the_same(arrays, {name: p.declared_shape for name, p in parameters.items()})
         for name, parameter in parameters.items():
@@ -164,10 +182,13 @@ class PeftModel:
 
     def save_pretrained(self, folder: AnyPath) -> None:
         """Write adapter_config.json and adapter_model.safetensors as PEFT reads them: what is trained, and no more."""
-        config = self.peft_config.to_dict()
+        config, arrays = self._to_save()
         if config["target_modules"] == ALL_LINEAR:
             config["target_modules"] = sorted(self.linears)  # which these are depends on who is asked
-        write_adapter(folder, config, with_decoder_bias(self.state_dict()), self.base_sha256())
+        write_adapter(folder, config, with_decoder_bias(arrays), self.base_sha256())
+
+    def _to_save(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        return self.peft_config.to_dict(), self._values()
 
     @classmethod
     def from_pretrained(cls, model: PreTrained, folder: AnyPath, is_trainable: bool = False) -> PeftModel:
@@ -178,9 +199,10 @@ class PeftModel:
         """
         values, arrays, saved_beside = read_adapter(folder)
         try:
-            tuned = cls(model, LoraConfig.from_dict(values), loaded=True)
+            config = LoraConfig.from_dict(values)
+            tuned = _kind_of(config)(model, config, loaded=True)
             try:
-                tuned.load_state_dict(once_each(arrays))
+                tuned._assign(once_each(arrays))
             except UserError:
                 tuned.unload()
                 raise

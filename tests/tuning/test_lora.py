@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,9 @@ from minibert.model.nn import Linear
 from minibert.train.optim import parameter_groups
 from minibert.tuning import LoraConfig, PeftModel, get_peft_model
 from minibert.tuning.targets import named_modules
+from tests.small_model import CONFIG, IDS, LABELS, logits, masked_lm
 
-CONFIG = mb.BertConfig(
-    vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
-    max_position_embeddings=24, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, initializer_range=0.2,
-)  # fmt: skip
-IDS = np.random.default_rng(1).integers(1, 61, (3, 11))
-LABELS = np.where(np.random.default_rng(2).random(IDS.shape) < 0.5, IDS, -100)
 QUERY = "bert.encoder.layer.{}.attention.self.query"
-
-
-def masked_lm(backend: str = "numba", seed: int = 3, **changes: Any) -> Any:
-    return mb.BertForMaskedLM(replace(CONFIG, **changes), backend=backend, seed=seed)
 
 
 def tuned(backend: str = "numba", changes: dict[str, Any] | None = None, **config: Any) -> PeftModel:
@@ -45,10 +35,6 @@ def train(model: Any, steps: int = 2, lr: float = 1e-2) -> mb.AdamW:
         optimizer.step()
     model.eval()
     return optimizer
-
-
-def logits(model: Any) -> np.ndarray:
-    return model(IDS).logits.numpy()
 
 
 def values_of(model: Any) -> dict[str, np.ndarray]:

@@ -12,16 +12,11 @@ import pytest
 
 import minibert as mb
 from minibert.tuning import LoraConfig, PeftModel, get_peft_model
+from tests.small_model import IDS, LABELS, QUIET
 
 pytestmark = pytest.mark.parity
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install --no-deps peft==0.21.2 accelerate psutil")
 
-CONFIG = mb.BertConfig(
-    vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
-    max_position_embeddings=24, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2,
-)  # fmt: skip
-IDS = np.random.default_rng(1).integers(1, 61, (3, 11))
-LABELS = np.where(np.random.default_rng(2).random(IDS.shape) < 0.5, IDS, -100)
 TIGHT = {"rtol": 0, "atol": 2e-5}
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -78,7 +73,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
         key = f"{architecture} {changes}"
         if key not in made:
             made[key] = tmp_path_factory.mktemp("base")
-            getattr(mb, architecture)(replace(CONFIG, **changes), seed=3).save_pretrained(made[key])
+            getattr(mb, architecture)(replace(QUIET, **changes), seed=3).save_pretrained(made[key])
         return made[key]
 
     return folder
