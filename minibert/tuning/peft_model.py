@@ -88,18 +88,17 @@ class PeftModel:
                 raise AttributeError(name)
             return getattr(self.model, name)
 
-    @property
-    def step(self) -> int:
-        """Forward passes in training so far: it names their dropout masks."""
-        return self.model.step  # type: ignore[attr-defined]
-
-    @step.setter
-    def step(self, step: int) -> None:
-        self.model.step = step
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What the model within has is set there: `step`, which names the dropout masks, and `config`, say."""
+        within = name not in vars(self) and "model" in vars(self) and hasattr(self.model, name)
+        if within:
+            setattr(self.model, name, value)
+        else:
+            object.__setattr__(self, name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model within."""
-        self._number(self.step)
+        self._number(self.model.step)  # type: ignore[attr-defined]
         try:
             return self.model(*args, **kwargs)  # type: ignore[operator]
         finally:

@@ -19,6 +19,8 @@ peft = pytest.importorskip("peft", reason="peft is not installed: pip install --
 
 TIGHT = {"rtol": 0, "atol": 2e-5}
 
+NAMES = {"id2label": {0: "no", 1: "yes", 2: "perhaps"}}
+
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "defaults": ("BertForMaskedLM", {}, {}),
     "all linear layers": ("BertForMaskedLM", {}, {"target_modules": "all-linear", "r": 3, "lora_alpha": 16}),
@@ -34,6 +36,15 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "a regex": ("BertForPreTraining", {}, {"target_modules": r".*(layer\.2.*query|seq_relationship)"}),
     "the pooler whole": ("BertModel", {}, {"modules_to_save": ["pooler"], "target_modules": ["dense"]}),
+    "texts": ("BertForSequenceClassification", NAMES, {"task_type": "SEQ_CLS"}),
+    "texts, all linear layers and biases": (
+        "BertForSequenceClassification", NAMES, {"task_type": "SEQ_CLS", "target_modules": "all-linear", "bias": "all"},
+    ),
+    "tokens": (
+        "BertForTokenClassification", NAMES, {"task_type": "TOKEN_CLS", "target_modules": ["key", "dense"], "r": 2},
+    ),
+    "answers": ("BertForQuestionAnswering", {}, {"task_type": "QUESTION_ANS", "target_modules": ["dense", "key"]}),
+    "a head that stays": ("BertForNextSentencePrediction", {}, {"target_modules": ["value"]}),
     "wide A": ("BertForMaskedLM", {}, {"init_lora_weights": "gaussian", "exclude_modules": ["1.attention.self.value"]}),
 }  # fmt: skip
 
@@ -149,16 +160,23 @@ def test_what_is_saved_here_gives_the_same_outputs_in_peft(
     np.testing.assert_allclose(output(reference, torchs=True), expected, **TIGHT)
 
 
-@pytest.mark.parametrize("config", [{}, {"target_modules": "all-linear", "bias": "all", "lora_alpha": 16}], ids=str)
-def test_training_takes_the_same_way(base: Any, tmp_path: Path, config: dict[str, Any]) -> None:
+CLASSES = np.array([2, 0, 1])
+
+
+@pytest.mark.parametrize("case, labels", [
+    ("defaults", LABELS), ("all biases", LABELS), ("texts", CLASSES), ("texts, all linear layers and biases", CLASSES),
+    ("tokens", np.where(LABELS < 0, LABELS, LABELS % 3)),
+])  # fmt: skip
+def test_training_takes_the_same_way(base: Any, tmp_path: Path, case: str, labels: np.ndarray) -> None:
     """Losses, gradients and what is trained, over steps of AdamW from the same adapter."""
     import torch
 
-    folder = base("BertForMaskedLM")
-    reference = peft.get_peft_model(theirs("BertForMaskedLM", folder), peft.LoraConfig(**config)).eval()
+    architecture, changes, config = CASES[case]
+    folder = base(architecture, **changes)
+    reference = peft.get_peft_model(theirs(architecture, folder), peft.LoraConfig(**config)).eval()
     scramble(reference)
     reference.save_pretrained(tmp_path)
-    model = PeftModel.from_pretrained(ours("BertForMaskedLM", folder), tmp_path, is_trainable=True)
+    model = PeftModel.from_pretrained(ours(architecture, folder), tmp_path, is_trainable=True)
     model.train()
     trained = [p for p in reference.parameters() if p.requires_grad]
     assert model.get_nb_trainable_parameters()[0] == sum(p.numel() for p in trained)
@@ -166,11 +184,11 @@ def test_training_takes_the_same_way(base: Any, tmp_path: Path, config: dict[str
     optimizer = mb.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     for _ in range(4):
         their_optimizer.zero_grad()
-        their_loss = reference(torch.from_numpy(IDS), labels=torch.from_numpy(LABELS)).loss
+        their_loss = reference(torch.from_numpy(IDS), labels=torch.from_numpy(labels)).loss
         their_loss.backward()
         their_optimizer.step()
         optimizer.zero_grad()
-        loss = model(IDS, labels=LABELS).loss
+        loss = model(IDS, labels=labels).loss
         loss.backward()
         optimizer.step()
         assert loss.item() == pytest.approx(their_loss.item(), abs=2e-5)
