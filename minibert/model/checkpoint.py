@@ -196,19 +196,24 @@ def write_folder(
     if DECODER in kept and BIAS in kept:
         kept.setdefault(DECODER_BIAS, kept[BIAS])
     dtypes = sorted({str(array.dtype) for array in kept.values()})
-    about = {**config.to_dict(), "architectures": [architecture], "dtype": dtypes[0] if len(dtypes) == 1 else "float32"}
-    if "torch_dtype" in about:  # the same, as older files name it
-        about["torch_dtype"] = about["dtype"]
-    text = json.dumps(about, indent=2, sort_keys=True) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {_one_line(error)}") from None
     write_arrays(folder / WEIGHTS, kept, {"format": "pt"})
-    write_atomically(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    write_config(folder, config, architecture, dtypes[0] if len(dtypes) == 1 else "float32")
     for file in map(Path, tokenizer_files or ()):
         if not (folder / file.name).exists() or not file.samefile(folder / file.name):
             write_atomically(folder / file.name, lambda path, file=file: shutil.copyfile(file, path))  # type: ignore[misc]
+
+
+def write_config(folder: AnyPath, config: BertConfig, architecture: str, dtype: str) -> None:
+    """Write config.json as transformers does. Raises UserError where it cannot be written."""
+    about = {**config.to_dict(), "architectures": [architecture], "dtype": dtype}
+    if "torch_dtype" in about:  # the same, as older files name it
+        about["torch_dtype"] = dtype
+    text = json.dumps(about, indent=2, sort_keys=True) + "\n"
+    write_atomically(Path(folder) / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def write_arrays(path: AnyPath, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
