@@ -31,6 +31,7 @@ from minibert.tasks.finetune import (
 )
 from minibert.tasks.metrics import by_group, confusion_matrix, group_report
 from minibert.tasks.picture import draw_confusion_matrix
+from minibert.tasks.pipeline import pipeline
 from minibert.tasks.questions import read_questions
 from minibert.tasks.task import Answer, Classify, Prepared, Tag, Task
 from minibert.tasks.words import read_words
@@ -40,6 +41,7 @@ TASKS = ("classify", "regress", "tag", "answer")
 DEFAULT = FineTuningConfig()
 # What may change when a run is resumed: nothing here enters the arithmetic of a step.
 CHANGEABLE = {"logging_steps", "save_steps", "checkpoint_activations", "early_stopping_patience", "tokens_per_batch"}
+PEFT_LEARNING_RATE = 3e-4  # what begins at zero, and is small, takes more
 TEST_RESULTS, CONFUSION = "test_results.json", "confusion_matrix.png"
 
 
@@ -99,7 +101,9 @@ def finetune(
     per_device_train_batch_size: int = setting("per_device_train_batch_size", "Examples of one pass."),
     gradient_accumulation_steps: int = setting("gradient_accumulation_steps", "Passes of one update."),
     max_seq_length: int = typer.Option(None, show_default="128; 384 to answer", help="Tokens of a sequence at most."),
-    learning_rate: float = setting("learning_rate", "At its highest."),
+    learning_rate: float = typer.Option(
+        None, show_default=f"{DEFAULT.learning_rate:g}; {PEFT_LEARNING_RATE:g} with --peft", help="At its highest."
+    ),
     warmup_ratio: float = setting("warmup_ratio", "Share of the steps in which the learning rate rises."),
     weight_decay: float = setting("weight_decay", "On matrices."),
     max_grad_norm: float = setting("max_grad_norm", "Gradients are clipped to this norm."),
@@ -112,6 +116,11 @@ def finetune(
     metric_for_best_model: str = setting(
         "metric_for_best_model", "What chooses the best model; eval_loss, or a metric."
     ),
+    peft: str = setting("peft", "lora or adalora: the model is frozen, low-rank updates and the head are trained."),
+    lora_r: int = setting("lora_r", "Rank of an update."),
+    lora_alpha: float = setting("lora_alpha", "Their factor is lora_alpha / lora_r."),
+    lora_dropout: float = setting("lora_dropout", "Of what an update reads."),
+    target_modules: str = setting("target_modules", "Linear layers with an update, by ends of names; or all-linear."),
     logging_steps: int = setting("logging_steps", "Steps from line to line of the log."),
     save_steps: int = setting("save_steps", "Steps from one saved state to the next."),
     checkpoint_activations: bool = typer.Option(None, "--checkpoint-activations", help="Less memory, more time."),
@@ -145,7 +154,10 @@ def finetune(
             raise UserError(f"--resume: the run in {output} is of `finetune {options['task']}`, got {task}")
         config = _merged(state.config, settings)
     else:
-        config = FineTuningConfig(**{"max_seq_length": 384 if task == "answer" else 128, **settings})
+        usual: dict[str, Any] = {"max_seq_length": 384 if task == "answer" else 128}
+        if peft:
+            usual["learning_rate"] = PEFT_LEARNING_RATE
+        config = FineTuningConfig(**{**usual, **settings})
     context.with_resource(backends.determinism(options["deterministic"]))
     place = fastest_or(backend, threads)
     place.require_dtype(options["dtype"])
@@ -201,8 +213,8 @@ def make_run(options: dict[str, Any], config: FineTuningConfig, place: Backend, 
         train = task.prepare(examples, tokenizer, config.max_seq_length)
         held_out = prepared(task, kind, Path(options["validation"]), columns, tokenizer, config.max_seq_length)
     model, new = load_model(task, folder, place, options["dtype"], config.seed)
-    run = FineTuning(model, task, train, held_out, tokenizer, config, output, options)
-    trained = sum(p.data.size for p in model.parameters() if p.requires_grad)
+    run = FineTuning(model, task, train, held_out, tokenizer, config, output, options, new=new, base=str(folder))
+    trained = model.num_parameters(only_trainable=True)
     said = f"{len(task.names)} labels: {', '.join(task.names[:12])}{' ...' if len(task.names) > 12 else ''}"
     say(f"backend {place.name}: {place.describe()}, {options['dtype']}")
     say(
@@ -261,8 +273,8 @@ def evaluation(record: Record) -> str:
 
 def tested(run: FineTuning, part: Prepared, group_column: str | None) -> None:
     """Judge the best model on examples that had no part in training; the figures are kept beside the model."""
-    best = type(run.model).from_pretrained(run.output, run.model.backend, run.options["dtype"])
-    results = judged(run.task, best, part, run.config.tokens_per_batch, group_column)
+    best = pipeline(run.output, run.model.backend, run.options["dtype"])
+    results = judged(run.task, best.model, part, run.config.tokens_per_batch, group_column)
     text = json.dumps(results, indent=2) + "\n"
     write_atomically(run.output / TEST_RESULTS, lambda file: file.write_text(text, encoding="utf-8"))
     if matrix := results.get("test_confusion_matrix"):

@@ -17,44 +17,25 @@ from minibert.cli import app
 from minibert.cli.finetune import Columns, judged, note_of, prepared, read_examples
 from minibert.cli.options import BACKENDS, OWN_HELP, machine, notes, refuse_unwritable
 from minibert.cli.running import fastest_or
-from minibert.data import load_tokenizer
 from minibert.errors import UserError
-from minibert.model.checkpoint import read_config, write_atomically
-from minibert.tasks.examples import REGRESSION, TextExamples, stream_texts
-from minibert.tasks.finetune import predict as logits_of
-from minibert.tasks.predictions import predictions
-from minibert.tasks.task import Answer, Tag, Task, task_of
+from minibert.model.checkpoint import write_atomically
+from minibert.tasks.examples import TextExamples, stream_texts
+from minibert.tasks.pipeline import Pipeline, pipeline
 from minibert.tasks.words import WordExamples, stream_words
 
 ROWS_AT_ONCE = 1024  # examples that are read, run and written together
 BACKEND_HELP = f"See `minibert backends`. {OWN_HELP}"
 
 
-def fine_tuned(folder: Path, backend: str | None, dtype: str, threads: int | None) -> tuple[Task, str, Any, Any]:
-    """The task, what `finetune` calls it, the model and its tokenizer. Raises UserError for a model of another kind."""
-    config = read_config(folder)
-    architecture = (config.others.get("architectures") or ["no architecture"])[0]
-    task = task_of(config, architecture)
-    if task is None:
-        raise UserError(
-            f"{folder} holds {architecture}: expected a fine-tuned model, as `minibert finetune` writes, with "
-            "BertForSequenceClassification, BertForTokenClassification or BertForQuestionAnswering in its config.json"
-        )
-    tokenizer = load_tokenizer(folder)
+def loaded(
+    folder: Path, base: Path | None, backend: str | None, dtype: str, threads: int | None, max_seq_length: int | None
+) -> Pipeline:
+    """The model in a folder; which backend it is on is said."""
     place = fastest_or(backend, threads)
     place.require_dtype(dtype)
+    found = pipeline(folder, place, dtype, base=base, max_seq_length=max_seq_length)
     notes.print(f"backend {place.name}: {place.describe()}, {dtype}", markup=False, highlight=False, soft_wrap=True)
-    model = task.architecture.from_pretrained(folder, place, dtype, strict=False)
-    kind = "answer" if isinstance(task, Answer) else "tag" if isinstance(task, Tag) else "classify"
-    return task, "regress" if task.problem_type == REGRESSION else kind, model, tokenizer
-
-
-def longest(model: Any, max_seq_length: int | None, task: Task) -> int:
-    """Tokens of a sequence: as asked for, else the task's, at most the model's positions."""
-    positions = model.config.max_position_embeddings
-    if max_seq_length is not None and max_seq_length > positions:
-        raise UserError(f"--max-seq-length {max_seq_length}: the model has {positions} positions; lower it")
-    return max_seq_length or (min(task.max_seq_length, positions) if isinstance(task, Answer) else positions)
+    return found
 
 
 @app.command()
@@ -69,6 +50,7 @@ def evaluate(
     label_separator: str = typer.Option(None, help="Cuts a label into several."),
     group_column: str = typer.Option(None, help="Column by whose values the metrics are given too."),
     max_seq_length: int = typer.Option(None, min=3, show_default="the model's", help="Tokens of a sequence at most."),
+    base: Path = typer.Option(None, show_default="as it says", help="Folder of the model that an adapter is of."),
     batch_tokens: int = typer.Option(4096, min=1, help="Tokens of one pass."),
     backend: str = typer.Option(None, *BACKENDS, show_default="the fastest here", help=BACKEND_HELP),
     dtype: str = typer.Option("float32", help="float32, float64; on a GPU float16, bfloat16."),
@@ -76,12 +58,12 @@ def evaluate(
 ) -> None:
     """How good a fine-tuned model is on labelled examples, matched with its labels by name."""
     refuse_unwritable(json=json_file)
-    task, kind, model, tokenizer = fine_tuned(folder, backend, dtype, threads)
+    model = loaded(folder, base, backend, dtype, threads, max_seq_length)
     columns = Columns(text_column, pair_column, label_column, label_separator, token_column)
-    part = prepared(task, kind, file, columns, tokenizer, longest(model, max_seq_length, task))
+    part = prepared(model.task, model.kind, file, columns, model.tokenizer, model.max_seq_length)
     if note := note_of(part.examples):
         notes.print(note, markup=False, highlight=False, soft_wrap=True)
-    results = judged(task, model, part, batch_tokens, group_column, prefix="eval")
+    results = judged(model.task, model.model, part, batch_tokens, group_column, prefix="eval")
     if json_file is not None:
         text = json.dumps({**results, "machine": machine()}, indent=2) + "\n"
         write_atomically(json_file, lambda path: path.write_text(text, encoding="utf-8"))
@@ -97,6 +79,7 @@ def predict(
     pair_column: str = typer.Option(None, show_default="guessed", help="Column of a second text."),
     token_column: str = typer.Option(None, show_default="the first", help="Column of the words, to tag."),
     max_seq_length: int = typer.Option(None, min=3, show_default="the model's", help="Tokens of a sequence at most."),
+    base: Path = typer.Option(None, show_default="as it says", help="Folder of the model that an adapter is of."),
     batch_tokens: int = typer.Option(4096, min=1, help="Tokens of one pass."),
     backend: str = typer.Option(None, *BACKENDS, show_default="the fastest here", help=BACKEND_HELP),
     dtype: str = typer.Option("float32", help="float32, float64; on a GPU float16, bfloat16."),
@@ -107,17 +90,15 @@ def predict(
         raise UserError(f"--output: expected a name that ends in .jsonl or .csv, got {output}")
     if output is not None and output.exists():
         raise UserError(f"--output: {output} exists: name another file")
-    task, kind, model, tokenizer = fine_tuned(folder, backend, dtype, threads)
+    model = loaded(folder, base, backend, dtype, threads, max_seq_length)
     source: Any = file if file is not None else sys.stdin.buffer
     if file is None and format is None:
-        format = "json" if kind == "answer" else "txt"
+        format = "json" if model.kind == "answer" else "txt"
     columns = Columns(text_column, pair_column, token=token_column)
-    length = longest(model, max_seq_length, task)
 
     def rows() -> Iterator[dict[str, Any]]:
-        for examples in in_parts(kind, source, columns, format):
-            part = task.prepare(examples, tokenizer, length)
-            yield from predictions(task, part, logits_of(task, model, part, batch_tokens))
+        for examples in in_parts(model.kind, source, columns, format):
+            yield from model.of_examples(examples, batch_tokens)
 
     if output is None:
         for row in rows():

@@ -29,7 +29,7 @@ from minibert.data.batching import pack as packed_sequences
 from minibert.data.masking import shuffled
 from minibert.errors import UserError
 from minibert.kernels.philox import Stream
-from minibert.model.checkpoint import has_weights, read_config
+from minibert.model.checkpoint import has_weights, read_config, write_config
 from minibert.model.packing import Packed, pack
 from minibert.model.pretrained import PreTrained
 from minibert.model.tensor import no_grad
@@ -38,6 +38,8 @@ from minibert.tasks.task import Classify, Prepared, Task
 from minibert.train.config import OptimizationConfig
 from minibert.train.loop import Loop, Record, State
 from minibert.train.optim import AdamW, parameter_groups
+from minibert.tuning.config import AdaLoraConfig, LoraConfig
+from minibert.tuning.peft_model import PeftModel, get_peft_model
 
 LAYER = re.compile(r"\.layer\.(\d+)\.")
 FROZEN = re.compile(r"(embeddings)|layers:(\d+)(?:-(\d+))?")
@@ -58,12 +60,18 @@ class FineTuningConfig(OptimizationConfig):
     class_weights: str = ""  # "balanced": each class weighs the same, however rare; "": each example
     early_stopping_patience: int | None = None  # evaluations without a better one after which it ends
     metric_for_best_model: str = ""  # a metric, higher is better, or eval_loss; "": the task's own
+    peft: str = ""  # "lora" or "adalora": a frozen model, with low-rank updates that are trained; "": all of it
+    lora_r: int = 8  # rank of an update; with adalora on average, in the end
+    lora_alpha: float = 16.0  # of the updates' factor, lora_alpha / r
+    lora_dropout: float = 0.0
+    target_modules: str = "query,value"  # what has an update: ends of names of linear layers, or all-linear
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least_1("per_device_train_batch_size", "tokens_per_batch")
         self._require(0 < self.num_train_epochs < math.inf, "num_train_epochs", "above 0")
         self._require(0 < self.layerwise_lr_decay <= 1, "layerwise_lr_decay", "above 0, and 1 at most")
+        self._require(self.peft in ("", "lora", "adalora"), "peft", "lora, adalora, or empty")
         self._require(self.class_weights in ("", "balanced"), "class_weights", "balanced, or empty")
         patience = self.early_stopping_patience
         self._require(patience is None or patience >= 1, "early_stopping_patience", "1 or more")
@@ -73,25 +81,47 @@ class FineTuningConfig(OptimizationConfig):
 
 def load_model(
     task: Task, folder: str | Path, backend: str | Backend, dtype: str = "float32", seed: int = 0
-) -> tuple[PreTrained, bool]:
-    """The task's model with the weights in a folder, and whether its head is new.
+) -> tuple[PreTrained, set[str]]:
+    """The task's model with the weights in a folder, and the names of parameters that are new.
 
     A head in the folder is kept where its labels are the task's, by name and order; else a new one is drawn from
     `seed`. What is missing is initialised, and a warning names it. Raises UserError for a folder that does not fit.
     """
     config = read_config(folder)
-    names = {number: name for number, name in enumerate(task.names)}
+    names = dict(enumerate(task.names))
     known = (config.others.get("architectures") or [""])[0] == task.architecture.__name__
     kept = known and (not names or config.id2label == names)
     if not has_weights(folder):
         raise UserError(f"no weights in {folder}: expected a pretrained model, such as `minibert pretrain` writes")
-    model = task.architecture.from_pretrained(
-        folder, backend, dtype, seed, ignore_mismatched_sizes=known and not kept, **task.labels()
-    )
+    model, info = task.architecture.from_pretrained(
+        folder, backend, dtype, seed, ignore_mismatched_sizes=known and not kept, output_loading_info=True,
+        **task.labels(),
+    )  # fmt: skip
+    new = set(info["missing_keys"])
     if not kept:
         head = {name for name, _ in model.named_parameters() if name.startswith(f"{task.architecture.head}.")}
         model.initialise(head)
-    return model, not kept
+        new |= head
+    return model, new
+
+
+def tuned(model: PreTrained, task: Task, new: set[str], config: FineTuningConfig, steps: int, base: str | None) -> Any:
+    """The model as `config.peft` asks for; what is new in it is trained whole."""
+    if not config.peft:
+        return model
+    targets = "all-linear" if config.target_modules == "all-linear" else config.target_modules.split(",")
+    whole = ["pooler"] if any(".pooler." in name for name in new) else None
+    common: dict[str, Any] = {
+        "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout, "target_modules": targets,
+        "task_type": task.task_type, "modules_to_save": whole, "base_model_name_or_path": base,
+    }  # fmt: skip
+    if config.peft == "lora":
+        return get_peft_model(model, LoraConfig(r=config.lora_r, **common))
+    # As the authors do: half as much again at first, ranks that stay in the last fifth of the steps.
+    budget: dict[str, Any] = {"init_r": -(-3 * config.lora_r // 2), "target_r": config.lora_r, "total_step": steps}
+    return get_peft_model(
+        model, AdaLoraConfig(tinit=steps // 10, tfinal=steps // 5, deltaT=max(1, steps // 100), **budget, **common)
+    )
 
 
 class FineTuning(Loop):
@@ -104,23 +134,32 @@ class FineTuning(Loop):
 
     def __init__(
         self, model: Any, task: Task, train: Prepared, validation: Prepared, tokenizer: Tokenizer,
-        config: FineTuningConfig, output: str | Path, options: Mapping[str, Any] | None = None,
+        config: FineTuningConfig, output: str | Path, options: Mapping[str, Any] | None = None, *,
+        new: set[str] | None = None, base: str | None = None,
     ) -> None:  # fmt: skip
+        """`new` are parameters that the pretrained model, in the folder `base`, had not: what `load_model` gives."""
         check_vocabulary(tokenizer, model.config.vocab_size)
         if config.max_seq_length > model.config.max_position_embeddings:
             raise UserError(
                 f"expected max_seq_length of at most {model.config.max_position_embeddings}, the model's positions, "
                 f"got {config.max_seq_length}: lower it"
             )
-        freeze(model, config.freeze)
         self.task, self.train, self.validation = task, train, validation
         self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps  # of one update
         self.steps_per_epoch = -(-len(train.sequences) // self.batch_size)
         max_steps = math.ceil(config.num_train_epochs * self.steps_per_epoch)
+        self.architecture = type(model).__name__
+        model = tuned(model, task, new or set(), config, max_steps, base)
+        freeze(model, config.freeze)
         groups = layerwise_groups(model, config.weight_decay, config.layerwise_lr_decay)
         super().__init__(model, tokenizer, config, max_steps, AdamW.of(config, groups), output, options)
         self.class_weights = balanced(task, train) if config.class_weights else None
         self.progress |= {"best": None, "evaluations_since": 0, "ended": False}
+
+    @property
+    def tuned(self) -> PeftModel | None:
+        """The model, where little beside it is trained."""
+        return self.model if isinstance(self.model, PeftModel) else None
 
     @property
     def epoch(self) -> float:
@@ -161,9 +200,18 @@ class FineTuning(Loop):
             self.model.step = self.step * self.config.gradient_accumulation_steps + number  # names the dropout masks
             _, mean = self.task.forward(self.model, packed, targets, self.class_weights)
             assert mean is not None
-            mean.backward(np.asarray(weight / total))
             loss += mean.item() * weight / total
+            if self.tuned is not None and (penalty := self.tuned.penalty()) is not None:
+                mean = mean + penalty
+            mean.backward(np.asarray(weight / total))
         return loss, sum(len(packed.input_ids) for packed, _ in passes)
+
+    def update(self) -> tuple[float, int]:
+        """As `Loop.update`; and what a tuned model has to do after it."""
+        result = super().update()
+        if self.tuned is not None:
+            self.tuned.update_and_allocate(self.step + 1, self.optimizer.clip_factor)
+        return result
 
     def weight(self, targets: np.ndarray) -> float:
         """What the mean loss of a pass is the mean of; with class weights, their sum."""
@@ -199,7 +247,7 @@ class FineTuning(Loop):
             self.progress |= {
                 "best": {"metric": key, "value": max(value, -1e300), "step": self.step}, "evaluations_since": 0,
             }  # fmt: skip
-            self.model.save_pretrained(self.output)
+            self.save_best()
         else:
             self.progress["evaluations_since"] += 1
             patience = self.config.early_stopping_patience
@@ -212,6 +260,12 @@ class FineTuning(Loop):
         super().resume(state)
         if self.progress["ended"]:
             self.max_steps = self.step
+
+    def save_best(self) -> None:
+        """The model at the top of the folder; of a tuned one the adapter, and the config with its labels."""
+        self.model.save_pretrained(self.output)
+        if self.tuned is not None:
+            write_config(self.output, self.model.config, self.architecture, self.model.place.dtype)
 
     def save_model(self) -> None:
         """Nothing: the best model is written when it is found."""

@@ -55,6 +55,7 @@ class Task:
     """What a fine-tuned model does. `names` are its K labels, in the order of its outputs."""
 
     architecture: type[BertWithClassifier]
+    task_type = ""  # as PEFT names it
     of_tokens = False  # a row of outputs and targets for each token
     max_seq_length = 128
 
@@ -100,6 +101,7 @@ class Classify(Task):
     """One class of several, any of several, or a number, of a text or a pair."""
 
     architecture = BertForSequenceClassification
+    task_type = "SEQ_CLS"
 
     @classmethod
     def of(cls, examples: TextExamples, names: Sequence[str] = ()) -> Classify:
@@ -136,6 +138,7 @@ class Tag(Task):
     """A label for each word."""
 
     architecture = BertForTokenClassification
+    task_type = "TOKEN_CLS"
     of_tokens = True
 
     def prepare(self, examples: WordExamples, tokenizer: Tokenizer, max_seq_length: int) -> Prepared:
@@ -170,6 +173,7 @@ class Answer(Task):
     """The part of a context that answers a question, or none."""
 
     architecture = BertForQuestionAnswering
+    task_type = "QUESTION_ANS"
     of_tokens = True
     max_seq_length = 384
     doc_stride = 128
