@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from importlib import import_module
 from io import TextIOWrapper
 from typing import Any
 
@@ -16,6 +17,12 @@ from minibert.errors import UserError, pip_install
 
 # A wrong option or argument, in whichever library this release of typer raises it from: click, or its own copy of it.
 UsageMistake: Any = typer.BadParameter.__mro__[2]
+
+# The modules here that add commands to `app`.
+COMMANDS = (
+    "bisect", "build", "check", "compare", "diff", "embed", "finetune", "predict", "pretrain", "tables", "tokenizer",
+    "watch",
+)  # fmt: skip
 
 app = typer.Typer(
     name="minibert",
@@ -51,22 +58,15 @@ def in_one_line(error: BaseException) -> str:
     return str(error) or "out of memory"
 
 
+def register_commands() -> None:
+    """Import what has commands: not before they are wanted, for that takes most of a second."""
+    for module in COMMANDS:
+        import_module(f"minibert.cli.{module}")
+
+
 def main() -> None:
     """Run a command. A user's mistake is one line on stderr and exit code 2; an interrupt is exit code 130."""
-    from minibert.cli import (  # noqa: F401  register commands
-        bisect,
-        build,
-        check,
-        compare,
-        diff,
-        embed,
-        finetune,
-        predict,
-        pretrain,
-        tables,
-        tokenizer,
-        watch,
-    )
+    register_commands()
     from minibert.cli.options import refuse_repeated
 
     for stream in (sys.stdout, sys.stderr):  # a path or a token that the terminal cannot show must not stop a command

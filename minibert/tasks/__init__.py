@@ -12,6 +12,9 @@ texts made vectors.
     questions = read_questions("train-v2.0.json")              # questions.py: SQuAD
     answers_from(windows, contexts, start_logits, end_logits)  # answers.py
 
+    for kind, record in FineTuning(model, task, *data, tokenizer, config, "output").run(): ...  # finetune.py, task.py
+    pipeline("output")(["a text"])                             # pipeline.py, predictions.py
+
     encoder = SentenceTransformer.from_pretrained("folder")    # sentences.py: texts to vectors, and how alike they are
 
 Rows of any file come from tables.py. A file or a row that does not fit is a UserError that names the file and the line.
@@ -21,6 +24,7 @@ from minibert.tasks.answers import AnswerPrediction, Candidate, answers_from
 from minibert.tasks.columns import Columns, find_columns
 from minibert.tasks.encoding import EncodedTexts, EncodedWords, Windows, encode_questions, encode_texts, encode_words
 from minibert.tasks.examples import TextExample, TextExamples, read_texts, stream_texts
+from minibert.tasks.finetune import FineTuning, FineTuningConfig, evaluate, load_model, predict
 from minibert.tasks.labels import LabelIds, class_ids, class_sets, names_of, sorted_names
 from minibert.tasks.metrics import (
     Scores,
@@ -37,19 +41,72 @@ from minibert.tasks.metrics import (
     tag_metrics,
 )
 from minibert.tasks.picture import draw_confusion_matrix
+from minibert.tasks.pipeline import Pipeline, pipeline
 from minibert.tasks.questions import Answer, Question, QuestionExamples, read_questions
 from minibert.tasks.sentences import SentenceTransformer
 from minibert.tasks.tables import Table, open_table
 from minibert.tasks.tags import Entity, entities, to_iob2, word_tags
+from minibert.tasks.task import Classify, Prepared, Tag, Task
 from minibert.tasks.words import Sentence, WordExamples, read_words, stream_words
 
 __all__ = [
-    "Answer", "AnswerPrediction", "Candidate", "Columns", "EncodedTexts", "EncodedWords", "Entity", "LabelIds",
-    "Question", "QuestionExamples", "Scores", "Sentence", "SentenceTransformer", "Table", "TextExample",
-    "TextExamples", "Windows", "WordExamples", "answer_metrics", "answers_from", "best_null_threshold", "by_group",
+    "Answer",
+    "AnswerPrediction",
+    "Candidate",
+    "Classify",
+    "Columns",
+    "EncodedTexts",
+    "EncodedWords",
+    "Entity",
+    "FineTuning",
+    "FineTuningConfig",
+    "LabelIds",
+    "Pipeline",
+    "Prepared",
+    "Question",
+    "QuestionExamples",
+    "Scores",
+    "Sentence",
+    "SentenceTransformer",
+    "Table",
+    "Tag",
+    "Task",
+    "TextExample",
+    "TextExamples",
+    "Windows",
+    "WordExamples",
+    "answer_metrics",
+    "answers_from",
+    "best_null_threshold",
+    "by_group",
     "class_ids",
-    "class_metrics", "class_sets", "confusion_matrix", "draw_confusion_matrix", "encode_questions", "encode_texts",
-    "encode_words", "entities", "find_columns", "group_report", "multi_label_metrics", "names_of", "open_table",
-    "read_questions", "read_texts", "read_words", "regression_metrics", "search_metrics", "similarity_metrics",
-    "sorted_names", "stream_texts", "stream_words", "tag_metrics", "to_iob2", "word_tags",
+    "class_metrics",
+    "class_sets",
+    "confusion_matrix",
+    "draw_confusion_matrix",
+    "encode_questions",
+    "encode_texts",
+    "encode_words",
+    "entities",
+    "evaluate",
+    "find_columns",
+    "group_report",
+    "load_model",
+    "multi_label_metrics",
+    "names_of",
+    "open_table",
+    "pipeline",
+    "predict",
+    "read_questions",
+    "read_texts",
+    "read_words",
+    "regression_metrics",
+    "search_metrics",
+    "similarity_metrics",
+    "sorted_names",
+    "stream_texts",
+    "stream_words",
+    "tag_metrics",
+    "to_iob2",
+    "word_tags",
 ]  # fmt: skip
