@@ -44,6 +44,10 @@ DEFAULT_OPTIONS = {
     "document_separator": TWO_BLANK_LINES, "config": "mini", "dtype": "float32", "products": "float32",
     "deterministic": False,
 }  # fmt: skip
+WHOLE_WORDS_HELP = (
+    "Predict all pieces of a word or none. A word is a piece and those after it that begin with ##: a Chinese "
+    "character, which BERT's tokenizers cut out by itself, is one alone."
+)
 
 
 def setting(name: str, help: str, flag: str | None = None) -> Any:
@@ -83,6 +87,7 @@ def pretrain(
     ),
     weight_decay: float = setting("weight_decay", "On matrices."),
     mlm_probability: float = setting("mlm_probability", "Share of the tokens to predict."),
+    whole_word_mask: bool = typer.Option(None, "--whole-word-masking", help=WHOLE_WORDS_HELP),
     next_sentence: bool = typer.Option(None, "--next-sentence", help="Train on sentence pairs and their order too."),
     held_out: float = setting("held_out", "Share of the text to evaluate on."),
     logging_steps: int = setting("logging_steps", "Steps between lines of the log.", "--log-every"),

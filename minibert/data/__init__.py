@@ -11,7 +11,14 @@ Integers throughout, and every random draw is named by (seed, stream, step): the
 """
 
 from minibert.data.batching import Batches, PackedBatch, pad
-from minibert.data.masking import MASKING_STREAM, SHUFFLE_STREAM, MaskingRule, mask_tokens, masking_rule
+from minibert.data.masking import (
+    MASKING_STREAM,
+    SHUFFLE_STREAM,
+    MaskingRule,
+    continuing_pieces,
+    mask_tokens,
+    masking_rule,
+)
 from minibert.data.sequences import Sequences, encode, make_sequences, split
 from minibert.data.text import SHIPPED_TEXT, Document, read_documents
 from minibert.data.tokenizer import (
@@ -38,6 +45,7 @@ __all__ = [
     "Sequences",
     "SpecialIds",
     "check_vocabulary",
+    "continuing_pieces",
     "encode",
     "load_tokenizer",
     "make_sequences",

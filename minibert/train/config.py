@@ -73,6 +73,7 @@ class TrainingConfig(OptimizationConfig):
     max_steps: int = 1000  # updates; the learning rate reaches 0 after the last
     tokens_per_batch: int = 2048  # packed tokens of one forward pass: a budget, filled with sequences of mixed length
     mlm_probability: float = 0.15  # as BERT
+    whole_word_mask: bool = False  # all pieces of a word or none: a piece is easily guessed from the others
     next_sentence: bool = False  # RoBERTa found that this second task does not help
     held_out: float = 0.05  # share of the text, in whole documents, that is never trained on
     eval_tokens: int = 50_000  # of the held-out text, the same at each evaluation: about 7000 predictions

@@ -25,6 +25,7 @@ from minibert.data import (
     PackedBatch,
     Sequences,
     check_vocabulary,
+    continuing_pieces,
     encode,
     make_sequences,
     masking_rule,
@@ -95,7 +96,10 @@ class Trainer(Loop):
         groups = parameter_groups(model, config.weight_decay)
         super().__init__(model, data.tokenizer, config, config.max_steps, AdamW.of(config, groups), output, options)
         self.data = data
-        rule = masking_rule(special_ids(data.tokenizer), vocabulary_size(data.tokenizer), config.mlm_probability)
+        rule = masking_rule(
+            special_ids(data.tokenizer), vocabulary_size(data.tokenizer), config.mlm_probability,
+            continuing_pieces(data.tokenizer) if config.whole_word_mask else None,
+        )  # fmt: skip
         self.batches = Batches(data.train, config.tokens_per_batch, config.seed, rule)
         # With another seed, so that the masks have nothing to do with those of training.
         held_out = Batches(data.held_out, config.tokens_per_batch, config.seed ^ 0x5EED, rule)

@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from minibert.data import (
     MASKING_STREAM,
@@ -17,6 +18,7 @@ from minibert.data import (
     PackedBatch,
     Sequences,
     SpecialIds,
+    continuing_pieces,
     encode,
     load_tokenizer,
     make_sequences,
@@ -216,6 +218,63 @@ def test_at_least_one_token_is_predicted() -> None:
 def test_nothing_to_predict_is_an_error() -> None:
     with pytest.raises(UserError, match="nothing to predict"):
         mask_tokens(np.array([2, 1, 1, 3], dtype=np.int32), masking_rule(SPECIAL, 50), 0, 0)
+
+
+def words_in(ids: np.ndarray, continues: np.ndarray) -> list[list[int]]:
+    """The places of each word's tokens, written again token by token."""
+    words: list[list[int]] = []
+    for place, token in enumerate(ids.tolist()):
+        if token < 5:
+            words.append([])
+        elif continues[token] and words and words[-1]:
+            words[-1].append(place)
+        else:
+            words.append([place])
+    return [word for word in words if word]
+
+
+def test_whole_words_are_masked_and_the_share_stays(sequences: Sequences) -> None:
+    """On real text: of each word all pieces are predicted or none, as many tokens as without."""
+    continues = continuing_pieces(load_tokenizer(SHIPPED_VOCABULARY))
+    rule = masking_rule(SPECIAL, VOCABULARY, 0.15, continues)
+    words = words_in(sequences.ids, continues)
+    sizes, several = np.array([len(word) for word in words]), [word for word in words if len(word) > 1]
+    assert len(several) > 1000
+    mixed = chosen = masked = kept = total = 0
+    for step in range(20):
+        visible, labels = mask_tokens(sequences.ids, rule, seed=3, step=step)
+        predicted = labels != -100
+        assert not predicted[sequences.ids < 5].any()
+        np.testing.assert_array_equal(labels[predicted], sequences.ids[predicted])
+        np.testing.assert_array_equal(visible[~predicted], sequences.ids[~predicted])
+        assert all(predicted[word].all() or not predicted[word].any() for word in several)
+        hidden = visible == SPECIAL.mask
+        mixed += sum(0 < hidden[word].sum() < len(word) for word in several)
+        chosen, masked, total = chosen + predicted.sum(), masked + hidden.sum(), total + sizes.sum()
+        kept += (predicted & (visible == sequences.ids)).sum()
+    deviation = np.sqrt(20 * (sizes**2).sum() * 0.15 * 0.85)  # of a sum over words, each chosen by itself
+    assert abs(chosen - 0.15 * total) < 5 * deviation
+    assert abs(masked - 0.8 * chosen) < 5 * np.sqrt(chosen * 0.8 * 0.2)
+    assert abs(kept - 0.1 * chosen) < 5 * np.sqrt(chosen * 0.1 * 0.9)
+    assert mixed > 0, "what becomes of a piece is drawn by itself, as in Google's code"
+
+
+def test_whole_words_at_the_ends_of_sequences() -> None:
+    """A piece after a special token begins a word; at least one word is predicted, whole."""
+    ids = np.array([6, 6, 2, 6, 5, 6, 1, 6, 3, 2, 5, 6, 6, 3], dtype=np.int32)  # 6 continues, 5 does not
+    continues = np.arange(50) == 6
+    rule = masking_rule(SPECIAL, 50, 1e-6, continues)
+    seen = {
+        tuple(np.flatnonzero(mask_tokens(ids, rule, 0, step)[1] != -100).tolist()) for step in range(300)
+    }  # fmt: skip
+    assert seen == {(0, 1), (3,), (4, 5), (7,), (10, 11, 12)} == {tuple(word) for word in words_in(ids, continues)}
+
+
+def test_a_vocabulary_without_pieces_has_no_whole_words() -> None:
+    letters = [*"abc", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordPiece({letter: i for i, letter in enumerate(letters)}, unk_token="[UNK]"))
+    with pytest.raises(UserError, match="as ##ing, but the vocabulary has none"):
+        continuing_pieces(tokenizer)
 
 
 # --- batches

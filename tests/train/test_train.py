@@ -91,10 +91,11 @@ def test_what_a_config_puts_out_changes_no_training(data: Data, tmp_path: Path) 
     assert losses(run) == losses(trainer(data, tmp_path / "plain", config))
 
 
-@pytest.mark.parametrize("passes", [1, 2])
-def test_resumed_run_has_the_same_bits(data: Data, tmp_path: Path, passes: int) -> None:
+@pytest.mark.parametrize(("passes", "words"), [(1, False), (2, True)])
+def test_resumed_run_has_the_same_bits(data: Data, tmp_path: Path, passes: int, words: bool) -> None:
     """Stopped in the middle of a log interval, and again with steps done after the last checkpoint."""
-    config = replace(CONFIG, gradient_accumulation_steps=passes, tokens_per_batch=512 // passes)
+    settings = {"gradient_accumulation_steps": passes, "tokens_per_batch": 512 // passes, "whole_word_mask": words}
+    config = replace(CONFIG, **settings)
     whole = trainer(data, tmp_path / "whole", config)
     expected = losses(whole)
 
