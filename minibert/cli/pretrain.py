@@ -40,9 +40,10 @@ from minibert.train.trainer import Trainer, prepare
 DEFAULT = TrainingConfig()
 # What may change when a run is resumed: nothing here enters the arithmetic of a step, but max_steps by the schedule.
 CHANGEABLE = {"max_steps", "logging_steps", "eval_steps", "save_steps", "checkpoint_activations"}
+OTHERWISE_RESUMED = {"backend", "products", "texts", "tensorboard"}  # and of the other options
 DEFAULT_OPTIONS = {
     "document_separator": TWO_BLANK_LINES, "config": "mini", "dtype": "float32", "products": "float32",
-    "deterministic": False,
+    "deterministic": False, "tensorboard": False,
 }  # fmt: skip
 WHOLE_WORDS_HELP = (
     "Predict all pieces of a word or none. A word is a piece and those after it that begin with ##: a Chinese "
@@ -93,6 +94,9 @@ def pretrain(
     logging_steps: int = setting("logging_steps", "Steps between lines of the log.", "--log-every"),
     eval_steps: int = setting("eval_steps", "Steps between evaluations.", "--eval-every"),
     save_steps: int = setting("save_steps", "Steps between checkpoints.", "--save-every"),
+    tensorboard: bool = typer.Option(
+        None, "--tensorboard/--no-tensorboard", help="Log into event files too: tensorboard --logdir OUTPUT."
+    ),
     graph: bool = typer.Option(None, "--graph", help="Replay steps as CUDA graphs (cupy, emulator)."),
     checkpoint_activations: bool = typer.Option(
         None, "--checkpoint-activations", help="Less memory: backward computes each layer again."
@@ -122,7 +126,7 @@ def pretrain(
         name: given[name]
         for name in (
             "document_separator", "config", "layers", "hidden", "vocab_size", "dtype", "products", "backend",
-            "deterministic",
+            "deterministic", "tensorboard",
         )
     }  # fmt: skip
     options["tokenizer"] = None if tokenizer is None else str(tokenizer.absolute())
@@ -141,6 +145,8 @@ def pretrain(
     documents = read_documents(options["texts"] or [SHIPPED_TEXT], options["document_separator"])
 
     trainer = make_trainer(state, documents, training, place, options, output)
+    if options["tensorboard"]:
+        say(f"for TensorBoard: tensorboard --logdir {output}")
     if trainer.step >= training.max_steps:
         say(f"all {training.max_steps} steps were done before: --steps makes the run longer")
     with place.using(swapped) if swapped else nullcontext(), stopped_by_signals(trainer):
@@ -168,9 +174,9 @@ def merged(stored: TrainingConfig, settings: dict[str, Any]) -> TrainingConfig:
 
 def resumed(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """A resumed run's other options: the same text may be at another place, and another backend, which may not have
-    the run's mode of products, be given."""
+    the run's mode of products, be given; where the log goes too."""
     for name, value in given.items():
-        if name not in ("backend", "products", "texts") and value is not None and value != stored.get(name):
+        if name not in OTHERWISE_RESUMED and value is not None and value != stored.get(name):
             raise UserError(
                 f"--resume: the run began with {name} {stored.get(name)}, got {value}: leave it out, or begin anew"
             )

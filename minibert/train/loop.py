@@ -22,14 +22,14 @@ from minibert.errors import UserError
 from minibert.model.checkpoint import read_arrays, write_arrays
 from minibert.train.config import OptimizationConfig, TrainingConfig
 from minibert.train.guard import FirstNonFinite, NonFiniteError
+from minibert.train.log import LOG, Record, add_line, forget_after
 from minibert.train.optim import AdamW, linear_schedule
+from minibert.train.tensorboard import EventFile
 
-LOG = "training_log.jsonl"
 STATE = "trainer_state.safetensors"
 FORMAT = 1  # of the state: states without one are older
 SINCE = ("steps", "loss", "tokens", "seconds")  # sums since the last line of the log
 
-Record = dict[str, Any]
 Kind = Literal["step", "log", "eval"]
 
 
@@ -84,9 +84,10 @@ class Loop:
     """One run, whose results are written into the folder `output` as it goes.
 
     There: the model, as `from_pretrained` reads it; its tokenizer; `training_log.jsonl`; and the state to resume from.
-    `options` is kept in the state for whoever resumes. A subclass says what a step computes (`forward_backward`), when
-    and how the model is evaluated (`eval_due`, `evaluate`), and what the data are (`fingerprint`). Raises UserError
-    from `run` where the folder is not empty and not resumed from.
+    `options` is kept in the state for whoever resumes; the loop itself heeds "tensorboard": event files beside the log.
+    A subclass says what a step computes (`forward_backward`), when and how the model is evaluated (`eval_due`,
+    `evaluate`), and what the data are (`fingerprint`). Raises UserError from `run` where the folder is not empty and
+    not resumed from.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Loop:
         self.output, self.options = Path(output), dict(options or {})
         if config.checkpoint_activations:
             model.gradient_checkpointing_enable()
+        self.events: EventFile | None = None
         self.owns_output = False  # what is in the folder was written, or resumed from, by this trainer
         self.stop = False  # set it, from a signal handler say, and the run ends after the step
         # How far the run came, and sums since the last line of the log: plain numbers, saved as they are.
@@ -214,9 +216,14 @@ class Loop:
         }
 
     def log(self, record: Record) -> Record:
-        with open(self.output / LOG, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        add_line(self.output, record)
+        if self.events is not None:
+            self.events.scalars(record["step"], record)
         return record
+
+    def open_events(self, step: int) -> None:
+        """Where the options ask for it, log for TensorBoard too, from `step` on."""
+        self.events = EventFile(self.output, step) if self.options.get("tensorboard") else None
 
     def begin(self) -> None:
         """Write all there is before the first step: what cannot be written shows now, and there is a state."""
@@ -225,6 +232,7 @@ class Loop:
             self.output.mkdir(parents=True, exist_ok=True)
             save_tokenizer(self.tokenizer, self.output, self.model.config.max_position_embeddings)
             (self.output / LOG).write_text("", encoding="utf-8")
+            self.open_events(0)
         except (OSError, UserError) as error:
             raise UserError(f"cannot write into {self.output}: {error}; choose another --output") from None
         self.save()
@@ -265,24 +273,6 @@ class Loop:
             {name.removeprefix("optimizer."): a for name, a in state.arrays.items() if name.startswith("optimizer.")}
         )
         self.progress = {**progress, "since": dict(progress["since"])}
-        self.forget_log_after(self.step)
+        forget_after(self.output, self.step)
         self.owns_output = True
-
-    def forget_log_after(self, step: int) -> None:
-        """Drop lines of steps that will be done again, and one that was cut short."""
-        path = self.output / LOG
-        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-        kept = []
-        for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n") and number == len(lines):
-                continue
-            try:
-                of_step = int(json.loads(line.decode("utf-8"))["step"])
-            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-                raise UserError(
-                    f"{path}, line {number} is no record of a step: mend or remove it, or move the file away"
-                ) from None
-            if of_step <= step:
-                kept.append(line)
-        if kept != lines:
-            path.write_bytes(b"".join(kept))
+        self.open_events(self.step + 1)

@@ -12,7 +12,7 @@ from minibert.errors import UserError
 from minibert.model.bert import BertForMaskedLM
 from minibert.model.config import BertConfig
 from minibert.train.config import TrainingConfig
-from minibert.train.loop import LOG, STATE, read_state
+from minibert.train.loop import STATE, read_state
 from minibert.train.trainer import Data, Trainer, prepare
 
 SMALL = BertConfig(
@@ -33,20 +33,6 @@ def trainer(data: Data, folder: Path) -> Trainer:
 
 def run_through(run: Trainer) -> None:
     assert sum(kind == "step" for kind, _ in run.run()) == 1
-
-
-@pytest.mark.parametrize(
-    ("line", "content"),
-    [(1, b"garbage\n"), (1, b"\xff\xfe\n{}\n"), (2, b'{"step": 0}\n{"loss": 1}\n'),
-     (2, b'{"step": 0}\n3\n{"step": 2}\n'), (1, b'{"step": "one"}\n'), (1, b'{"step": Infinity}\n'),
-     (2, b'{"step": 0}\n\n')],
-)  # fmt: skip
-def test_resuming_with_a_damaged_log(data: Data, tmp_path: Path, line: int, content: bytes) -> None:
-    path = tmp_path / LOG
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=f"{LOG}, line {line} is no record of a step"):
-        trainer(data, tmp_path).forget_log_after(2)
-    assert path.read_bytes() == content
 
 
 def test_a_trainer_replaces_no_run_but_its_own(data: Data, tmp_path: Path) -> None:
