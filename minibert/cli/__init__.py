@@ -20,7 +20,7 @@ UsageMistake: Any = typer.BadParameter.__mro__[2]
 
 # The modules here that add commands to `app`.
 COMMANDS = (
-    "bisect", "build", "check", "compare", "diff", "embed", "finetune", "predict", "pretrain", "tables", "tokenizer",
+    "bisect", "build", "check", "compare", "diff", "embed", "fill_mask", "finetune", "predict", "pretrain", "tables", "tokenizer",
     "watch",
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ texts made vectors.
     pipeline("output")(["a text"])                             # pipeline.py, predictions.py
 
     encoder = SentenceTransformer.from_pretrained("folder")    # sentences.py: texts to vectors, and how alike they are
+    fill_mask(load_masked_lm("folder"), tokenizer, "A [MASK].") # fill_mask.py: the likeliest words in place of masks
 
 Rows of any file come from tables.py. A file or a row that does not fit is a UserError that names the file and the line.
 """
@@ -24,6 +25,7 @@ from minibert.tasks.answers import AnswerPrediction, Candidate, answers_from
 from minibert.tasks.columns import Columns, find_columns
 from minibert.tasks.encoding import EncodedTexts, EncodedWords, Windows, encode_questions, encode_texts, encode_words
 from minibert.tasks.examples import TextExample, TextExamples, read_texts, stream_texts
+from minibert.tasks.fill_mask import fill_mask, fill_masks, load_masked_lm
 from minibert.tasks.finetune import FineTuning, FineTuningConfig, evaluate, load_model, predict
 from minibert.tasks.labels import LabelIds, class_ids, class_sets, names_of, sorted_names
 from minibert.tasks.metrics import (
@@ -89,8 +91,11 @@ __all__ = [
     "encode_words",
     "entities",
     "evaluate",
+    "fill_mask",
+    "fill_masks",
     "find_columns",
     "group_report",
+    "load_masked_lm",
     "load_model",
     "multi_label_metrics",
     "names_of",
@@ -109,4 +114,4 @@ __all__ = [
     "tag_metrics",
     "to_iob2",
     "word_tags",
-]  # fmt: skip
+]
