@@ -200,18 +200,9 @@ class FineTuning(Loop):
             self.model.step = self.step * self.config.gradient_accumulation_steps + number  # names the dropout masks
             _, mean = self.task.forward(self.model, packed, targets, self.class_weights)
             assert mean is not None
-            loss += mean.item() * weight / total
-            if self.tuned is not None and (penalty := self.tuned.penalty()) is not None:
-                mean = mean + penalty
             mean.backward(np.asarray(weight / total))
+            loss += mean.item() * weight / total
         return loss, sum(len(packed.input_ids) for packed, _ in passes)
-
-    def update(self) -> tuple[float, int]:
-        """As `Loop.update`; and what a tuned model has to do after it."""
-        result = super().update()
-        if self.tuned is not None:
-            self.tuned.update_and_allocate(self.step + 1, self.optimizer.clip_factor)
-        return result
 
     def weight(self, targets: np.ndarray) -> float:
         """What the mean loss of a pass is the mean of; with class weights, their sum."""

@@ -193,16 +193,11 @@ class AdaLoraModel(PeftModel):
     def __call__(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
         """As the model within; in training the loss has `orth_reg_weight` times `orthogonality` besides."""
         out = super().__call__(*args, return_dict=True, **kwargs)
-        if self.model.training and out.loss is not None and (penalty := self.penalty()) is not None:
-            out.loss = out.loss + penalty
+        if self.model.training and out.loss is not None and self.peft_config.orth_reg_weight:
+            out.loss = out.loss + self.orthogonality() * self.peft_config.orth_reg_weight
         return out.in_form(return_dict)
 
     forward = __call__
-
-    def penalty(self) -> Tensor | None:
-        """`orth_reg_weight` times `orthogonality`; None where the weight is 0."""
-        weight = self.peft_config.orth_reg_weight
-        return self.orthogonality() * weight if weight else None
 
     def orthogonality(self) -> Tensor:
         """The mean of ‖P P' - I‖_F over all A and B' (equation 4, where it is squared; here it is not)."""

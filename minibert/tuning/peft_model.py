@@ -13,7 +13,6 @@ from minibert.errors import UserError, warn
 from minibert.model.checkpoint import AnyPath
 from minibert.model.nn import Parameter
 from minibert.model.pretrained import PreTrained
-from minibert.model.tensor import Tensor
 from minibert.tuning.config import LoraConfig
 from minibert.tuning.files import PREFIX, demand_the_same, once_each, read_adapter, with_decoder_bias, write_adapter
 from minibert.tuning.low_rank import LowRank
@@ -110,10 +109,6 @@ class PeftModel:
     def _number(self, step: Any) -> None:
         for layer in self.layers.values():
             layer.step = step
-
-    def penalty(self) -> Tensor | None:
-        """What the loss of a step has besides: of LoRA nothing, see `AdaLoraModel`."""
-        return None
 
     def update_and_allocate(self, global_step: int, clip_factor: float = 1.0) -> None:
         """What is due between an update and `zero_grad`: of LoRA nothing, see `AdaLoraModel`."""
