@@ -20,7 +20,7 @@ from minibert.kernels.cross_entropy import linear_cross_entropy
 from minibert.kernels.dropout import dropout
 from minibert.kernels.embedding import gather_rows
 from minibert.kernels.linear import linear_gelu
-from minibert.kernels.philox import Stream
+from minibert.kernels.philox import NO_STREAM, Stream
 from minibert.kernels.softmax import softmax
 from minibert.model.config import GELU, BertConfig
 from minibert.model.nn import (
@@ -103,7 +103,9 @@ class BertSelfAttention(Module):
 
 
 class BertSelfOutput(Module):
-    """The end of a block: dense, dropout, residual, layer norm."""
+    """The end of a block: dense, dropout, residual, layer norm; before that norm what tuning puts there."""
+
+    bottleneck: Any = None  # a minibert.tuning.bottleneck.Bottleneck
 
     def __init__(self, inputs: int, config: BertConfig, place: Place, stream: int, layer: int) -> None:
         self.config, self.stream, self.layer = config, stream, layer
@@ -113,6 +115,9 @@ class BertSelfOutput(Module):
     def __call__(self, x: Tensor, residual: Tensor, batch: Batch) -> Tensor:  # (N, in), (N, C) -> (N, C)
         dropout = batch.dropout(self.config.hidden_dropout_prob, self.stream, self.layer)
         dense = self.dense(x)
+        if self.bottleneck is not None:
+            dense = self.bottleneck(dense, residual, self.LayerNorm, dropout)
+            dropout = {"rate": 0.0, "stream": NO_STREAM}
         y = self.LayerNorm.add(dense, residual, **dropout)
         dense.forget()  # the layer norm keeps its sum with the residual, which is all that the gradient reads
         return y

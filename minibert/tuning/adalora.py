@@ -9,7 +9,7 @@ may come back.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -162,7 +162,7 @@ class AdaLoraModel(PeftModel):
     One that was loaded keeps the ranks it has.
     """
 
-    config_type = AdaLoraConfig
+    config_types: ClassVar[tuple[type, ...]] = (AdaLoraConfig,)
     suffix = ""
     layers: dict[str, Triplets]  # type: ignore[assignment]
     peft_config: AdaLoraConfig
@@ -197,8 +197,6 @@ class AdaLoraModel(PeftModel):
             out.loss = out.loss + self.orthogonality() * self.peft_config.orth_reg_weight
         return out.in_form(return_dict)
 
-    forward = __call__
-
     def orthogonality(self) -> Tensor:
         """The mean of ‖P P' - I‖_F over all A and B' (equation 4, where it is squared; here it is not)."""
         squares = [square for layer in self.layers.values() for square in layer.distances()]
@@ -229,14 +227,14 @@ class AdaLoraModel(PeftModel):
     def state_dict(self) -> dict[str, np.ndarray]:
         """A copy of all that a run needs to go on: what is trained, and the averages by which it is pruned."""
         more = {} if self.allocator is None else self.allocator.state_dict()
-        return {**self._values(), **{STATE + name: values for name, values in more.items()}}
+        return {**self.values(), **{STATE + name: values for name, values in more.items()}}
 
     def load_state_dict(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take what `state_dict` gave. Raises UserError for a tensor that is missing, surplus or of another shape."""
         more = {name.removeprefix(STATE): values for name, values in arrays.items() if name.startswith(STATE)}
         if self.allocator is not None:
             self.allocator.load_state_dict(more)
-        self._assign({name: values for name, values in arrays.items() if not name.startswith(STATE)})
+        self.assign({name: values for name, values in arrays.items() if not name.startswith(STATE)})
 
     def _to_save(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Cut to the ranks that are kept."""

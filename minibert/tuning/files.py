@@ -42,14 +42,20 @@ def write_adapter(
     folder: AnyPath, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray], base_sha256: str
 ) -> None:
     """Write both files, each whole or not at all. Raises UserError where that cannot be done."""
-    folder = path_of(folder, "a folder to write to")
+    folder = make_folder(folder)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    write_arrays(folder / WEIGHTS, arrays, {"format": "pt", BASE: base_sha256})
+    write_atomically(folder / CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
+
+
+def make_folder(folder: AnyPath) -> Path:
+    """A folder to write to, made where it is not there. Raises UserError where it cannot be."""
+    folder = path_of(folder, "a folder to write to")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error}") from None
-    write_arrays(folder / WEIGHTS, arrays, {"format": "pt", BASE: base_sha256})
-    write_atomically(folder / CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
+    return folder
 
 
 def once_each(arrays: Mapping[str, np.ndarray]) -> Arrays:
