@@ -157,9 +157,10 @@ class RankAllocator:
 
 
 class AdaLoraModel(PeftModel):
-    """A model with triplets. After every step of the optimiser `update_and_allocate` is due.
+    """A model with triplets, for whose training `before_update` and `update_and_allocate` are due.
 
-    One that was loaded keeps the ranks it has.
+    The loss that it puts out is the task's own, in training too: that of PEFT has the regulariser in it, but where
+    there is no `task_type`. One that was loaded keeps the ranks it has.
     """
 
     config_types: ClassVar[tuple[type, ...]] = (AdaLoraConfig,)
@@ -190,12 +191,13 @@ class AdaLoraModel(PeftModel):
         layer.initialise(config.init_lora_weights)
         return layer.train(self.model.training)
 
-    def __call__(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
-        """As the model within; in training the loss has `orth_reg_weight` times `orthogonality` besides."""
-        out = super().__call__(*args, return_dict=True, **kwargs)
-        if self.model.training and out.loss is not None and self.peft_config.orth_reg_weight:
-            out.loss = out.loss + self.orthogonality() * self.peft_config.orth_reg_weight
-        return out.in_form(return_dict)
+    def before_update(self) -> float:
+        """Add to the gradients those of `orth_reg_weight` times `orthogonality`. Returns that, a part of the loss."""
+        if not self.peft_config.orth_reg_weight:
+            return 0.0
+        regularizer = self.orthogonality() * self.peft_config.orth_reg_weight
+        regularizer.backward()
+        return regularizer.item()
 
     def orthogonality(self) -> Tensor:
         """The mean of ‖P P' - I‖_F over all A and B' (equation 4, where it is squared; here it is not)."""
@@ -210,10 +212,9 @@ class AdaLoraModel(PeftModel):
         return total
 
     def update_and_allocate(self, global_step: int, clip_factor: float = 1.0) -> None:
-        """To be called after each `optimizer.step()` and before `zero_grad()`: take note of importance, and prune.
+        """Take note of importance, and prune. Raises UserError where there are no gradients.
 
-        `global_step` counts the steps done, this one included; `clip_factor` is the optimiser's. Raises UserError
-        where there are no gradients. A model that was loaded has nothing to do.
+        A model that was loaded has nothing to do.
         """
         if self.allocator is not None:
             self.allocator.update_and_allocate(global_step, clip_factor)

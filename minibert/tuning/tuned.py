@@ -101,8 +101,18 @@ class TunedModel:
         """The call, by torch's name."""
         return self(*args, **kwargs)
 
+    def before_update(self) -> float:
+        """What is due after the last `backward()` of an update and before `optimizer.step()`: of most kinds nothing.
+
+        AdaLoRA adds the gradients of its regulariser. Returns what it added to the loss.
+        """
+        return 0.0
+
     def update_and_allocate(self, global_step: int, clip_factor: float = 1.0) -> None:
-        """What is due between an update and `zero_grad`: mostly nothing, see `AdaLoraModel`."""
+        """What is due after each `optimizer.step()` and before `zero_grad()`: of most kinds nothing; AdaLoRA prunes.
+
+        `global_step` counts the updates done, this one included; `clip_factor` is the optimiser's.
+        """
 
     def train(self, mode: bool = True) -> Any:
         """Dropout on (or off), here too. Returns this."""

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 import minibert as mb
 from minibert.tuning import AdaLoraConfig, PeftModel, get_peft_model
-from tests.small_model import IDS, LABELS, QUIET, logits, masked_lm
+from tests.small_model import IDS, LABELS, logits, masked_lm
 
 STEPS = 8
 FIRST = "bert.encoder.layer.0.attention.self.query"
@@ -33,6 +33,7 @@ class Run:
         while self.step < step:
             self.step += 1
             self.model(IDS, labels=LABELS).loss.backward()
+            self.model.before_update()
             self.optimizer.step()
             self.model.update_and_allocate(self.step, self.optimizer.clip_factor)
             self.optimizer.zero_grad()
@@ -107,7 +108,7 @@ def test_all_that_tie_with_the_last_to_be_pruned_are_pruned() -> None:
     assert sum(model.ranks().values()) == 12
 
 
-def test_the_regulariser_is_a_mean_of_norms_that_are_not_squared_and_counts_in_training_alone() -> None:
+def test_the_regulariser_is_a_mean_of_norms_that_are_not_squared_and_is_added_once_for_an_update() -> None:
     model = tuned(init_lora_weights=False, orth_reg_weight=0.25)
     norms = []
     for layer in model.layers.values():
@@ -119,12 +120,17 @@ def test_the_regulariser_is_a_mean_of_norms_that_are_not_squared_and_counts_in_t
     a = model.layers[FIRST].lora_A
     off = a.numpy().astype(float) @ a.numpy().T - np.eye(4)
     np.testing.assert_allclose(a.grad, 2 * off @ a.numpy() / np.linalg.norm(off) / len(norms), rtol=1e-4)
-    loss = model(IDS, labels=LABELS).loss.item()
-    assert loss == model.model(IDS, labels=LABELS).loss.item()
-    quiet = get_peft_model(mb.BertForMaskedLM(QUIET), model.peft_config)
-    without = quiet(IDS, labels=LABELS).loss.item()
-    with_term = quiet.train()(IDS, labels=LABELS).loss.item()
-    assert with_term == pytest.approx(without + 0.25 * quiet.orthogonality().item(), rel=1e-5)
+    once = np.array(a.grad)
+    assert model.before_update() == pytest.approx(0.25 * term.item(), rel=1e-5)
+    np.testing.assert_allclose(a.grad, 1.25 * once, rtol=1e-5)
+    for p in model.trained().values():
+        p.grad = None
+    model(IDS, labels=LABELS).loss.backward()
+    plain = {name: np.array(p.grad) for name, p in model.trained().items()}
+    model.before_update()
+    np.testing.assert_allclose(a.grad - plain[f"base_model.model.{FIRST}.lora_A"], 0.25 * once, rtol=1e-3, atol=1e-6)
+    assert (model.layers[FIRST].lora_E.grad == plain[f"base_model.model.{FIRST}.lora_E"]).all()
+    assert tuned(orth_reg_weight=0.0).before_update() == 0
 
 
 def test_orthogonal_factors_have_no_gradient_from_the_regulariser_and_no_nan() -> None:
