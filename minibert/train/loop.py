@@ -25,6 +25,7 @@ from minibert.train.guard import FirstNonFinite, NonFiniteError
 from minibert.train.log import LOG, Record, add_line, forget_after
 from minibert.train.optim import AdamW, linear_schedule
 from minibert.train.tensorboard import EventFile
+from minibert.tuning.tuned import TunedModel
 
 STATE = "trainer_state.safetensors"
 FORMAT = 1  # of the state: states without one are older
@@ -180,7 +181,12 @@ class Loop:
         """Gives the loss, and how many tokens it is of; raises FloatingPointError, nothing updated."""
         loss, tokens = self.forward_backward()
         demand_finite(loss)
+        tuned = self.model if isinstance(self.model, TunedModel) else None
+        if tuned is not None:
+            demand_finite(tuned.before_update())
         self.optimizer.step()
+        if tuned is not None:
+            tuned.update_and_allocate(self.step + 1, self.optimizer.clip_factor)
         return loss, tokens
 
     def explain(self, error: FloatingPointError) -> str:
