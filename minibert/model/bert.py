@@ -54,6 +54,8 @@ def activated(dense: Linear, x: Tensor, hidden_act: str) -> Tensor:  # (N, in) -
 
 
 class BertEmbeddings(Module):
+    first_position = 0  # of every sequence; a prefix has those before
+
     def __init__(self, config: BertConfig, place: Place) -> None:
         channels = config.hidden_size
         self.config = config
@@ -68,7 +70,7 @@ class BertEmbeddings(Module):
             (self.word_embeddings.weight, self.config.pad_token_id) if embeds is None else (embeds, None)
         )
         tables = word, self.position_embeddings.weight, self.token_type_embeddings.weight
-        ids = [batch.integers(i) for i in (packed.input_ids, packed.position_ids, packed.token_type_ids)]
+        ids = [batch.integers(i) for i in (packed.input_ids, self.positions(packed), packed.token_type_ids)]
         x = self.LayerNorm(embed(tables, (ids[0], ids[1], ids[2]), padding_idx))
         params = batch.dropout(self.config.hidden_dropout_prob, EMBEDDING_STREAM, 0)
         if not params["rate"]:
@@ -77,8 +79,20 @@ class BertEmbeddings(Module):
         x.forget()  # a mask is all that the gradient reads, and the layer norm's gradient reads its input
         return y
 
+    def positions(self, packed: Packed) -> np.ndarray:
+        """(N,) counted from `first_position`. Raises UserError where they are more than the model has."""
+        first, count = self.first_position, self.config.max_position_embeddings
+        if first and len(packed.position_ids) and packed.position_ids.max() + first >= count:
+            raise UserError(
+                f"a sequence of {packed.position_ids.max() + 1} tokens is too long: beside a prefix of {first} there "
+                f"are positions for {count - first}; cut it"
+            )
+        return packed.position_ids + np.int32(first) if first else packed.position_ids
+
 
 class BertSelfAttention(Module):
+    prefix: Any = None  # a minibert.tuning.prefix.Prefix: keys and values before those of every sequence
+
     def __init__(self, config: BertConfig, place: Place, layer: int) -> None:
         self.config, self.layer = config, layer
         self.query, self.key, self.value = (Linear(config.hidden_size, config.hidden_size, place) for _ in range(3))
@@ -90,10 +104,14 @@ class BertSelfAttention(Module):
         if attentions is not None:
             attentions.append(self.probabilities(qkv, batch))
         params = batch.dropout(self.config.attention_probs_dropout_prob, ATTENTION_STREAM, self.layer)
+        if self.prefix is not None:
+            return self.prefix(qkv, batch, num_heads=self.config.num_attention_heads, **params)
         return apply(attention, qkv, batch.cu_seqlens, num_heads=self.config.num_attention_heads, **params)
 
     def probabilities(self, qkv: Tensor, batch: Batch) -> Tensor:
         """softmax(q k' / sqrt D), (B, H, T, T), before dropout; computed when asked for: no kernel keeps it."""
+        if self.prefix is not None:
+            raise UserError("output_attentions: not of a model with a prefix, whose keys stand in no row; leave it out")
         heads, head_size = self.config.num_attention_heads, self.config.hidden_size // self.config.num_attention_heads
         count, length = batch.rows[1]
         x = batch.by_sequence(qkv).reshape(count, length, 3, heads, head_size).transpose(2, 0, 3, 1, 4)

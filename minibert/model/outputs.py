@@ -26,6 +26,7 @@ class Batch:
     def __init__(self, packed: Packed, place: Place, streams: Stream | None) -> None:
         self.packed, self.place, self.streams = packed, place, streams
         self.cu_seqlens = self.integers(packed.cu_seqlens)
+        self.with_prefix: Any = None  # where rows stand beside a prefix: minibert.tuning.prefix notes it here
 
     def integers(self, ids: np.ndarray) -> Tensor:
         return Tensor(self.place.backend.asarray(ids), self.place.backend)

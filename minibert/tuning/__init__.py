@@ -6,7 +6,8 @@
     model = load_peft_model(mb.BertForMaskedLM.from_pretrained("folder"), "adapter")
     plain = model.merge_and_unload()                            # the updates added to the weights
 
-LoRA and AdaLoRA have the names and files of Hugging Face PEFT, bottleneck adapters those of the library `adapters`.
+LoRA, AdaLoRA and prefixes have the names and files of Hugging Face PEFT, bottleneck adapters those of `adapters`. A
+training loop of one's own calls `before_update` and `update_and_allocate` around the optimiser's step.
 """
 
 from typing import Any
@@ -20,11 +21,12 @@ from minibert.tuning.bottleneck import BnConfig, DoubleSeqBnConfig, SeqBnConfig
 from minibert.tuning.config import AdaLoraConfig, LoraConfig
 from minibert.tuning.files import CONFIG
 from minibert.tuning.peft_model import PeftModel
+from minibert.tuning.prefix import PrefixTuningConfig, PrefixTuningModel
 from minibert.tuning.tuned import TunedModel, get_peft_model
 
 __all__ = [
     "AdaLoraConfig", "AdaLoraModel", "AdapterModel", "BnConfig", "DoubleSeqBnConfig", "LoraConfig", "PeftModel",
-    "SeqBnConfig", "TunedModel", "get_peft_model", "load_peft_model",
+    "PrefixTuningConfig", "PrefixTuningModel", "SeqBnConfig", "TunedModel", "get_peft_model", "load_peft_model",
 ]  # fmt: skip
 
 
@@ -34,6 +36,10 @@ def load_peft_model(model: PreTrained, folder: AnyPath, is_trainable: bool = Fal
     As `PeftModel.from_pretrained` and `AdapterModel.from_pretrained`, which say what is warned of and what is refused.
     """
     path = path_of(folder, "a folder with an adapter") / CONFIG
-    of_adapters = path.is_file() and "peft_type" not in (values := read_json(path)) and "config" in values
-    kind: Any = AdapterModel if of_adapters else PeftModel
+    values = read_json(path) if path.is_file() else {}
+    kind: Any = PeftModel
+    if values.get("peft_type") == PrefixTuningConfig.peft_type:
+        kind = PrefixTuningModel
+    elif "peft_type" not in values and "config" in values:
+        kind = AdapterModel
     return kind.from_pretrained(model, folder, is_trainable)

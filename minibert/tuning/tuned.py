@@ -14,7 +14,7 @@ from minibert.model.nn import Module, Parameter
 from minibert.model.pretrained import PreTrained
 from minibert.tuning.files import demand_the_same
 
-ADDED = (".low_rank.", ".bottleneck.")  # within the names of parameters that tuning adds
+ADDED = (".low_rank.", ".bottleneck.", ".prefix.")  # within the names of parameters that tuning adds
 
 
 def is_added(name: str) -> bool:
