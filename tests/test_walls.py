@@ -33,7 +33,8 @@ TOWER = """
     lab/conform
     __init__  moved
     tasks
-    train  tuning
+    train
+    tuning
     data
     model
     assets  errors

@@ -21,6 +21,7 @@ from minibert.errors import UserError
 from minibert.model.checkpoint import write_atomically
 from minibert.tasks.examples import TextExamples, read_texts
 from minibert.tasks.finetune import (
+    PEFT,
     FineTuning,
     FineTuningConfig,
     evaluate,
@@ -116,11 +117,14 @@ def finetune(
     metric_for_best_model: str = setting(
         "metric_for_best_model", "What chooses the best model; eval_loss, or a metric."
     ),
-    peft: str = setting("peft", "lora or adalora: the model is frozen, low-rank updates and the head are trained."),
+    peft: str = setting(
+        "peft", f"{', '.join(PEFT)}: the model is frozen; what is put beside it, and the head, is trained."
+    ),
     lora_r: int = setting("lora_r", "Rank of an update."),
     lora_alpha: float = setting("lora_alpha", "Their factor is lora_alpha / lora_r."),
     lora_dropout: float = setting("lora_dropout", "Of what an update reads."),
     target_modules: str = setting("target_modules", "Linear layers with an update, by ends of names; or all-linear."),
+    num_virtual_tokens: int = setting("num_virtual_tokens", "Of a prefix."),
     logging_steps: int = setting("logging_steps", "Steps from line to line of the log."),
     save_steps: int = setting("save_steps", "Steps from one saved state to the next."),
     checkpoint_activations: bool = typer.Option(None, "--checkpoint-activations", help="Less memory, more time."),

@@ -16,7 +16,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,17 @@ from minibert.tasks.task import Classify, Prepared, Task
 from minibert.train.config import OptimizationConfig
 from minibert.train.loop import Loop, Record, State
 from minibert.train.optim import AdamW, parameter_groups
-from minibert.tuning.config import AdaLoraConfig, LoraConfig
-from minibert.tuning.peft_model import PeftModel, get_peft_model
+from minibert.tuning import (
+    AdaLoraConfig,
+    DoubleSeqBnConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    SeqBnConfig,
+    TunedModel,
+    get_peft_model,
+)
 
+PEFT = ("lora", "adalora", "houlsby", "pfeiffer", "prefix")
 LAYER = re.compile(r"\.layer\.(\d+)\.")
 FROZEN = re.compile(r"(embeddings)|layers:(\d+)(?:-(\d+))?")
 
@@ -60,18 +68,19 @@ class FineTuningConfig(OptimizationConfig):
     class_weights: str = ""  # "balanced": each class weighs the same, however rare; "": each example
     early_stopping_patience: int | None = None  # evaluations without a better one after which it ends
     metric_for_best_model: str = ""  # a metric, higher is better, or eval_loss; "": the task's own
-    peft: str = ""  # "lora" or "adalora": a frozen model, with low-rank updates that are trained; "": all of it
+    peft: str = ""  # one of PEFT: the model is frozen, and little beside it is trained; "": all of it
     lora_r: int = 8  # rank of an update; with adalora on average, in the end
     lora_alpha: float = 16.0  # of the updates' factor, lora_alpha / r
     lora_dropout: float = 0.0
     target_modules: str = "query,value"  # what has an update: ends of names of linear layers, or all-linear
+    num_virtual_tokens: int = 20  # of a prefix
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least_1("per_device_train_batch_size", "tokens_per_batch")
         self._require(0 < self.num_train_epochs < math.inf, "num_train_epochs", "above 0")
         self._require(0 < self.layerwise_lr_decay <= 1, "layerwise_lr_decay", "above 0, and 1 at most")
-        self._require(self.peft in ("", "lora", "adalora"), "peft", "lora, adalora, or empty")
+        self._require(self.peft in ("", *PEFT), "peft", f"{', '.join(PEFT)}, or empty")
         self._require(self.class_weights in ("", "balanced"), "class_weights", "balanced, or empty")
         patience = self.early_stopping_patience
         self._require(patience is None or patience >= 1, "early_stopping_patience", "1 or more")
@@ -109,18 +118,27 @@ def tuned(model: PreTrained, task: Task, new: set[str], config: FineTuningConfig
     """The model as `config.peft` asks for; what is new in it is trained whole."""
     if not config.peft:
         return model
-    targets = "all-linear" if config.target_modules == "all-linear" else config.target_modules.split(",")
-    whole = ["pooler"] if any(".pooler." in name for name in new) else None
+    without_pooler = any(".pooler." in name for name in new)
+    if config.peft in ("houlsby", "pfeiffer"):
+        if without_pooler:
+            raise UserError(f"peft {config.peft}: the model has no pooler, and these files hold none: take lora, say")
+        return get_peft_model(model, DoubleSeqBnConfig() if config.peft == "houlsby" else SeqBnConfig())
     common: dict[str, Any] = {
-        "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout, "target_modules": targets,
-        "task_type": task.task_type, "modules_to_save": whole, "base_model_name_or_path": base,
+        "task_type": task.task_type, "modules_to_save": ["pooler"] if without_pooler else None,
+        "base_model_name_or_path": base,
+    }  # fmt: skip
+    if config.peft == "prefix":
+        return get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=config.num_virtual_tokens, **common))
+    common |= {
+        "target_modules": "all-linear" if config.target_modules == "all-linear" else config.target_modules.split(","),
+        "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout,
     }  # fmt: skip
     if config.peft == "lora":
         return get_peft_model(model, LoraConfig(r=config.lora_r, **common))
     # As the authors do: half as much again at first, ranks that stay in the last fifth of the steps.
-    budget: dict[str, Any] = {"init_r": -(-3 * config.lora_r // 2), "target_r": config.lora_r, "total_step": steps}
+    common |= {"init_r": -(-3 * config.lora_r // 2), "target_r": config.lora_r, "total_step": steps}
     return get_peft_model(
-        model, AdaLoraConfig(tinit=steps // 10, tfinal=steps // 5, deltaT=max(1, steps // 100), **budget, **common)
+        model, AdaLoraConfig(tinit=steps // 10, tfinal=steps // 5, deltaT=max(1, steps // 100), **common)
     )
 
 
@@ -148,18 +166,13 @@ class FineTuning(Loop):
         self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps  # of one update
         self.steps_per_epoch = -(-len(train.sequences) // self.batch_size)
         max_steps = math.ceil(config.num_train_epochs * self.steps_per_epoch)
-        self.architecture = type(model).__name__
+        self.base = base
         model = tuned(model, task, new or set(), config, max_steps, base)
         freeze(model, config.freeze)
         groups = layerwise_groups(model, config.weight_decay, config.layerwise_lr_decay)
         super().__init__(model, tokenizer, config, max_steps, AdamW.of(config, groups), output, options)
         self.class_weights = balanced(task, train) if config.class_weights else None
         self.progress |= {"best": None, "evaluations_since": 0, "ended": False}
-
-    @property
-    def tuned(self) -> PeftModel | None:
-        """The model, where little beside it is trained."""
-        return self.model if isinstance(self.model, PeftModel) else None
 
     @property
     def epoch(self) -> float:
@@ -255,8 +268,10 @@ class FineTuning(Loop):
     def save_best(self) -> None:
         """The model at the top of the folder; of a tuned one the adapter, and the config with its labels."""
         self.model.save_pretrained(self.output)
-        if self.tuned is not None:
-            write_config(self.output, self.model.config, self.architecture, self.model.place.dtype)
+        if isinstance(self.model, TunedModel):
+            model = self.model.model
+            beside = replace(model.config, others={**model.config.others, "_name_or_path": self.base})
+            write_config(self.output, beside, type(model).__name__, model.place.dtype)
 
     def save_model(self) -> None:
         """Nothing: the best model is written when it is found."""

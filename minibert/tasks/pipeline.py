@@ -26,8 +26,8 @@ from minibert.tasks.predictions import predictions
 from minibert.tasks.questions import Question, QuestionExamples
 from minibert.tasks.task import Answer, Tag, Task, task_of
 from minibert.tasks.words import Sentence, WordExamples, joined, plain_sentences
+from minibert.tuning import load_peft_model
 from minibert.tuning.files import CONFIG as ADAPTER
-from minibert.tuning.peft_model import PeftModel
 
 GIVEN = "what was given"  # the name of examples that come from no file
 
@@ -123,10 +123,11 @@ def pipeline(
     tokenizer = load_tokenizer(folder)
     if not (Path(folder) / ADAPTER).is_file():
         return Pipeline(task, task.architecture.from_pretrained(folder, backend, dtype), tokenizer, max_seq_length)
-    beside = base or read_json(Path(folder) / ADAPTER).get("base_model_name_or_path")
+    named = read_json(Path(folder) / ADAPTER).get("base_model_name_or_path")
+    beside = base or named or config.others.get("_name_or_path")
     if not beside or not Path(beside).is_dir():
         raise UserError(f"{folder} holds an adapter of the model {beside}, which is not there: name its folder as base")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a head that is missing there: it is in the adapter, or that is refused
         model = task.architecture.from_pretrained(beside, backend, dtype, config=config, ignore_mismatched_sizes=True)
-    return Pipeline(task, PeftModel.from_pretrained(model, folder), tokenizer, max_seq_length)
+    return Pipeline(task, load_peft_model(model, folder), tokenizer, max_seq_length)
