@@ -134,7 +134,8 @@ def decoded_lines(stream: BinaryIO, name: str) -> Iterator[str]:
     except IsADirectoryError:
         raise UserError(f"expected a file, but {name} is a folder: name a file in it") from None
     finally:
-        text.detach()
+        if not stream.closed:  # by who gave it, before a reader of its first lines was forgotten
+            text.detach()
 
 
 def wrong_line(name: str, line: int, what: str) -> NoReturn:

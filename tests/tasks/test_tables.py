@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minibert.errors import UserError
-from minibert.tasks.tables import open_table
+from minibert.tasks.tables import open_table, text_lines
 
 EXPECTED = ["good, really", 'he said "no"\nand left', "naïve 国家"]
 
@@ -175,3 +177,15 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(UserError, match=r"folder.csv is a folder: name a file in it"):
         open_table(tmp_path / "folder.csv")
+
+
+def test_a_stream_may_be_closed_before_its_reader_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", failed.append)
+    stream = io.BytesIO(b"one\ntwo\n")
+    lines = text_lines(stream)
+    assert next(lines) == "one\n"
+    stream.close()
+    del lines
+    gc.collect()
+    assert not failed
