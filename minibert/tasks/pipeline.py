@@ -118,7 +118,8 @@ def pipeline(
     if task is None:
         raise UserError(
             f"{folder} holds {architecture}: expected a fine-tuned model, as `minibert finetune` writes, with "
-            "BertForSequenceClassification, BertForTokenClassification or BertForQuestionAnswering in its config.json"
+            "BertForSequenceClassification, BertForTokenClassification or BertForQuestionAnswering in its config.json "
+            "(masks are filled by `minibert fill-mask`, vectors made by `minibert embed`)"
         )
     tokenizer = load_tokenizer(folder)
     if not (Path(folder) / ADAPTER).is_file():
