@@ -71,7 +71,11 @@ class BertEmbeddings(Module):
         )
         tables = word, self.position_embeddings.weight, self.token_type_embeddings.weight
         ids = [batch.integers(i) for i in (packed.input_ids, self.positions(packed), packed.token_type_ids)]
-        x = self.LayerNorm(embed(tables, (ids[0], ids[1], ids[2]), padding_idx))
+        x = embed(tables, (ids[0], ids[1], ids[2]), padding_idx)
+        if embeds is None:
+            x = self.word_embeddings.tuned(x, ids[0])
+        x = self.token_type_embeddings.tuned(self.position_embeddings.tuned(x, ids[1]), ids[2])
+        x = self.LayerNorm(x)
         params = batch.dropout(self.config.hidden_dropout_prob, EMBEDDING_STREAM, 0)
         if not params["rate"]:
             return x

@@ -242,7 +242,9 @@ class LayerNorm(Module):
 
 
 class Embedding(Module):
-    """A table (num_embeddings, channels)."""
+    """A table (num_embeddings, channels). To its rows is added what tuning hangs on it as `low_rank`."""
+
+    low_rank: Any = None  # a minibert.tuning.low_rank.EmbeddingLowRank
 
     def __init__(self, num_embeddings: int, channels: int, place: Place, padding_idx: int | None = None) -> None:
         self.weight = Parameter((num_embeddings, channels), "normal", place, zero_row=padding_idx)
@@ -254,9 +256,12 @@ class Embedding(Module):
         nothing = Tensor(backend.asarray(np.zeros((1, channels)), dtype=self.weight.dtype), backend)
         there = Tensor(backend.asarray(rows.reshape(-1).astype(np.int32)), backend)
         first = Tensor(backend.asarray(np.zeros(rows.size, np.int32)), backend)
-        return embed((self.weight, nothing, nothing), (there, first, first), self.weight.zero_row).reshape(
-            *rows.shape, channels
-        )
+        found = embed((self.weight, nothing, nothing), (there, first, first), self.weight.zero_row)
+        return self.tuned(found, there).reshape(*rows.shape, channels)
+
+    def tuned(self, rows: Tensor, ids: Tensor) -> Tensor:  # (N, C), (N,) -> (N, C)
+        """Rows of the table, or sums of them with others, with the update of these."""
+        return rows if self.low_rank is None else rows + self.low_rank(ids)
 
 
 def embed(tables: tuple[Tensor, Tensor, Tensor], ids: tuple[Tensor, Tensor, Tensor], padding_idx: int | None) -> Tensor:

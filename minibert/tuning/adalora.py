@@ -165,7 +165,7 @@ class AdaLoraModel(PeftModel):
 
     config_types: ClassVar[tuple[type, ...]] = (AdaLoraConfig,)
     suffix = ""
-    layers: dict[str, Triplets]  # type: ignore[assignment]
+    layers: dict[str, Triplets]
     peft_config: AdaLoraConfig
 
     def __init__(self, model: Any, config: AdaLoraConfig, *, loaded: bool = False) -> None:
@@ -185,7 +185,7 @@ class AdaLoraModel(PeftModel):
     def _low_rank(self, name: str) -> Triplets:
         config = self.peft_config
         rank = sum(self._kept_of_config().get(name, [True] * config.init_r))
-        outs, ins = self.linears[name].weight.declared_shape
+        outs, ins = self.targets[name].weight.declared_shape
         scaling = config.lora_alpha / (config.init_r + 1e-5)  # the constant of PEFT and of the authors
         layer = Triplets(name, (outs, ins), rank, scaling, config.lora_dropout, self.model.seed, self.model.place)
         layer.initialise(config.init_lora_weights)

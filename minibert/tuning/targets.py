@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from minibert.errors import UserError
-from minibert.model.nn import Linear, Module
-from minibert.tuning.config import HEADS, LoraConfig
+from minibert.model.matching import DECODER
+from minibert.model.nn import Embedding, Linear, Module
+from minibert.tuning.config import HEADS, AdaLoraConfig, LoraConfig
 
 ALL_LINEAR = "all-linear"
 NUMBERED = r".*?\.[^.]*\.(\d+)\."  # the first number in a name is its layer's
@@ -65,20 +66,23 @@ def _refuse_tied(model: Any, names: Iterable[str]) -> None:
             )
 
 
-def targets(model: Any, config: LoraConfig, whole: Iterable[str], strict: bool) -> dict[str, Linear]:
-    """The linear layers that are tuned, by name; nothing in the modules that are trained `whole` is.
+def targets(model: Any, config: LoraConfig, whole: Iterable[str], strict: bool) -> dict[str, Any]:
+    """The linear layers and embeddings that are tuned, by name; nothing in the modules that are trained `whole` is.
 
-    Raises UserError where there is none, where something else than a linear layer is named, and, if `strict`, for a
-    name that is nowhere.
+    Raises UserError where there is none, where something else is named, an embedding with AdaLoRA, and, if `strict`,
+    for a name that is nowhere.
     """
     chosen = {
         name: module
         for name, module in named_modules(model)
         if not any(name == one or name.startswith(f"{one}.") for one in whole) and _is_target(name, module, config)
     }
-    other = [name for name, module in chosen.items() if not isinstance(module, Linear)]
+    kinds = Linear if isinstance(config, AdaLoraConfig) else Linear | Embedding
+    decoder = DECODER.removesuffix(".weight")  # a table here, whose rows nobody looks up
+    other = [name for name, module in chosen.items() if not isinstance(module, kinds) or name == decoder]
     if other:
-        raise UserError(f"target_modules: expected linear layers, but {other[0]} is {type(chosen[other[0]]).__name__}")
+        got = type(chosen[other[0]]).__name__
+        raise UserError(f"target_modules: {config.peft_type} has no update of {other[0]}, which is {got}")
     if not chosen:
         raise UserError(f"target_modules: {_said(config.target_modules)} is no linear layer of {type(model).__name__}: "
                         f"it has {', '.join(_endings(model))}")  # fmt: skip
@@ -91,7 +95,7 @@ def targets(model: Any, config: LoraConfig, whole: Iterable[str], strict: bool) 
                 raise UserError(
                     f"target_modules: {type(model).__name__} has no {ending!r}: it has {', '.join(_endings(model))}"
                 )
-    return {name: module for name, module in chosen.items() if isinstance(module, Linear)}
+    return chosen
 
 
 def _said(given: Any) -> str:

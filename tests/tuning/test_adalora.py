@@ -193,6 +193,7 @@ WRONG = {
     "scaling by name": ({"alpha_pattern": {"query": 2}}, "alpha_pattern: expected nothing"),
     "pattern": ({"rank_pattern": {f"{FIRST}.lora_E": [True] * 4}}, "rank_pattern: with AdaLoRA it comes out"),
     "short pattern": ({"rank_pattern": {f"{FIRST}.lora_E": [True]}}, "a list of 4 times true or false"),
+    "an embedding": ({"target_modules": ["word_embeddings"]}, "ADALORA has no update of bert.embeddings.word"),
     "dora": ({"use_dora": True}, "use_dora"),
 }
 

@@ -94,7 +94,7 @@ def test_gradients_are_those_of_the_formula() -> None:
     """In float64, against differences of the loss along a random direction."""
     model = get_peft_model(
         mb.BertForMaskedLM(CONFIG, dtype="float64", seed=3),
-        LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False, bias="all"),
+        LoraConfig(r=3, target_modules=r".*(dense|query|value|_embeddings)", init_lora_weights=False, bias="all"),
     )
     model(IDS, labels=LABELS).loss.backward()
     rng = np.random.default_rng(0)
@@ -108,6 +108,32 @@ def test_gradients_are_those_of_the_formula() -> None:
             p.assign(start[name] + step * way[name])
         losses.append(model(IDS, labels=LABELS).loss.item())
     assert slope == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-6)
+
+
+def test_an_embedding_has_an_update_in_the_model_and_called_alone() -> None:
+    tables = ["word_embeddings", "position_embeddings", "token_type_embeddings"]
+    config = LoraConfig(r=3, lora_alpha=2, target_modules=[*tables, "query"])
+    model, plain = get_peft_model(mb.BertModel(CONFIG, seed=3), config), mb.BertModel(CONFIG, seed=3)
+    ids = np.concatenate([IDS, IDS[:, :2] * 0], axis=1)  # with padding that is not masked
+    np.testing.assert_array_equal(model(ids).last_hidden_state.numpy(), plain(ids).last_hidden_state.numpy())
+    rng = np.random.default_rng(0)
+    for name, p in model.trained().items():
+        p.assign(p.numpy() + 0.2 * rng.standard_normal(p.shape) * ("_A" in name))
+    for name in tables:
+        table, layer = getattr(plain.embeddings, name), model.layers[f"embeddings.{name}"]
+        update = 2 / 3 * (layer.lora_embedding_B.numpy() @ layer.lora_embedding_A.numpy()).T
+        table.weight.assign(table.weight.numpy() + update)
+    query = model.layers["encoder.layer.1.attention.self.query"]
+    assert not query.lora_B.numpy().any()  # its update is none yet
+    expected = plain(ids).last_hidden_state.numpy()
+    np.testing.assert_allclose(model(ids).last_hidden_state.numpy(), expected, atol=1e-5)
+    embeds = model.get_input_embeddings()(ids)
+    np.testing.assert_allclose(embeds.numpy(), plain.get_input_embeddings()(ids).numpy(), atol=1e-6)
+    np.testing.assert_allclose(model(inputs_embeds=embeds).last_hidden_state.numpy(), expected, atol=1e-5)
+    merged = model.merge_and_unload()
+    np.testing.assert_allclose(merged(ids).last_hidden_state.numpy(), expected, atol=1e-5)
+    with pytest.raises(mb.UserError, match="is also the decoder"):
+        tuned(target_modules=["word_embeddings"]).merge_and_unload()
 
 
 def test_dropout_is_another_mask_each_step_and_comes_back_with_it_and_in_recomputation() -> None:
@@ -207,7 +233,10 @@ WRONG = {
     "bias": ({"bias": "some"}, "bias: expected 'none' or"),
     "nowhere": ({"target_modules": ["query", "quary"]}, "no 'quary': it has dense, key, query, value"),
     "no layer": ({"target_modules": "quary"}, "'quary' is no linear layer"),
-    "no linear layer": ({"target_modules": ["word_embeddings"]}, "word_embeddings is Embedding"),
+    "no linear layer": (
+        {"target_modules": ["embeddings.LayerNorm"]},
+        "LORA has no update of bert.embeddings.LayerNorm",
+    ),
     "pattern": ({"rank_pattern": {"key": 3}}, "'key' is none of the target modules"),
     "regex": ({"target_modules": "(query"}, "is no regex"),
     "head": ({"task_type": "SEQ_CLS"}, "head named classifier or score"),
@@ -221,6 +250,11 @@ WRONG = {
 def test_what_cannot_be_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(mb.UserError, match=message.replace("(", r"\(")):
         tuned(**config)
+
+
+def test_a_decoder_has_no_update() -> None:
+    with pytest.raises(mb.UserError, match=r"LORA has no update of cls.predictions.decoder"):
+        tuned(changes={"tie_word_embeddings": False}, target_modules=["decoder"])
 
 
 def test_a_tuned_model_is_not_tuned_again() -> None:

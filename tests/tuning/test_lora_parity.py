@@ -45,6 +45,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "answers": ("BertForQuestionAnswering", {}, {"task_type": "QUESTION_ANS", "target_modules": ["dense", "key"]}),
     "a head that stays": ("BertForNextSentencePrediction", {}, {"target_modules": ["value"]}),
+    "embeddings": (
+        "BertForSequenceClassification", NAMES,
+        {"task_type": "SEQ_CLS", "target_modules": ["word_embeddings", "token_type_embeddings", "value"]},
+    ),
     "wide A": ("BertForMaskedLM", {}, {"init_lora_weights": "gaussian", "exclude_modules": ["1.attention.self.value"]}),
 }  # fmt: skip
 
