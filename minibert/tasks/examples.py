@@ -28,6 +28,7 @@ from minibert.tasks.tables import Source, name_of, open_table, wrong_line
 
 REGRESSION, SINGLE, MULTI = PROBLEM_TYPES
 TASKS = ("classify", "regress", "embed")
+LARGEST = 1e15  # number to be predicted: float32 can add up the squares of a thousand
 MOST_NUMBERS = 20  # different decimal numbers that may be names of classes: half stars are 10
 
 Label = str | list[str] | float
@@ -97,11 +98,15 @@ class TextExamples:
     def targets(self, names: list[str]) -> np.ndarray:
         """What is to be predicted: (S,) int64 for one class, (S, K) float32 for several, (S,) float32 for numbers.
 
-        `names` are the model's K classes (ignored for numbers). Raises UserError, naming the line, for another label.
+        `names` are the model's K classes (ignored for numbers). Raises UserError, naming the line, for another label,
+        and for a number so large that its squared error is beyond float32.
         """
         if self.labels is None:
             raise ValueError("these examples were read without labels")
         if self.problem_type == REGRESSION:
+            for number, line in zip(self.labels, self.lines, strict=True):
+                if abs(number) > LARGEST:
+                    wrong_line(self.name, line, f"expected a number of at most {LARGEST:g}, got {number:g}: divide all")
             return np.array(self.labels, dtype=np.float32)
         return (class_sets if self.problem_type == MULTI else class_ids)(self.labels, names, self.name, self.lines)
 
@@ -141,6 +146,8 @@ def stream_texts(
     """
     if task not in TASKS:
         raise ValueError(f"expected a task of {', '.join(TASKS)}, got {task!r}")
+    if label_separator == "":
+        raise UserError("label_separator: expected what stands between two labels, got nothing")
     table = open_table(source, format)
     columns = find_columns(
         table.columns, table.name, task, text=text_column, pair=pair_column, label=label_column,

@@ -33,7 +33,7 @@ from minibert.model.checkpoint import has_weights, read_config, write_config
 from minibert.model.packing import Packed, pack
 from minibert.model.pretrained import PreTrained
 from minibert.model.tensor import no_grad
-from minibert.tasks.metrics import Scores
+from minibert.tasks.metrics import Scores, finite
 from minibert.tasks.task import Classify, Prepared, Task
 from minibert.train.config import OptimizationConfig
 from minibert.train.loop import Loop, Record, State
@@ -172,7 +172,13 @@ class FineTuning(Loop):
         groups = layerwise_groups(model, config.weight_decay, config.layerwise_lr_decay)
         super().__init__(model, tokenizer, config, max_steps, AdamW.of(config, groups), output, options)
         self.class_weights = balanced(task, train) if config.class_weights else None
-        self.progress |= {"best": None, "evaluations_since": 0, "ended": False}
+        self.metric = f"eval_{(config.metric_for_best_model or task.main_metric).removeprefix('eval_')}"
+        known = ["loss", *figure_names(task, validation)]
+        if self.metric.removeprefix("eval_") not in known:
+            raise UserError(
+                f"metric_for_best_model: expected one of {', '.join(known)}, got {config.metric_for_best_model!r}"
+            )
+        self.progress |= {"best": None, "evaluations_since": 0}
 
     @property
     def epoch(self) -> float:
@@ -238,32 +244,40 @@ class FineTuning(Loop):
         return {"epoch": round(self.epoch, 4), "eval_loss": loss, **prefixed("eval", scores.figures)}
 
     def evaluate_and_log(self) -> Record:
-        """As `Loop.evaluate_and_log`; the best model so far is written, and the run may end early."""
+        """As `Loop.evaluate_and_log`; the best model so far is written, and the run may end early.
+
+        The untrained model, whose head may have guessed well, is kept until there is another.
+        """
         record = super().evaluate_and_log()
-        name = self.config.metric_for_best_model or self.task.main_metric
-        key = name if name.startswith("eval_") else f"eval_{name}"
-        if key not in record:
-            known = ", ".join(key.removeprefix("eval_") for key in record if key.startswith("eval_"))
-            raise UserError(f"metric_for_best_model: expected one of {known}, got {name!r}")
-        value = -math.inf if record[key] is None else record[key] * (-1 if key == "eval_loss" else 1)
+        found = {name: record.get(name) for name in ("step", "eval_loss", self.metric)}
         best = self.progress["best"]
-        if best is None or value > best["value"]:
-            self.progress |= {
-                "best": {"metric": key, "value": max(value, -1e300), "step": self.step}, "evaluations_since": 0,
-            }  # fmt: skip
+        if best is None or best["step"] == 0 or self.rank(found) > self.rank(best):
+            self.progress |= {"best": found, "evaluations_since": 0}
             self.save_best()
         else:
             self.progress["evaluations_since"] += 1
-            patience = self.config.early_stopping_patience
-            if patience is not None and self.progress["evaluations_since"] >= patience:
-                self.max_steps, self.progress["ended"] = self.step, True
+        self.end_early()
         return record
 
-    def resume(self, state: State) -> None:
-        """As `Loop.resume`; a run that ended early stays at its end."""
-        super().resume(state)
-        if self.progress["ended"]:
+    def rank(self, found: Mapping[str, Any]) -> tuple[float, float]:
+        """Higher is better: by the metric; where it is the same, or not defined, by the loss."""
+        loss, value = found["eval_loss"], found[self.metric]
+        by_loss = -math.inf if loss is None else -loss
+        return by_loss if self.metric == "eval_loss" else -math.inf if value is None else value, by_loss
+
+    @property
+    def ended_early(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.progress["evaluations_since"] >= patience
+
+    def end_early(self) -> None:
+        if self.ended_early:
             self.max_steps = self.step
+
+    def resume(self, state: State) -> None:
+        """As `Loop.resume`; a run that ended early goes on only with more patience."""
+        super().resume(state)
+        self.end_early()
 
     def save_best(self) -> None:
         """The model at the top of the folder; of a tuned one the adapter, and the config with its labels."""
@@ -357,7 +371,10 @@ def predict(task: Task, model: Any, part: Prepared, tokens_per_batch: int = 4096
 def evaluate(
     task: Task, model: Any, part: Prepared, tokens_per_batch: int = 4096
 ) -> tuple[float | None, Scores, np.ndarray]:
-    """The mean loss over what counts (None where nothing does), the metrics, and the logits of all rows."""
+    """The mean loss over what counts, the metrics, and the logits of all rows.
+
+    The loss is None where nothing counts, or where it is no finite number.
+    """
     loss, outputs = evaluated(task, model, part, tokens_per_batch, with_loss=True)
     return loss, task.scores(part, outputs), outputs
 
@@ -377,7 +394,13 @@ def evaluated(
             if mean is not None:
                 loss += mean.item() * weight
                 count += weight
-    return (loss / count if count else None), np.concatenate(rows)
+    return (finite(loss / count) if count else None), np.concatenate(rows)
+
+
+def figure_names(task: Task, part: Prepared) -> list[str]:
+    """The metrics of these examples, by judging outputs of zeros: so a library that is missing is told early too."""
+    rows = len(part.sequences.ids) if task.of_tokens else len(part.sequences)
+    return list(task.scores(part, np.zeros((rows, len(task.names) or 2), np.float32)).figures)
 
 
 def prefixed(prefix: str, figures: Mapping[str, Any]) -> dict[str, Any]:

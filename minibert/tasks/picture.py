@@ -16,17 +16,22 @@ NUMBERED = 30  # classes; the counts of more would be too small to read
 LONGEST_NAME = 24  # characters
 
 
+def figure_library() -> Any:
+    """matplotlib. Raises UserError where it is missing."""
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise UserError(f"a picture of the confusion matrix needs matplotlib: {pip_install('[tasks]')}") from error
+    return matplotlib
+
+
 def draw_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: AnyPath) -> None:
     """Draw (K, K) counts, true classes by predicted ones, into a .png, .svg or .pdf file.
 
     A cell's colour is its share of its row, so that rare classes show as frequent ones do. Raises UserError where
     matplotlib is missing, or the file cannot be written.
     """
-    try:
-        import matplotlib
-        import matplotlib.figure
-    except ImportError as error:
-        raise UserError(f"a picture of the confusion matrix needs matplotlib: {pip_install('[tasks]')}") from error
+    matplotlib = figure_library()
     classes = len(names)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = 2.5 + (0.45 if classes <= NUMBERED else 0.18) * classes  # inches

@@ -119,6 +119,9 @@ class Classify(Task):
     def loss(self, logits: Tensor, targets: np.ndarray, class_weights: Sequence[float] | None) -> Tensor:
         return sequence_loss(logits, targets, str(self.problem_type), class_weights)
 
+    def counted(self, targets: np.ndarray) -> int:
+        return targets.size if self.problem_type == REGRESSION else int((targets != IGNORE).sum())
+
     def scores(self, prepared: Prepared, outputs: np.ndarray, rows: Any = slice(None)) -> Scores:
         """How good the outputs of some rows are, of all where none are named."""
         assert prepared.targets is not None

@@ -188,9 +188,13 @@ class AdamW:
 
         Raises FloatingPointError, with nothing updated, where the gradients are clipped and their norm is not finite.
         """
-        total = None if self.max_grad_norm is None else self.square_norm()
-        if total is not None:
-            self.check_norm(total)
+        total = None
+        if self.max_grad_norm is not None:
+            total = self.square_norm()
+            if total is None:  # nothing had a gradient
+                self.grad_norm = 0.0
+            else:
+                self.check_norm(total)
         if any(group.spans() for group in self.groups):
             self.step_count += 1
             self.update(self.clip_scale(total), self.lr, self.step_count)
