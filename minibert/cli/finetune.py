@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +16,11 @@ from minibert import backends
 from minibert.backends import MOST_THREADS, Backend
 from minibert.cli import app
 from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP
-from minibert.cli.running import fastest_or, follow, say, stopped_by_signals
+from minibert.cli.running import fastest_or, follow, merged, resumed, say, stopped_by_signals
 from minibert.data import load_tokenizer
 from minibert.errors import UserError
-from minibert.model.checkpoint import write_atomically
-from minibert.tasks.examples import TextExamples, read_texts
+from minibert.model.checkpoint import read_config, write_atomically
+from minibert.tasks.examples import SINGLE, TextExamples, read_texts
 from minibert.tasks.finetune import (
     PEFT,
     FineTuning,
@@ -31,7 +32,7 @@ from minibert.tasks.finetune import (
     split_examples,
 )
 from minibert.tasks.metrics import by_group, confusion_matrix, group_report
-from minibert.tasks.picture import draw_confusion_matrix
+from minibert.tasks.picture import draw_confusion_matrix, figure_library
 from minibert.tasks.pipeline import pipeline
 from minibert.tasks.questions import read_questions
 from minibert.tasks.task import Answer, Classify, Prepared, Tag, Task
@@ -40,8 +41,10 @@ from minibert.train.loop import Record, read_state, refuse_to_overwrite
 
 TASKS = ("classify", "regress", "tag", "answer")
 DEFAULT = FineTuningConfig()
+DEFAULT_OPTIONS = {"validation_split": 0.1, "dtype": "float32", "deterministic": False}
 # What may change when a run is resumed: nothing here enters the arithmetic of a step.
 CHANGEABLE = {"logging_steps", "save_steps", "checkpoint_activations", "early_stopping_patience", "tokens_per_batch"}
+MOVABLE = {"model", "train", "validation", "test", "group_column", "backend"}
 PEFT_LEARNING_RATE = 3e-4  # what begins at zero, and is small, takes more
 TEST_RESULTS, CONFUSION = "test_results.json", "confusion_matrix.png"
 
@@ -49,23 +52,36 @@ TEST_RESULTS, CONFUSION = "test_results.json", "confusion_matrix.png"
 class Columns(NamedTuple):
     """Names of columns, where they are not to be guessed."""
 
-    text: str | None = None
-    pair: str | None = None
-    label: str | None = None
+    text_column: str | None = None
+    pair_column: str | None = None
+    label_column: str | None = None
     label_separator: str | None = None
-    token: str | None = None
+    token_column: str | None = None
+
+    def of(self, kind: str) -> dict[str, Any]:
+        """Those that files of a task have. Raises UserError for another one that was given."""
+        for name, given in self._asdict().items():
+            if given is not None and name not in COLUMNS[kind]:
+                option = name.replace("_", "-")
+                having = " or ".join(task for task, names in COLUMNS.items() if name in names)
+                raise UserError(f"--{option}: expected with {having}, got it with {kind}: leave it out")
+        return {name: getattr(self, name) for name in COLUMNS[kind]}
 
 
-def read_examples(kind: str, path: Path, columns: Columns, labelled: bool = True) -> Any:
-    """The examples of a file for a task, and a line that says which column was taken as what."""
+COLUMNS = {
+    "classify": ("text_column", "pair_column", "label_column", "label_separator"),
+    "regress": ("text_column", "pair_column", "label_column"),
+    "tag": ("token_column", "label_column"),
+    "answer": (),
+}
+
+
+def read_examples(kind: str, path: Path, columns: Columns) -> Any:
+    """The labelled examples of a file for a task."""
+    options = columns.of(kind)
     if kind == "answer":
-        return read_questions(path, labelled=labelled)
-    if kind == "tag":
-        return read_words(path, token_column=columns.token, label_column=columns.label, labelled=labelled)
-    return read_texts(
-        path, kind, text_column=columns.text, pair_column=columns.pair, label_column=columns.label,
-        label_separator=columns.label_separator, labelled=labelled,
-    )  # fmt: skip
+        return read_questions(path)
+    return read_words(path, **options) if kind == "tag" else read_texts(path, kind, **options)
 
 
 def note_of(examples: Any) -> str:
@@ -89,7 +105,9 @@ def finetune(
     ),
     output: Path = typer.Option(..., help="Folder for the best model, its tokenizer, the log and the state."),
     validation: Path = typer.Option(None, help="Examples by which the best model is chosen; if none, some of --train."),
-    validation_split: float = typer.Option(0.1, min=0.001, max=0.9, help="Share of --train without --validation."),
+    validation_split: float = typer.Option(
+        None, min=0.001, max=0.9, show_default="0.1", help="Share of --train without --validation."
+    ),
     test: Path = typer.Option(None, help="Examples on which the best model is judged at the end."),
     resume: bool = typer.Option(False, "--resume", help="Go on with the run in --output, as if it had not stopped."),
     text_column: str = typer.Option(None, show_default="guessed", help="Column of the text."),
@@ -140,35 +158,29 @@ def finetune(
     given = dict(locals())
     if task not in TASKS:
         raise UserError(f"finetune: expected {', '.join(TASKS)}, got {task!r}")
+    Columns(text_column, pair_column, label_column, label_separator, token_column).of(task)
     settings = {name: given[name] for name in asdict(DEFAULT) if given.get(name) is not None}
     state = read_state(output, FineTuningConfig) if resume else None
     if state is None:
         refuse_to_overwrite(output)
         if model is None or train is None:
             raise UserError("expected --model, a folder, and --train, a file: or --resume to go on with a run")
-    options: dict[str, Any] = {
-        "task": task, "model": _absolute(model), "train": _absolute(train), "validation": _absolute(validation),
-        "validation_split": validation_split,
-        "columns": list(Columns(text_column, pair_column, label_column, label_separator, token_column)),
-        "dtype": dtype or "float32", "deterministic": bool(deterministic),
-    }  # fmt: skip
+    files = {"model": model, "train": train, "validation": validation, "test": test}
+    options: dict[str, Any] = {name: None if path is None else str(path.absolute()) for name, path in files.items()}
+    others = ("task", "validation_split", *Columns._fields, "group_column", "dtype", "deterministic", "backend")
+    options |= {name: given[name] for name in others}
     if state is not None:
-        options = state.options
-        if task != options["task"]:
-            raise UserError(f"--resume: the run in {output} is of `finetune {options['task']}`, got {task}")
-        config = _merged(state.config, settings)
+        options = resumed(state.options, options, MOVABLE)
+        config = merged(state.config, settings, CHANGEABLE)
     else:
-        usual: dict[str, Any] = {"max_seq_length": 384 if task == "answer" else 128}
-        if peft:
-            usual["learning_rate"] = PEFT_LEARNING_RATE
-        config = FineTuningConfig(**{**usual, **settings})
+        config = FineTuningConfig(**{**usual_settings(task, Path(options["model"]), peft), **settings})
+    options = {name: DEFAULT_OPTIONS.get(name) if value is None else value for name, value in options.items()}
     context.with_resource(backends.determinism(options["deterministic"]))
-    place = fastest_or(backend, threads)
+    place = fastest_or(options["backend"], threads)
     place.require_dtype(options["dtype"])
 
     run = make_run(options, config, place, output)
-    columns = Columns(*options["columns"])
-    judge = None if test is None else prepared(run.task, task, test, columns, run.tokenizer, config.max_seq_length)
+    judge = test_part(run)
     if state is not None:
         run.resume(state)
         say(f"going on after step {run.step}")
@@ -178,24 +190,19 @@ def finetune(
         say(f"stopped after step {run.step} of {run.max_steps}, and saved. To go on: "
             f"minibert finetune {task} --output {output} --resume")  # fmt: skip
         return 130
-    best = run.progress["best"]
-    say(f"the best model, of step {best['step']}, is in {output} (by {best['metric'].removeprefix('eval_')})")
+    if run.ended_early:
+        say(f"ended after step {run.step}: {run.progress['evaluations_since']} evaluations without a better one")
+    best = run.progress["best"]["step"]
+    say(f"the best model, of step {best}, is in {output} (by {run.metric.removeprefix('eval_')})")
     if judge is not None:
-        tested(run, judge, group_column)
+        tested(run, judge)
     return 0
 
 
-def _absolute(path: Path | None) -> str | None:
-    return None if path is None else str(path.absolute())
-
-
-def _merged(stored: FineTuningConfig, settings: dict[str, Any]) -> FineTuningConfig:
-    for name, value in settings.items():
-        if name not in CHANGEABLE and value != getattr(stored, name):
-            raise UserError(
-                f"--resume: the run began with {name} {getattr(stored, name)}, got {value}: leave it out, or begin anew"
-            )
-    return replace(stored, **settings)
+def usual_settings(task: str, model: Path, peft: str | None) -> dict[str, Any]:
+    """Settings where none are given: of a task, a model and the way it is trained."""
+    longest = min(384 if task == "answer" else 128, read_config(model).max_position_embeddings)
+    return {"max_seq_length": longest, **({"learning_rate": PEFT_LEARNING_RATE} if peft else {})}
 
 
 # ----------------------------------------------------------------------------------------------------------- setting up
@@ -203,7 +210,7 @@ def _merged(stored: FineTuningConfig, settings: dict[str, Any]) -> FineTuningCon
 
 def make_run(options: dict[str, Any], config: FineTuningConfig, place: Backend, output: Path) -> FineTuning:
     """Read examples, tokenizer and model, and say what was found."""
-    kind, folder, columns = options["task"], Path(options["model"]), Columns(*options["columns"])
+    kind, folder, columns = options["task"], Path(options["model"]), columns_in(options)
     tokenizer = load_tokenizer(folder)
     examples = read_examples(kind, Path(options["train"]), columns)
     if note := note_of(examples):
@@ -251,6 +258,24 @@ def prepared(
     return task.prepare(read_examples(kind, path, columns), tokenizer, max_seq_length)
 
 
+def columns_in(options: Mapping[str, Any]) -> Columns:
+    return Columns(*(options[name] for name in Columns._fields))
+
+
+def test_part(run: FineTuning) -> Prepared | None:
+    """The examples of --test, with all that judging them needs: what is amiss shows before the training."""
+    options, length = run.options, run.config.max_seq_length
+    if options["test"] is None:
+        if options["group_column"] is not None:
+            raise UserError("--group-column: expected with --test, by whose rows figures are given")
+        return None
+    part = prepared(run.task, options["task"], Path(options["test"]), columns_in(options), run.tokenizer, length)
+    groups_of(run.task, part, options["group_column"])
+    if one_of_several(run.task):
+        figure_library()
+    return part
+
+
 def divided(
     task: Task, examples: Any, tokenizer: Tokenizer, config: FineTuningConfig, share: float
 ) -> tuple[Prepared, Prepared]:
@@ -275,10 +300,10 @@ def evaluation(record: Record) -> str:
     return f"epoch {record['epoch']:g}: {figures}"
 
 
-def tested(run: FineTuning, part: Prepared, group_column: str | None) -> None:
+def tested(run: FineTuning, part: Prepared) -> None:
     """Judge the best model on examples that had no part in training; the figures are kept beside the model."""
     best = pipeline(run.output, run.model.backend, run.options["dtype"])
-    results = judged(run.task, best.model, part, run.config.tokens_per_batch, group_column)
+    results = judged(run.task, best.model, part, run.config.tokens_per_batch, run.options["group_column"])
     text = json.dumps(results, indent=2) + "\n"
     write_atomically(run.output / TEST_RESULTS, lambda file: file.write_text(text, encoding="utf-8"))
     if matrix := results.get("test_confusion_matrix"):
@@ -290,6 +315,7 @@ def judged(
     task: Task, model: Any, part: Prepared, tokens_per_batch: int, group_column: str | None, prefix: str = "test"
 ) -> dict[str, Any]:
     """Print how good a model is on examples; gives the figures."""
+    groups = groups_of(task, part, group_column)
     for note in part.notes:
         say(f"note: {note}")
     loss, scores, outputs = evaluate(task, model, part, tokens_per_batch)
@@ -297,14 +323,26 @@ def judged(
     say(f"{part.examples.name}: {len(part.examples):,} examples, loss {'-' if loss is None else f'{loss:.4f}'}")
     say(", ".join(f"{n.replace('_', ' ')} {'-' if v is None else f'{v:.4f}'}" for n, v in scores.figures.items()))
     say(scores.report.rstrip("\n"))
-    if isinstance(task, Classify) and task.problem_type == "single_label_classification":
+    if one_of_several(task):
         assert part.targets is not None
         matrix = confusion_matrix(part.targets, outputs.argmax(axis=-1), len(task.names))
         results[f"{prefix}_confusion_matrix"] = matrix.tolist()
-    if group_column is not None:
-        if not isinstance(task, Classify):
-            raise UserError("--group-column: expected with classify or regress, whose files have columns")
-        groups = by_group(part.examples.groups(group_column), lambda rows: task.scores(part, outputs, rows))
-        say(group_report(groups).rstrip("\n"))
-        results[f"{prefix}_by_{group_column}"] = groups
+    if groups is not None:
+        assert isinstance(task, Classify)
+        figures = by_group(groups, lambda rows: task.scores(part, outputs, rows))
+        say(group_report(figures).rstrip("\n"))
+        results[f"{prefix}_by_{group_column}"] = figures
     return results
+
+
+def groups_of(task: Task, part: Prepared, column: str | None) -> list[str] | None:
+    """What a column holds, row by row. Raises UserError where there are no rows, or no such column."""
+    if column is None:
+        return None
+    if not isinstance(task, Classify):
+        raise UserError("--group-column: expected with classify or regress, whose files have columns")
+    return part.examples.groups(column)
+
+
+def one_of_several(task: Task) -> bool:
+    return isinstance(task, Classify) and task.problem_type == SINGLE

@@ -14,13 +14,14 @@ import typer
 
 from minibert.backends import MOST_THREADS
 from minibert.cli import app
-from minibert.cli.finetune import Columns, judged, note_of, prepared, read_examples
+from minibert.cli.finetune import Columns, judged, note_of, prepared
 from minibert.cli.options import BACKENDS, OWN_HELP, machine, notes, refuse_unwritable
 from minibert.cli.running import fastest_or
 from minibert.errors import UserError
 from minibert.model.checkpoint import write_atomically
 from minibert.tasks.examples import TextExamples, stream_texts
 from minibert.tasks.pipeline import Pipeline, pipeline
+from minibert.tasks.questions import read_questions
 from minibert.tasks.words import WordExamples, stream_words
 
 ROWS_AT_ONCE = 1024  # examples that are read, run and written together
@@ -94,7 +95,7 @@ def predict(
     source: Any = file if file is not None else sys.stdin.buffer
     if file is None and format is None:
         format = "json" if model.kind == "answer" else "txt"
-    columns = Columns(text_column, pair_column, token=token_column)
+    columns = Columns(text_column, pair_column, token_column=token_column)
 
     def rows() -> Iterator[dict[str, Any]]:
         for examples in in_parts(model.kind, source, columns, format):
@@ -109,18 +110,16 @@ def predict(
 
 def in_parts(kind: str, source: Any, columns: Columns, format: str | None) -> Iterator[Any]:
     """Examples without labels, some at a time, as they come. Questions come together: their windows share contexts."""
+    options = {**columns.of(kind), "labelled": False}
     if kind == "answer":
-        yield read_examples(kind, source, columns, labelled=False)
+        yield read_questions(source, labelled=False, format=format)
         return
     if kind == "tag":
-        note, sentences = stream_words(source, token_column=columns.token, labelled=False, format=format)
+        note, sentences = stream_words(source, **options, format=format)
         while some := list(islice(sentences, ROWS_AT_ONCE)):
             yield WordExamples(str(source), note, some)
         return
-    taken, texts = stream_texts(
-        source, "classify" if kind == "classify" else "regress", text_column=columns.text, pair_column=columns.pair,
-        labelled=False, format=format,
-    )  # fmt: skip
+    taken, texts = stream_texts(source, kind, **options, format=format)
     while examples := list(islice(texts, ROWS_AT_ONCE)):
         yield TextExamples.of(str(source), taken, examples)
 

@@ -15,7 +15,7 @@ from minibert.backends import MOST_THREADS, Backend
 from minibert.cli import app
 from minibert.cli.inputs import SEPARATOR_HELP
 from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP, PRODUCTS_HELP, set_products
-from minibert.cli.running import fastest_or, follow, say, stopped_by_signals
+from minibert.cli.running import fastest_or, follow, merged, resumed, say, stopped_by_signals
 from minibert.data import (
     SHIPPED_TEXT,
     Document,
@@ -40,7 +40,7 @@ from minibert.train.trainer import Trainer, prepare
 DEFAULT = TrainingConfig()
 # What may change when a run is resumed: nothing here enters the arithmetic of a step, but max_steps by the schedule.
 CHANGEABLE = {"max_steps", "logging_steps", "eval_steps", "save_steps", "checkpoint_activations"}
-OTHERWISE_RESUMED = {"backend", "products", "texts", "tensorboard"}  # and of the other options
+MOVABLE = {"texts", "backend", "products", "tensorboard"}  # and of the other options: the text must be the same
 DEFAULT_OPTIONS = {
     "document_separator": TWO_BLANK_LINES, "config": "mini", "dtype": "float32", "products": "float32",
     "deterministic": False, "tensorboard": False,
@@ -120,7 +120,7 @@ def pretrain(
     state = read_state(output) if resume else None
     if state is None:
         refuse_to_overwrite(output)
-    training = TrainingConfig(**settings) if state is None else merged(state.config, settings)
+    training = TrainingConfig(**settings) if state is None else merged(state.config, settings, CHANGEABLE)
 
     options: dict[str, Any] = {
         name: given[name]
@@ -132,7 +132,7 @@ def pretrain(
     options["tokenizer"] = None if tokenizer is None else str(tokenizer.absolute())
     options["texts"] = [str(path.absolute()) for path in texts or ()]
     if state is not None:
-        options = resumed(state.options, options)
+        options = resumed(state.options, options, MOVABLE)
     options = {name: DEFAULT_OPTIONS.get(name) if value is None else value for name, value in options.items()}
     context.with_resource(backends.determinism(options["deterministic"]))
     place = fastest_or(options["backend"], threads)
@@ -160,31 +160,6 @@ def pretrain(
 
 
 # ----------------------------------------------------------------------------------------------------------- setting up
-
-
-def merged(stored: TrainingConfig, settings: dict[str, Any]) -> TrainingConfig:
-    """A resumed run's config. Raises UserError for a setting that is not the one the run began with."""
-    for name, value in settings.items():
-        if name not in CHANGEABLE and value != getattr(stored, name):
-            raise UserError(
-                f"--resume: the run began with {name} {getattr(stored, name)}, got {value}: leave it out, or begin anew"
-            )
-    return replace(stored, **settings)
-
-
-def resumed(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """A resumed run's other options: the same text may be at another place, and another backend, which may not have
-    the run's mode of products, be given; where the log goes too."""
-    for name, value in given.items():
-        if name not in OTHERWISE_RESUMED and value is not None and value != stored.get(name):
-            raise UserError(
-                f"--resume: the run began with {name} {stored.get(name)}, got {value}: leave it out, or begin anew"
-            )
-    if given["backend"] is None and ":" in (stored.get("backend") or ""):  # a folder from elsewhere runs no code
-        raise UserError(
-            f"--resume: the run's --backend was {stored['backend']}, code of its own: name it again, or another"
-        )
-    return {name: stored.get(name) if value is None or value == [] else value for name, value in given.items()}
 
 
 def make_trainer(

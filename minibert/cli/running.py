@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -17,9 +18,11 @@ from minibert.cli.options import console, notes
 from minibert.errors import UserError
 from minibert.kernels import Op
 from minibert.lab.conform.own_kernels import TriedKernel, refuse_uncalled
+from minibert.train.config import OptimizationConfig
 from minibert.train.loop import Loop, Record
 
 FASTEST_FIRST = ("cupy", "numba", "numpy")
+Config = TypeVar("Config", bound=OptimizationConfig)
 
 
 def say(text: str) -> None:
@@ -40,6 +43,30 @@ def fastest_or(name: str | None, threads: int | None) -> Backend:
                 if candidate != "cupy" or find_spec("cupy"):  # most machines have no GPU: that is no news
                     notes.print(str(error), markup=False, highlight=False, soft_wrap=True)
     raise UserError("no backend runs here: see minibert backends")
+
+
+def merged(stored: Config, settings: Mapping[str, Any], changeable: Collection[str]) -> Config:
+    """A resumed run's config. Raises UserError for a setting that is not the one the run began with."""
+    refuse_changes(vars(stored), settings, changeable)
+    return replace(stored, **settings)
+
+
+def resumed(stored: Mapping[str, Any], given: Mapping[str, Any], movable: Collection[str]) -> dict[str, Any]:
+    """A resumed run's other options. What is `movable` may be given anew: the same files may be at another place."""
+    refuse_changes(stored, given, movable)
+    if given["backend"] is None and ":" in (stored.get("backend") or ""):  # a folder from elsewhere runs no code
+        raise UserError(
+            f"--resume: the run's --backend was {stored['backend']}, code of its own: name it again, or another"
+        )
+    return {name: stored.get(name) if value is None or value == [] else value for name, value in given.items()}
+
+
+def refuse_changes(stored: Mapping[str, Any], given: Mapping[str, Any], changeable: Collection[str]) -> None:
+    for name, value in given.items():
+        if name not in changeable and value is not None and value != stored.get(name):
+            raise UserError(
+                f"--resume: the run began with {name} {stored.get(name)}, got {value}: leave it out, or begin anew"
+            )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -57,18 +57,19 @@ def read_state(folder: str | Path, kind: type[OptimizationConfig] = TrainingConf
     """The state in `folder`, of a run with such a config. Raises UserError where there is none that can be read."""
     path = Path(folder) / STATE
     if not path.is_file():
-        raise UserError(
-            f"nothing to resume in {folder}: expected {STATE} there, as `minibert pretrain --output` writes it"
-        )
+        raise UserError(f"nothing to resume in {folder}: expected {STATE} there, as a run writes it into its --output")
     arrays, metadata = read_arrays(path)
     try:
         about = json.loads(metadata["trainer_state"])
         config = about["config"]
+        strange = config.keys() - {field.name for field in fields(kind)}
+        if strange:
+            raise TypeError(f"its setting {min(strange)} is another command's or another version's")
         if "format" not in about and config["warmup_steps"] == 0:
             config["warmup_steps"] = None  # before there was a format, 0 said "not given"
         return State(kind(**config), about["options"], about["progress"], arrays)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no state of a run of this version ({error}): begin a new run") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no state of such a run ({error}): begin a new run") from None
 
 
 def refuse_to_overwrite(output: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minibert.cli.pretrain import resumed
+from minibert.cli.pretrain import MOVABLE, resumed
 from minibert.data import SHIPPED_TEXT, SHIPPED_VOCABULARY, load_tokenizer, read_documents
 from minibert.errors import UserError
 from minibert.model.bert import BertForMaskedLM
@@ -59,6 +59,6 @@ def test_a_run_resumed_before_its_first_step_begins(data: Data, tmp_path: Path) 
 def test_resumed_products_are_those_of_the_run_unless_named() -> None:
     given = {"backend": None, "products": None, "texts": []}
     stored = {"backend": "cupy", "products": "tf32", "texts": ["a.txt"]}
-    assert resumed(stored, given) == stored
+    assert resumed(stored, given, MOVABLE) == stored
     other = {**given, "backend": "numpy", "products": "float32"}
-    assert resumed(stored, other) == {**other, "texts": ["a.txt"]}
+    assert resumed(stored, other, MOVABLE) == {**other, "texts": ["a.txt"]}
