@@ -245,8 +245,6 @@ def task_for(kind: str, examples: Any, folder: Path) -> Task:
     """The task, with the labels of the model in the folder where they are those of the examples."""
     if kind == "answer":
         return Answer()
-    if kind == "regress":
-        return Classify.of(examples)
     names = names_for(examples, folder, Tag if kind == "tag" else Classify)
     return Tag(names) if kind == "tag" else Classify.of(examples, names)
 

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 from typing import Any
 
 import typer
@@ -22,6 +24,7 @@ from minibert.model.checkpoint import write_atomically
 from minibert.tasks.examples import TextExamples, stream_texts
 from minibert.tasks.pipeline import Pipeline, pipeline
 from minibert.tasks.questions import read_questions
+from minibert.tasks.tables import name_of
 from minibert.tasks.words import WordExamples, stream_words
 
 ROWS_AT_ONCE = 1024  # examples that are read, run and written together
@@ -92,7 +95,9 @@ def predict(
     if output is not None and output.exists():
         raise UserError(f"--output: {output} exists: name another file")
     model = loaded(folder, base, backend, dtype, threads, max_seq_length)
-    source: Any = file if file is not None else sys.stdin.buffer
+    source: Any = file
+    if file is None:  # without its buffer, which a thread that waits for a line would hold when the program ends
+        source = getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
     if file is None and format is None:
         format = "json" if model.kind == "answer" else "txt"
     columns = Columns(text_column, pair_column, token_column=token_column)
@@ -111,17 +116,49 @@ def predict(
 def in_parts(kind: str, source: Any, columns: Columns, format: str | None) -> Iterator[Any]:
     """Examples without labels, some at a time, as they come. Questions come together: their windows share contexts."""
     options = {**columns.of(kind), "labelled": False}
+    parts = equal_parts if isinstance(source, Path) else as_they_come
     if kind == "answer":
         yield read_questions(source, labelled=False, format=format)
         return
     if kind == "tag":
         note, sentences = stream_words(source, **options, format=format)
-        while some := list(islice(sentences, ROWS_AT_ONCE)):
-            yield WordExamples(str(source), note, some)
+        for some in parts(sentences):
+            yield WordExamples(name_of(source), note, some)
         return
     taken, texts = stream_texts(source, kind, **options, format=format)
-    while examples := list(islice(texts, ROWS_AT_ONCE)):
-        yield TextExamples.of(str(source), taken, examples)
+    for some in parts(texts):
+        yield TextExamples.of(name_of(source), taken, some)
+
+
+def equal_parts(rows: Iterator[Any]) -> Iterator[list[Any]]:
+    while part := list(islice(rows, ROWS_AT_ONCE)):
+        yield part
+
+
+def as_they_come(rows: Iterator[Any]) -> Iterator[list[Any]]:
+    """At least one row, and what else has come by then: a line that is typed is answered at once, and of what flows in
+    while the model is at work much goes through together."""
+    came: Queue[Any] = Queue(ROWS_AT_ONCE)
+
+    def read() -> None:
+        try:
+            for row in rows:
+                came.put(row)
+            came.put(None)
+        except Exception as error:
+            came.put(error)
+
+    Thread(target=read, daemon=True).start()
+    while True:
+        part = [came.get()]
+        part += [came.get() for _ in range(came.qsize())]
+        end = part.pop() if part[-1] is None or isinstance(part[-1], Exception) else part
+        if part:
+            yield part
+        if isinstance(end, Exception):
+            raise end
+        if end is None:
+            return
 
 
 def written(path: Path, suffix: str, rows: Iterator[dict[str, Any]]) -> None:

@@ -33,8 +33,10 @@ from minibert.model.checkpoint import has_weights, read_config, write_config
 from minibert.model.packing import Packed, pack
 from minibert.model.pretrained import PreTrained
 from minibert.model.tensor import no_grad
+from minibert.tasks.examples import REGRESSION
+from minibert.tasks.labels import LabelIds
 from minibert.tasks.metrics import Scores, finite
-from minibert.tasks.task import Classify, Prepared, Task
+from minibert.tasks.task import Classify, Prepared, Task, architecture_of, label_names, own_names
 from minibert.train.config import OptimizationConfig
 from minibert.train.loop import Loop, Record, State
 from minibert.train.optim import AdamW, parameter_groups
@@ -97,9 +99,8 @@ def load_model(
     `seed`. What is missing is initialised, and a warning names it. Raises UserError for a folder that does not fit.
     """
     config = read_config(folder)
-    names = dict(enumerate(task.names))
-    known = (config.others.get("architectures") or [""])[0] == task.architecture.__name__
-    kept = known and (not names or config.id2label == names)
+    known = architecture_of(config) == task.architecture.__name__
+    kept = known and (not task.names or label_names(config) == task.names)
     if not has_weights(folder):
         raise UserError(f"no weights in {folder}: expected a pretrained model, such as `minibert pretrain` writes")
     model, info = task.architecture.from_pretrained(
@@ -418,11 +419,13 @@ def split_examples(count: int, share: float, seed: int) -> tuple[np.ndarray, np.
 
 def names_for(examples: Any, folder: str | Path, task: type[Task]) -> Sequence[str]:
     """The labels of the model in a folder, where it is of this task and has all that the examples have; else theirs."""
-    config = read_config(folder)
-    own = list(examples.label_names())
-    known = (config.others.get("architectures") or [""])[0] == task.architecture.__name__
-    names = [config.id2label[number] for number in sorted(config.id2label)]
-    return names if known and set(own) <= set(names) else own
+    config, own = read_config(folder), own_names(examples)
+    if architecture_of(config) != task.architecture.__name__:
+        return own
+    names = label_names(config)
+    if getattr(examples, "problem_type", None) == REGRESSION:
+        return names if len(names) == 1 else own
+    return names if set(own) <= LabelIds(names).ids.keys() else own
 
 
 __all__ = [

@@ -24,7 +24,7 @@ from minibert.tasks.examples import REGRESSION, TextExample, TextExamples
 from minibert.tasks.finetune import predict
 from minibert.tasks.predictions import predictions
 from minibert.tasks.questions import Question, QuestionExamples
-from minibert.tasks.task import Answer, Tag, Task, task_of
+from minibert.tasks.task import Answer, Tag, Task, architecture_of, task_of
 from minibert.tasks.words import Sentence, WordExamples, joined, plain_sentences
 from minibert.tuning import load_peft_model
 from minibert.tuning.files import CONFIG as ADAPTER
@@ -113,17 +113,20 @@ def pipeline(
     was. Raises UserError for a folder that holds no fine-tuned model.
     """
     config = read_config(folder)
-    architecture = (config.others.get("architectures") or ["no architecture"])[0]
-    task = task_of(config, architecture)
+    task = task_of(config, architecture_of(config))
     if task is None:
         raise UserError(
-            f"{folder} holds {architecture}: expected a fine-tuned model, as `minibert finetune` writes, with "
-            "BertForSequenceClassification, BertForTokenClassification or BertForQuestionAnswering in its config.json "
-            "(masks are filled by `minibert fill-mask`, vectors made by `minibert embed`)"
+            f"{folder} holds {architecture_of(config) or 'a model without a name'}: expected a fine-tuned model, as "
+            "`minibert finetune` writes, with BertForSequenceClassification, BertForTokenClassification or "
+            "BertForQuestionAnswering in its config.json (masks are filled by `minibert fill-mask`, vectors made by "
+            "`minibert embed`)"
         )
     tokenizer = load_tokenizer(folder)
     if not (Path(folder) / ADAPTER).is_file():
-        return Pipeline(task, task.architecture.from_pretrained(folder, backend, dtype), tokenizer, max_seq_length)
+        model, info = task.architecture.from_pretrained(folder, backend, dtype, output_loading_info=True)
+        if info["missing_keys"]:
+            raise UserError(f"{folder} lacks {', '.join(sorted(info['missing_keys']))}: fine-tune it first")
+        return Pipeline(task, model, tokenizer, max_seq_length)
     named = read_json(Path(folder) / ADAPTER).get("base_model_name_or_path")
     beside = base or named or config.others.get("_name_or_path")
     if not beside or not Path(beside).is_dir():

@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from minibert.data import Sequences
+from minibert.errors import UserError
 from minibert.model.config import BertConfig
 from minibert.model.heads import (
     BertForQuestionAnswering,
@@ -26,6 +27,7 @@ from minibert.model.tensor import Tensor
 from minibert.tasks.answers import answers_from
 from minibert.tasks.encoding import EncodedWords, Windows, encode_questions, encode_texts, encode_words
 from minibert.tasks.examples import MULTI, REGRESSION, SINGLE, TextExamples
+from minibert.tasks.labels import names_of
 from minibert.tasks.metrics import (
     MAIN,
     Scores,
@@ -106,9 +108,7 @@ class Classify(Task):
     @classmethod
     def of(cls, examples: TextExamples, names: Sequence[str] = ()) -> Classify:
         """The task that labelled examples set, with labels in a given order or their own."""
-        if examples.problem_type == REGRESSION:
-            return cls(["LABEL_0"], REGRESSION)
-        return cls(names or examples.label_names(), examples.problem_type)
+        return cls(names or own_names(examples), examples.problem_type)
 
     def prepare(self, examples: TextExamples, tokenizer: Tokenizer, max_seq_length: int) -> Prepared:
         encoded = encode_texts(tokenizer, examples.texts, examples.pairs, max_seq_length)
@@ -215,6 +215,13 @@ class Answer(Task):
         return MAIN["answers"]
 
 
+def own_names(examples: Any) -> list[str]:
+    """The labels of examples; of numbers the name that transformers gives to a single output."""
+    if getattr(examples, "problem_type", None) == REGRESSION:
+        return ["LABEL_0"]
+    return list(examples.label_names())
+
+
 def probabilities(logits: np.ndarray, problem_type: str = SINGLE) -> np.ndarray:
     """(M, K): softmax over the classes of a row, or each class's own sigmoid."""
     logits = logits.astype(np.float64)
@@ -224,11 +231,28 @@ def probabilities(logits: np.ndarray, problem_type: str = SINGLE) -> np.ndarray:
     return np.asarray(e / e.sum(axis=-1, keepdims=True))
 
 
+def architecture_of(config: BertConfig) -> str:
+    """The class of the model, as config.json names it; "" where it does not."""
+    named = config.others.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
+
+
+def label_names(config: BertConfig) -> list[str]:
+    """The labels in the order of the outputs. Raises UserError where their numbers have a gap."""
+    return names_of(config.id2label) or ["LABEL_0", "LABEL_1"]
+
+
 def task_of(config: BertConfig, architecture: str) -> Task | None:
-    """The task of a fine-tuned model, by its config.json; None for another kind."""
-    names = [config.id2label[number] for number in sorted(config.id2label)] or ["LABEL_0", "LABEL_1"]
+    """The task of a fine-tuned model, by its config.json; None for another kind.
+
+    Raises UserError where the labels do not fit what they are for.
+    """
+    names = label_names(config)
     if architecture == BertForSequenceClassification.__name__:
         kind = config.problem_type or (REGRESSION if len(names) == 1 else SINGLE)
+        if kind != MULTI and (kind == REGRESSION) != (len(names) == 1):
+            expected = "a single label" if kind == REGRESSION else "two labels or more"
+            raise UserError(f"config: expected {expected} with problem_type {kind}, got {len(names)}")
         return Classify(names, kind)
     if architecture == BertForTokenClassification.__name__:
         return Tag(names)
