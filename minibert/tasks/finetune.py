@@ -69,7 +69,7 @@ class FineTuningConfig(OptimizationConfig):
     freeze: str = ""  # what is not trained: embeddings, layers:0-3, or both, separated by a comma
     class_weights: str = ""  # "balanced": each class weighs the same, however rare; "": each example
     early_stopping_patience: int | None = None  # evaluations without a better one after which it ends
-    metric_for_best_model: str = ""  # a metric, higher is better, or eval_loss; "": the task's own
+    metric_for_best_model: str = ""  # a metric, or eval_loss; "": the task's own
     peft: str = ""  # one of PEFT: the model is frozen, and little beside it is trained; "": all of it
     lora_r: int = 8  # rank of an update; with adalora on average, in the end
     lora_alpha: float = 16.0  # of the updates' factor, lora_alpha / r
@@ -262,9 +262,12 @@ class FineTuning(Loop):
 
     def rank(self, found: Mapping[str, Any]) -> tuple[float, float]:
         """Higher is better: by the metric; where it is the same, or not defined, by the loss."""
-        loss, value = found["eval_loss"], found[self.metric]
-        by_loss = -math.inf if loss is None else -loss
-        return by_loss if self.metric == "eval_loss" else -math.inf if value is None else value, by_loss
+
+        def of(name: str) -> float:
+            value = found[name]
+            return -math.inf if value is None else -value if name.endswith(("_loss", "_error")) else value
+
+        return of(self.metric), of("eval_loss")
 
     @property
     def ended_early(self) -> bool:
