@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,25 @@ class PackedBatch:
     cu_seqlens: np.ndarray  # (B + 1,) int32
     labels: np.ndarray  # (N,) int64: the token to predict, -100 where none is
     next_sentence_label: np.ndarray | None = None  # (B,) int64
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a model reads, by its arguments."""
+        names = ("input_ids", "token_type_ids", "position_ids", "cu_seqlens")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def counted(self) -> int:
+        """What the loss is the mean of."""
+        return int((self.labels >= 0).sum())
+
+    def loss(self, model: Any) -> Any:
+        """What a training step of the model lowers, as a tensor."""
+        return model(**self.inputs, labels=self.labels, return_dict=True).loss
+
+    def infer(self, model: Any) -> Any:
+        """What the model is used for once it is trained, as a tensor: (N, C), the encoder's output."""
+        return model.bert(**self.inputs, return_dict=True).last_hidden_state
 
 
 class Batches:
@@ -56,13 +76,16 @@ class Batches:
         """The batch of a step, counted from 0 through all epochs."""
         if step < 0:
             raise ValueError(f"steps count from 0, got {step}")
-        epoch = self.epoch_of(step)
-        chosen = self.plan(epoch)[step - self.first_steps[epoch]]
-        batch = pack(self.sequences, chosen)
+        batch = pack(self.sequences, self.chosen(step))
         if self.masking is None:
             return batch
         visible, labels = mask_tokens(batch.input_ids, self.masking, self.seed, step)
         return replace(batch, input_ids=visible, labels=labels)
+
+    def chosen(self, step: int) -> np.ndarray:
+        """The numbers of a batch's sequences."""
+        epoch = self.epoch_of(step)
+        return self.plan(epoch)[step - self.first_steps[epoch]]
 
     def epoch_of(self, step: int) -> int:
         """Epochs differ in their number of batches, so the first search plans every epoch up to the step."""

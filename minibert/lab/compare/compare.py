@@ -120,16 +120,10 @@ class _Trainer:
     def __init__(self, run: Run, model: Any, batch: PackedBatch, learning_rate: float) -> None:
         self.run, self.model, self.batch = run, model.train(), batch
         self.optimiser = AdamW(parameter_groups(model, 0.01), lr=learning_rate, max_grad_norm=1.0)
-        self.inputs = {
-            "input_ids": batch.input_ids,
-            "token_type_ids": batch.token_type_ids,
-            "position_ids": batch.position_ids,
-            "cu_seqlens": batch.cu_seqlens,
-        }
         self.loss: Any = None
 
     def forward(self) -> None:
-        self.loss = self.model(**self.inputs, labels=self.batch.labels, return_dict=True).loss
+        self.loss = self.batch.loss(self.model)
 
     def backward(self) -> None:
         self.loss.backward()
@@ -141,7 +135,7 @@ class _Trainer:
     def infer(self) -> None:
         self.model.eval()
         with no_grad():
-            self.model.bert(**self.inputs, return_dict=True).last_hidden_state  # noqa: B018  computed when asked for
+            self.batch.infer(self.model)
         self.model.train()
 
     def step(self) -> None:

@@ -124,12 +124,6 @@ class Training:
         Raises FloatingPointError where the gradients are not finite, and what a kernel raises.
         """
         batch = self.batch_of(self.taken)
-        inputs = {
-            "input_ids": batch.input_ids,
-            "token_type_ids": batch.token_type_ids,
-            "position_ids": batch.position_ids,
-            "cu_seqlens": batch.cu_seqlens,
-        }
         with self.side.working() as backend:
 
             def seen(phase: str) -> AbstractContextManager[Any]:
@@ -139,7 +133,7 @@ class Training:
 
             self.optimiser.zero_grad()
             with seen("forward"):
-                loss = self.model(**inputs, labels=batch.labels, return_dict=True).loss
+                loss = batch.loss(self.model)
             with seen("backward"):
                 loss.backward()
             value = float(loss.item())
