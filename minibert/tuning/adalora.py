@@ -238,13 +238,15 @@ class AdaLoraModel(PeftModel):
         self.assign({name: values for name, values in arrays.items() if not name.startswith(STATE)})
 
     def _to_save(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Cut to the ranks that are kept."""
+        """Cut to the triplets whose E is not 0: between two prunings those that came back are a part of the model."""
         config, arrays = super()._to_save()
         if self.allocator is None or not self.allocator.pruned:
             return config, arrays
-        for layer, kept in self.allocator.kept.items():
+        pattern = {}
+        for layer in self.layers:
+            kept = arrays[f"{PREFIX}{layer}.lora_E"][:, 0] != 0
+            pattern[f"{layer}.lora_E"] = kept.tolist()
             for name in NAMES:
                 key = f"{PREFIX}{layer}.{name}"
                 arrays[key] = arrays[key][:, kept] if name == "lora_B" else arrays[key][kept]
-        pattern = {f"{layer}.lora_E": kept.tolist() for layer, kept in self.allocator.kept.items()}
         return {**config, "rank_pattern": pattern}, arrays

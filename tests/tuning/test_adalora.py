@@ -184,6 +184,15 @@ def test_files_are_cut_to_the_ranks_and_come_back(tmp_path: Path) -> None:
     np.testing.assert_allclose(logits(again.merge_and_unload()), logits(loaded), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("step", [4, 5])
+def test_what_is_saved_at_a_pruning_or_between_two_is_the_model_as_it_is(step: int, tmp_path: Path) -> None:
+    model = Run(tuned(deltaT=2)).to(step).model.eval()
+    model.save_pretrained(tmp_path)
+    loaded: Any = PeftModel.from_pretrained(masked_lm(), tmp_path)
+    np.testing.assert_allclose(logits(loaded), logits(model), rtol=0, atol=1e-5)
+    assert sum(loaded.ranks().values()) == (24 if step == 5 else model.allocator.budget(4))
+
+
 WRONG = {
     "no steps": ({"total_step": None}, "total_step: expected the steps of the whole training"),
     "no time to prune": ({"tinit": 5, "tfinal": 3}, "tinit: expected less than total_step - tfinal"),
