@@ -12,7 +12,7 @@ import typer
 from rich.text import Text
 
 from minibert import backends
-from minibert.cli import app, sides
+from minibert.cli import app, labelled, sides
 from minibert.cli.compiling import show_compiling
 from minibert.cli.diff_report import MEANINGS, facts, finite, table, verdict
 from minibert.cli.inputs import step_inputs
@@ -38,6 +38,13 @@ def bisect_command(
     b_dtype: sides.BDtype = None,
     config: sides.Config = "tiny",
     text: sides.Text = None,
+    task: labelled.TaskName = labelled.MLM,
+    train: labelled.Train = None,
+    text_column: labelled.TextColumn = None,
+    pair_column: labelled.PairColumn = None,
+    label_column: labelled.LabelColumn = None,
+    label_separator: labelled.LabelSeparator = None,
+    token_column: labelled.TokenColumn = None,
     tokens: sides.Tokens = 1024,
     max_seq_length: sides.MaxSeqLength = 128,
     dtype: sides.Dtype = "float32",
@@ -63,7 +70,9 @@ def bisect_command(
     if isinstance(first, Recording) or isinstance(second, Recording):
         raise UserError("bisect: a trace holds one step and cannot be run again; give two backends, or use diff")
     sides.fit(first, second, products)
-    inputs = step_inputs(config, text, tokens, max_seq_length, seed, steps)
+    columns = labelled.Columns(text_column, pair_column, label_column, label_separator, token_column)
+    examples = labelled.Labelled(task, train, columns)
+    inputs = step_inputs(config, text, tokens, max_seq_length, seed, steps, examples)
     batches = inputs.make_batches()
     with notes.status("making the models") as status, show_compiling(status.update):
         run = bisect(first, second, inputs.make_model, batches.batch, steps, progress=status.update)
@@ -74,8 +83,9 @@ def bisect_command(
         case = _case(run, first, second, kernel)
     written = [] if case is None else [str(path) for path in case.write(output)]
     if json_file is not None:
-        json_file.write_text(json.dumps(_facts(run, written), indent=1, allow_nan=False) + "\n")
+        json_file.write_text(json.dumps({"task": inputs.task} | _facts(run, written), indent=1, allow_nan=False) + "\n")
     console.print(said(run), highlight=False, soft_wrap=True)
+    inputs.say_how()
     for name, side in (("A", first), ("B", second)):
         console.print(f"{name}: {sides.described(side)}", highlight=False, soft_wrap=True)
     if run.first is not None:

@@ -16,9 +16,9 @@ import typer
 
 from minibert.backends import MOST_THREADS, Backend, BackendUnavailable, determinism, names
 from minibert.backends.base import Kernel
-from minibert.cli import app
+from minibert.cli import app, labelled
 from minibert.cli.compiling import show_compiling
-from minibert.cli.inputs import step_inputs
+from minibert.cli.inputs import Inputs, step_inputs
 from minibert.cli.legend import ULP_HELP, show
 from minibert.cli.options import (
     BACKENDS,
@@ -41,7 +41,6 @@ from minibert.lab.conform.own_kernels import HELP, load_kernels, refuse_uncalled
 from minibert.lab.measure.energy import open_meter
 from minibert.lab.measure.prices import Prices, read_prices
 from minibert.lab.measure.quiet import warning
-from minibert.model.config import BertConfig
 
 if TYPE_CHECKING:
     from minibert.page import Recorded
@@ -55,6 +54,13 @@ def compare_command(
     context: typer.Context,
     config: str = typer.Option("tiny", help="tiny, mini, minilm, small, medium, base, or a checkpoint's FOLDER."),
     text: list[Path] = typer.Option(None, help="Text files; default: the one that ships with minibert."),
+    task: labelled.TaskName = labelled.MLM,
+    train: labelled.Train = None,
+    text_column: labelled.TextColumn = None,
+    pair_column: labelled.PairColumn = None,
+    label_column: labelled.LabelColumn = None,
+    label_separator: labelled.LabelSeparator = None,
+    token_column: labelled.TokenColumn = None,
     backends: str = typer.Option(
         None,
         *BACKENDS,
@@ -99,7 +105,9 @@ def compare_command(
         place.require_dtype(dtype)
     set_products(compared, products)
     context.with_resource(determinism(deterministic))
-    inputs = step_inputs(config, text, tokens, max_seq_length, seed)
+    columns = labelled.Columns(text_column, pair_column, label_column, label_separator, token_column)
+    examples = labelled.Labelled(task, train, columns)
+    inputs = step_inputs(config, text, tokens, max_seq_length, seed, labelled=examples)
     if report is not None:
         _make_folder(report)
     extras = _extras(compared, dtype) if report or json_file else None
@@ -116,8 +124,9 @@ def compare_command(
             extras=extras,
         )
     refuse_uncalled(kernels)
-    described = _described(config, inputs.config, dtype, steps, found) | {"deterministic": deterministic}
+    described = _described(config, inputs, dtype, steps, found) | {"deterministic": deterministic}
     console.print(f"{described['name']}: {described['summary']}", highlight=False)
+    inputs.say_how()
     for run in found.runs:
         console.print(f"{run.backend.name}: {run.backend.describe()}", highlight=False)
     for table in tables(found, console, ulp):
@@ -207,11 +216,13 @@ def _crossovers(compared: list[Backend], kernels: Mapping[Op, Kernel]) -> dict[s
     return found | {"what": f"{found['what']}, in float32"}
 
 
-def _described(name: str, config: BertConfig, dtype: str, steps: int, found: Comparison) -> dict[str, Any]:
-    batch = found.batch
-    predicted = int((batch.labels >= 0).sum())
+def _described(name: str, inputs: Inputs, dtype: str, steps: int, found: Comparison) -> dict[str, Any]:
+    batch, config, predicted = found.batch, inputs.config, found.batch.counted
+    task = "" if inputs.task == labelled.MLM else f"{inputs.task}, "
     return {
         "name": name,
+        "task": inputs.task,
+        "examples": inputs.how,
         **asdict(config),
         "dtype": dtype,
         "steps": steps,
@@ -219,7 +230,7 @@ def _described(name: str, config: BertConfig, dtype: str, steps: int, found: Com
         "tokens": len(batch.input_ids),
         "predicted": predicted,
         "summary": (
-            f"L{config.num_hidden_layers} C{config.hidden_size} H{config.num_attention_heads} "
+            f"{task}L{config.num_hidden_layers} C{config.hidden_size} H{config.num_attention_heads} "
             f"V{config.vocab_size}, {dtype}; "
             f"{found.samples} sequences, {len(batch.input_ids)} tokens, {predicted} predicted; {steps} steps"
         ),

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 
 from minibert import __version__, backends
-from minibert.cli import app, sides
+from minibert.cli import app, labelled, sides
 from minibert.cli.compiling import show_compiling
 from minibert.cli.diff_report import MEANINGS, facts, recorded_facts, summary, table, verdict
 from minibert.cli.drift_report import DRIFT_MEANINGS, drift_facts, drift_tables, drift_verdict
@@ -40,6 +40,13 @@ def diff_command(
     b_dtype: sides.BDtype = None,
     config: sides.Config = "tiny",
     text: sides.Text = None,
+    task: labelled.TaskName = labelled.MLM,
+    train: labelled.Train = None,
+    text_column: labelled.TextColumn = None,
+    pair_column: labelled.PairColumn = None,
+    label_column: labelled.LabelColumn = None,
+    label_separator: labelled.LabelSeparator = None,
+    token_column: labelled.TokenColumn = None,
     tokens: sides.Tokens = 1024,
     max_seq_length: sides.MaxSeqLength = 128,
     step: int = typer.Option(1, min=1, help="Which step on one batch is compared; those before it run unseen."),
@@ -73,16 +80,19 @@ def diff_command(
         raise UserError("expected two sides, as in `minibert diff numpy numba`, or --kernel, --b-threads or --b-dtype")
     second = sides.second_side(a, b, dtype, b_dtype, kernels, b_threads)
     sides.fit(first, second, products)
-    inputs = step_inputs(config, text, tokens, max_seq_length, seed, steps)
+    columns = labelled.Columns(text_column, pair_column, label_column, label_separator, token_column)
+    examples = labelled.Labelled(task, train, columns)
+    inputs = step_inputs(config, text, tokens, max_seq_length, seed, steps, examples)
+    what = ", ".join((config, *([inputs.task] if inputs.how else []), dtype, f"seed {seed}"))
     if steps > 1:
-        status = _drift(first, second, inputs, steps, f"{config}, {dtype}, seed {seed}", json_file, ulp)
+        status = _drift(first, second, inputs, steps, what, json_file, ulp)
         refuse_untriable(kernels)
         refuse_uncalled(kernels)
         return status
     model_config, make_model, batch = inputs.config, inputs.make_model, inputs.make_batch()
     settings = {
-        "config": asdict(model_config), "weights": config, "tokens": tokens, "max_seq_length": max_seq_length,
-        "seed": seed, "step": step, "batch": _digest(batch),
+        "task": inputs.task, "config": asdict(model_config), "weights": config, "tokens": tokens,
+        "max_seq_length": max_seq_length, "seed": seed, "step": step, "batch": _digest(batch),
     }  # fmt: skip
     for side in (first, second):
         if isinstance(side, Recording):
@@ -100,7 +110,8 @@ def diff_command(
         about = {"machine": machine(), "settings": settings, "a": sides.described(first), "b": sides.described(second)}
         json_file.write_text(json.dumps(about | facts(found), indent=1, allow_nan=False) + "\n")
     console.print(verdict(found), highlight=False, soft_wrap=True)
-    console.print(f"{config}, {dtype}, seed {seed}: {summary(found, batch)}", highlight=False, soft_wrap=True)
+    console.print(f"{what}: {summary(found, batch)}", highlight=False, soft_wrap=True)
+    inputs.say_how()
     for name, side in (("A", first), ("B", second)):
         console.print(f"{name}: {sides.described(side)}", highlight=False, soft_wrap=True)
     show(table(found, every, "--all", ulp), MEANINGS)
@@ -123,10 +134,11 @@ def _drift(
     with notes.status("making the models") as status, show_compiling(status.update):
         found = drift(a, b, inputs.make_model, batches.batch, steps, progress=status.update)
     if json_file is not None:
-        about = {"machine": machine(), "a": sides.described(a), "b": sides.described(b)}
+        about = {"machine": machine(), "task": inputs.task, "a": sides.described(a), "b": sides.described(b)}
         json_file.write_text(json.dumps(about | drift_facts(found), indent=1, allow_nan=False) + "\n")
     console.print(drift_verdict(found, steps), highlight=False, soft_wrap=True)
     console.print(what, highlight=False)
+    inputs.say_how()
     for name, side in (("A", a), ("B", b)):
         console.print(f"{name}: {sides.described(side)}", highlight=False, soft_wrap=True)
     for shown in drift_tables(found, ulp):
@@ -140,7 +152,7 @@ def _digest(batch: PackedBatch) -> str:
 
 
 def _refuse_other_settings(trace: Recording, settings: Mapping[str, Any]) -> None:
-    recorded = trace.facts.get("settings", {})
+    recorded = {"task": labelled.MLM} | trace.facts.get("settings", {})  # older traces do not name it
     for key, value in json.loads(json.dumps(settings)).items():
         if recorded.get(key) != value:
             if key in ("config", "batch"):

@@ -58,8 +58,8 @@ def _what(wrong: Assessment | None) -> str:
 def summary(found: Difference, batch: PackedBatch) -> str:
     losses = ", ".join(f"{name} {loss!r}" for name, loss in zip("AB", found.losses, strict=True) if loss is not None)
     return (
-        f"{len(batch.cu_seqlens) - 1} sequences, {len(batch.input_ids)} tokens, {int((batch.labels >= 0).sum())} "
-        f"predicted; loss {losses or 'not reached'}"
+        f"{len(batch.cu_seqlens) - 1} sequences, {len(batch.input_ids)} tokens, {batch.counted} predicted; "
+        f"loss {losses or 'not reached'}"
     )
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import typer
@@ -15,31 +15,28 @@ from tokenizers import Tokenizer
 from minibert import backends
 from minibert.backends import MOST_THREADS, Backend
 from minibert.cli import app
+from minibert.cli.labelled import TASKS, Columns, note_of, read_examples, task_for
 from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP
 from minibert.cli.running import fastest_or, follow, merged, resumed, say, stopped_by_signals
 from minibert.data import load_tokenizer
 from minibert.errors import UserError
 from minibert.model.checkpoint import read_config, write_atomically
-from minibert.tasks.examples import SINGLE, TextExamples, read_texts
+from minibert.tasks.examples import SINGLE
 from minibert.tasks.finetune import (
     PEFT,
     FineTuning,
     FineTuningConfig,
     evaluate,
     load_model,
-    names_for,
     prefixed,
     split_examples,
 )
 from minibert.tasks.metrics import by_group, confusion_matrix, group_report
 from minibert.tasks.picture import draw_confusion_matrix, figure_library
 from minibert.tasks.pipeline import pipeline
-from minibert.tasks.questions import read_questions
-from minibert.tasks.task import Answer, Classify, Prepared, Tag, Task
-from minibert.tasks.words import read_words
+from minibert.tasks.task import Classify, Prepared, Task
 from minibert.train.loop import Record, read_state, refuse_to_overwrite
 
-TASKS = ("classify", "regress", "tag", "answer")
 DEFAULT = FineTuningConfig()
 DEFAULT_OPTIONS = {"validation_split": 0.1, "dtype": "float32", "deterministic": False}
 # What may change when a run is resumed: nothing here enters the arithmetic of a step.
@@ -47,46 +44,6 @@ CHANGEABLE = {"logging_steps", "save_steps", "checkpoint_activations", "early_st
 MOVABLE = {"model", "train", "validation", "test", "group_column", "backend"}
 PEFT_LEARNING_RATE = 3e-4  # what begins at zero, and is small, takes more
 TEST_RESULTS, CONFUSION = "test_results.json", "confusion_matrix.png"
-
-
-class Columns(NamedTuple):
-    """Names of columns, where they are not to be guessed."""
-
-    text_column: str | None = None
-    pair_column: str | None = None
-    label_column: str | None = None
-    label_separator: str | None = None
-    token_column: str | None = None
-
-    def of(self, kind: str) -> dict[str, Any]:
-        """Those that files of a task have. Raises UserError for another one that was given."""
-        for name, given in self._asdict().items():
-            if given is not None and name not in COLUMNS[kind]:
-                option = name.replace("_", "-")
-                having = " or ".join(task for task, names in COLUMNS.items() if name in names)
-                raise UserError(f"--{option}: expected with {having}, got it with {kind}: leave it out")
-        return {name: getattr(self, name) for name in COLUMNS[kind]}
-
-
-COLUMNS = {
-    "classify": ("text_column", "pair_column", "label_column", "label_separator"),
-    "regress": ("text_column", "pair_column", "label_column"),
-    "tag": ("token_column", "label_column"),
-    "answer": (),
-}
-
-
-def read_examples(kind: str, path: Path, columns: Columns) -> Any:
-    """The labelled examples of a file for a task."""
-    options = columns.of(kind)
-    if kind == "answer":
-        return read_questions(path)
-    return read_words(path, **options) if kind == "tag" else read_texts(path, kind, **options)
-
-
-def note_of(examples: Any) -> str:
-    """Which column was taken as what."""
-    return examples.columns.note if isinstance(examples, TextExamples) else getattr(examples, "note", "")
 
 
 def setting(name: str, help: str) -> Any:
@@ -239,14 +196,6 @@ def make_run(options: dict[str, Any], config: FineTuningConfig, place: Backend, 
     for note in train.notes:
         say(f"note: {note}")
     return run
-
-
-def task_for(kind: str, examples: Any, folder: Path) -> Task:
-    """The task, with the labels of the model in the folder where they are those of the examples."""
-    if kind == "answer":
-        return Answer()
-    names = names_for(examples, folder, Tag if kind == "tag" else Classify)
-    return Tag(names) if kind == "tag" else Classify.of(examples, names)
 
 
 def prepared(

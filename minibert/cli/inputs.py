@@ -1,4 +1,4 @@
-"""The model and the batch that commands take a training step of: a named size or a checkpoint, and real text."""
+"""The model and the batches that commands take a training step of: a named size or a checkpoint, a task, real text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from tokenizers import Tokenizer
+
 from minibert.backends import Backend
+from minibert.cli.labelled import MLM, Labelled, note_of, read_examples, task_for
+from minibert.cli.options import console
 from minibert.data import (
     SHIPPED_TEXT,
     SHIPPED_VOCABULARY,
@@ -29,11 +34,18 @@ from minibert.errors import UserError
 from minibert.model import checkpoint
 from minibert.model.bert import BertForMaskedLM
 from minibert.model.config import NAMED, BertConfig
+from minibert.tasks.batches import TaskBatches
+from minibert.tasks.finetune import load_model
+from minibert.tasks.from_text import examples_of_text
+from minibert.tasks.task import architecture_of, task_of
 
 SEPARATOR_HELP = (
     f"What separates the documents of a file: {TWO_BLANK_LINES}; {BLANK_LINE}, with a sentence a line, as Google's "
     "BERT takes text; line, where each is a document; file, where nothing does; or what a line reads, as <|endoftext|>."
 )
+
+
+CHARACTERS = 12  # that are read for a token of a batch, which is 4 to 5 characters of English
 
 
 class Inputs(NamedTuple):
@@ -42,16 +54,28 @@ class Inputs(NamedTuple):
     config: BertConfig
     make_model: Callable[[Backend, str], Any]  # on a backend, in a dtype
     make_batches: Callable[[], Batches]
+    task: str = MLM
+    how: str = ""  # where the examples of another task come from, and their labels
 
     def make_batch(self) -> PackedBatch:
         """The first, from text: what `preprocess` times."""
         return self.make_batches().batch(0)
 
+    def say_how(self) -> None:
+        """Print where the examples come from, if there is something to be said of it."""
+        if self.how:
+            console.print(f"{self.task}: {self.how}", markup=False, highlight=False, soft_wrap=True)
+
 
 def step_inputs(
-    config: str, text: list[Path] | None, tokens: int, max_seq_length: int, seed: int, steps: int = 1
-) -> Inputs:
-    """Read what `--config` and `--text` name, text for so many steps. Raises UserError for settings that do not fit."""
+    config: str, text: list[Path] | None, tokens: int, max_seq_length: int, seed: int, steps: int = 1,
+    labelled: Labelled = Labelled(),  # noqa: B008  it cannot be changed
+) -> Inputs:  # fmt: skip
+    """Read what `--config`, `--text` and `--train` name, examples for so many steps.
+
+    Raises UserError for settings that do not fit.
+    """
+    labelled.refuse_unfit(text)
     folder = None if config in NAMED else Path(config)
     tokenizer = load_tokenizer(folder if folder and tokenizer_files(folder) else SHIPPED_VOCABULARY)
     model_config = named_config(config, vocabulary_size(tokenizer))
@@ -61,6 +85,8 @@ def step_inputs(
             f"--max-seq-length {max_seq_length}: the model has {model_config.max_position_embeddings} positions; "
             "give that many or fewer"
         )
+    if labelled.task != MLM:
+        return task_inputs(labelled, folder, model_config, tokenizer, text, tokens, max_seq_length, seed, steps)
     documents = enough(read_documents(text or [SHIPPED_TEXT]), tokens * steps)
     rule = masking_rule(special_ids(tokenizer), model_config.vocab_size)
 
@@ -74,6 +100,37 @@ def step_inputs(
         return BertForMaskedLM.from_pretrained(folder, backend=backend, dtype=dtype, seed=seed)
 
     return Inputs(model_config, make_model, make_batches)
+
+
+def task_inputs(
+    labelled: Labelled, folder: Path | None, config: BertConfig, tokenizer: Tokenizer, text: list[Path] | None,
+    tokens: int, max_seq_length: int, seed: int, steps: int,
+) -> Inputs:  # fmt: skip
+    """Of a step of fine-tuning, on a new head where the folder has none for such labels."""
+    kind, train = labelled.task, labelled.train
+    if train is not None:
+        examples = read_examples(kind, train, labelled.columns)
+        how = ", ".join(filter(None, (f"examples of {train}", note_of(examples))))
+    else:
+        like = task_of(config, architecture_of(config))
+        documents = read_documents(text or [SHIPPED_TEXT])
+        examples, how = examples_of_text(kind, documents, max_seq_length, CHARACTERS * tokens * steps, like)
+        how = f"labels made from the text: {how}"
+    task = task_for(kind, examples, folder)
+    most = max(tokens * steps // 3, 2)  # a sequence has three tokens at least
+    if len(examples) > most:  # from the whole of the file, which may be in the order of the labels
+        examples = examples.subset(np.linspace(0, len(examples) - 1, most).astype(int))
+
+    def make_batches() -> Batches:
+        return TaskBatches(task, task.prepare(examples, tokenizer, max_seq_length), tokens, seed)
+
+    def make_model(backend: Backend, dtype: str) -> Any:
+        if folder is not None:
+            return load_model(task, folder, backend, dtype, seed)[0]
+        return task.architecture(with_labels, backend, dtype, seed)
+
+    with_labels = replace(config, **task.labels())
+    return Inputs(with_labels, make_model, make_batches, kind, how)
 
 
 def named_config(name: str, vocabulary: int) -> BertConfig:
@@ -94,6 +151,6 @@ def enough(documents: list[Document], tokens: int) -> list[Document]:
         for sentence in document:
             kept[-1].append(sentence)
             characters += len(sentence)
-            if characters > 12 * tokens:  # a token is 4 to 5 characters of English
+            if characters > CHARACTERS * tokens:
                 return kept
     return kept

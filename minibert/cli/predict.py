@@ -16,7 +16,8 @@ import typer
 
 from minibert.backends import MOST_THREADS
 from minibert.cli import app
-from minibert.cli.finetune import Columns, judged, note_of, prepared
+from minibert.cli.finetune import judged, prepared
+from minibert.cli.labelled import Columns, note_of
 from minibert.cli.options import BACKENDS, OWN_HELP, machine, notes, refuse_unwritable
 from minibert.cli.running import fastest_or
 from minibert.errors import UserError

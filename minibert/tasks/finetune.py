@@ -33,6 +33,7 @@ from minibert.model.checkpoint import has_weights, read_config, write_config
 from minibert.model.packing import Packed, pack
 from minibert.model.pretrained import PreTrained
 from minibert.model.tensor import no_grad
+from minibert.tasks.batches import targets_of
 from minibert.tasks.examples import REGRESSION
 from minibert.tasks.labels import LabelIds
 from minibert.tasks.metrics import Scores, finite
@@ -345,15 +346,8 @@ def balanced(task: Task, train: Prepared) -> list[float]:
 def batch_of(task: Task, model: Any, part: Prepared, chosen: np.ndarray) -> tuple[Packed, np.ndarray]:
     """Sequences as the model takes them, and their targets."""
     flat: PackedBatch = packed_sequences(part.sequences, chosen)
-    packed = pack(
-        model.config, flat.input_ids, token_type_ids=flat.token_type_ids, position_ids=flat.position_ids,
-        cu_seqlens=flat.cu_seqlens,
-    )  # fmt: skip
-    targets = np.zeros(len(chosen)) if part.targets is None else part.targets
-    if task.of_tokens and len(targets) == len(part.sequences.ids):
-        offsets = part.sequences.offsets
-        return packed, np.concatenate([targets[offsets[i] : offsets[i + 1]] for i in chosen])
-    return packed, targets[chosen] if part.targets is not None else targets
+    packed = pack(model.config, **flat.inputs)
+    return packed, targets_of(task, part, chosen)
 
 
 def in_order(sequences: Any, tokens_per_batch: int) -> Iterator[np.ndarray]:

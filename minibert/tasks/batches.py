@@ -1,0 +1,58 @@
+"""Packed batches of labelled examples: what a step of fine-tuning takes, as `minibert.data.Batches` of plain text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from minibert.data import Batches, PackedBatch
+from minibert.data.batching import pack as packed_sequences
+from minibert.model.packing import Packed, pack
+from minibert.tasks.task import Prepared, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskBatch(PackedBatch):
+    """Examples of a task. Its `labels` are the task's targets: a row for each sequence, or for each token."""
+
+    task: Task
+
+    @property
+    def counted(self) -> int:
+        return self.task.counted(self.labels)
+
+    def packed(self, model: Any) -> Packed:
+        return pack(model.config, **self.inputs)
+
+    def loss(self, model: Any) -> Any:
+        return self.task.forward(model, self.packed(model), self.labels)[1]
+
+    def infer(self, model: Any) -> Any:
+        """(B or N, K), the logits."""
+        return self.task.forward(model, self.packed(model))[0]
+
+
+class TaskBatches(Batches):
+    """Of prepared examples, by step; one that is longer than `tokens_per_batch` is a batch by itself."""
+
+    def __init__(self, task: Task, part: Prepared, tokens_per_batch: int, seed: int = 0) -> None:
+        super().__init__(part.sequences, max(tokens_per_batch, int(part.sequences.lengths.max())), seed)
+        self.task, self.part = task, part
+
+    def batch(self, step: int) -> TaskBatch:
+        """As `Batches.batch`, with targets."""
+        chosen = self.chosen(step)
+        fields = vars(packed_sequences(self.sequences, chosen))
+        return TaskBatch(**fields | {"labels": targets_of(self.task, self.part, chosen)}, task=self.task)
+
+
+def targets_of(task: Task, part: Prepared, chosen: np.ndarray) -> np.ndarray:
+    """The targets of some sequences: their rows, or those of their tokens; zeros where the examples have none."""
+    if part.targets is None:
+        return np.zeros(len(chosen))
+    if task.of_tokens and len(part.targets) == len(part.sequences.ids):
+        offsets = part.sequences.offsets
+        return np.concatenate([part.targets[offsets[i] : offsets[i + 1]] for i in chosen])
+    return np.asarray(part.targets[chosen])
