@@ -238,7 +238,12 @@ class Bounded(Reading):
         return bool((self.terms == abs(self.value)).all())
 
     def max(self, axis: Any = None, keepdims: Any = False) -> Self:
-        return self.each(lambda part: part.max(axis=axis, keepdims=keepdims)).alone()
+        """The error and the terms are those of elements that may be the largest: a mask's -1e30 is none of them."""
+        may_be = self.value + self.error >= (self.value - self.error).max(axis=axis, keepdims=True)
+        may_be |= ~may_be.any(axis=axis, keepdims=True)  # beside NaN nothing is known
+        value = self.value.max(axis=axis, keepdims=keepdims)
+        found = self.each(lambda part: np.where(may_be, part, 0).max(axis=axis, keepdims=keepdims))
+        return type(self)(value, *found.parts[1:]).alone()
 
     def maximum(self, other: Self) -> Self:
         return type(self)(*(np.maximum(a, b) for a, b in zip(self.parts, other.parts, strict=True))).alone()
@@ -254,7 +259,11 @@ class Bounded(Reading):
 
     def exp(self) -> Self:
         value = np.exp(self.value)
-        return self._function(value, value, lambda e: value * np.expm1(e), ALLOWANCE["exp"])
+
+        def inherited(e: np.ndarray) -> np.ndarray:  # exp(x + e) - exp(x); of a mask's -1e30 the product is 0 inf
+            return np.where(e < 1, value * np.expm1(e), np.exp(self.value + e) - value)
+
+        return self._function(value, value, inherited, ALLOWANCE["exp"])
 
     def log(self) -> Self:
         def inherited(e: np.ndarray) -> np.ndarray:

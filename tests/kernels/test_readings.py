@@ -390,6 +390,31 @@ def test_long_sums_are_bounded_as_sums_of_blocks() -> None:
         assert abs(got - float(one.value)) < float(one.error) < 0.1 * float(one.value)
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "softmax"])
+@pytest.mark.parametrize("least", [-1e4, -1e30, float(np.finfo(np.float32).min)])
+def test_what_is_masked_does_not_loosen_the_bound_of_the_rest(name: str, least: float) -> None:
+    z = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
+    masked = np.concatenate([z, np.full((3, 2), least, np.float32)], axis=1)
+    labels = (np.array([1, 2, 3]),) if name == "cross_entropy" else ()
+    for with_mask, without in zip(bound(OPS[name], masked, *labels), bound(OPS[name], z, *labels), strict=True):
+        rest = (..., slice(6)) if without.value.ndim else ...
+        np.testing.assert_allclose(with_mask.value[rest], without.value, rtol=1e-12)
+        assert (with_mask.error[rest] <= 1.5 * without.error).all()  # two terms more in a sum, which are zero
+        assert (with_mask.terms[rest] <= 1.5 * without.terms).all()
+        if without.value.ndim:
+            assert (with_mask.error[:, 6:] < 1e-30).all()
+
+
+def test_the_error_of_the_largest_is_that_of_any_that_may_be() -> None:
+    value = np.array([[1.0, 1 - 1e-9, -1e30], [1.0, 0.5, -1e30], [1.0, np.nan, 0.0]])
+    error = np.array([[1e-12, 1e-3, 1e22]] * 3)
+    none = np.zeros(value.shape, np.int32)
+    largest = bounded_module("float32").reading(value, error, error, abs(value), none, none).max(axis=-1)
+    np.testing.assert_array_equal(largest.value, [1, 1, np.nan])
+    np.testing.assert_array_equal(largest.error, [1e-3, 1e-12, 1e22])  # beside NaN nothing is known
+    np.testing.assert_array_equal(largest.terms, [1, 1, np.nan])
+
+
 def test_products_on_tensor_cores_have_a_bound_of_their_own() -> None:
     """tf32 rounds the operands to 10 bits of mantissa: under its bound, over that of float32, and never far under."""
     rng = np.random.default_rng(0)
