@@ -33,7 +33,8 @@ SLOW = frozenset(
         "train/test_cuda_training.py test_docs_cuda.py faults/test_cuda_faults.py::first_failure",
         # measurements
         "bench/test_bench.py bench/test_bench_ablation.py bench/test_bench_ops.py bench/test_bench_scaling.py",
-        "bench/test_gpu_check.py bench/test_gpu_check_measures.py lab/compare/test_compare.py model/test_memory.py",
+        "bench/test_gpu_check.py bench/test_gpu_check_measures.py",
+        "lab/compare/test_compare.py lab/compare/test_compare_tasks.py model/test_memory.py",
         # processes of their own, installations, a browser
         "backends/test_deterministic.py cli/test_watch.py lab/conform/test_conformance.py lab/conform/test_guarded.py",
         "page/test_page_browser.py test_docs.py test_fast.py test_wheel.py kernels/test_overlap.py",
