@@ -89,6 +89,9 @@ def compare_command(
     Each op's error is its own: every backend gets the reference's inputs, and is judged against the formula in float64.
     Exit status 1 if any op leaves the error bound that its formula implies.
 
+    --task takes a step of fine-tuning instead of one of pretraining, on the examples of --train, or on labels that are
+    made from the text: the output says how. Its stage "inference" is the whole model, with the head.
+
     --report DIR writes DIR/index.html, one page without need of a network, and what it shows as DIR/facts.json. It also
     measures the machine's peaks, memory over time, energy, and at which sizes one backend overtakes another.
     """
