@@ -113,7 +113,10 @@ def pipeline(
     was. Raises UserError for a folder that holds no fine-tuned model.
     """
     config = read_config(folder)
-    task = task_of(config, architecture_of(config))
+    try:
+        task = task_of(config, architecture_of(config))
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
     if task is None:
         raise UserError(
             f"{folder} holds {architecture_of(config) or 'a model without a name'}: expected a fine-tuned model, as "
