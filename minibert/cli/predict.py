@@ -95,6 +95,8 @@ def predict(
         raise UserError(f"--output: expected a name that ends in .jsonl or .csv, got {output}")
     if output is not None and output.exists():
         raise UserError(f"--output: {output} exists: name another file")
+    if output is not None and not output.resolve().parent.is_dir():
+        raise UserError(f"--output: there is no folder {output.resolve().parent}; make it first")
     model = loaded(folder, base, backend, dtype, threads, max_seq_length)
     source: Any = file
     if file is None:  # without its buffer, which a thread that waits for a line would hold when the program ends
