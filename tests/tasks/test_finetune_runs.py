@@ -1,0 +1,168 @@
+"""Runs of fine-tuning: one that stopped goes on with the same bits, the best model is kept, early stopping."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minibert.errors import UserError, pip_install
+from minibert.model.checkpoint import read_arrays
+from minibert.tasks.finetune import FineTuning, FineTuningConfig
+from minibert.train.loop import LOG, STATE, read_state
+from tests.toy_tasks import CONFIG, make, run_of, stopping
+
+pytest.importorskip("sklearn.metrics", reason=f"needs scikit-learn: {pip_install('[tasks]')}")
+pytest.importorskip("seqeval.metrics", reason=f"needs seqeval: {pip_install('[tasks]')}")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*newly initialised")  # the heads
+
+SHORT = replace(CONFIG, num_train_epochs=2, per_device_train_batch_size=8, logging_steps=2, save_steps=4)
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as cli:
+        yield make(tmp_path_factory.mktemp("toys"), cli)
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    return read_arrays(folder / "model.safetensors")[0]
+
+
+def the_log(folder: Path) -> list[dict[str, Any]]:
+    """The log, without how long things took."""
+    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+
+
+@pytest.fixture(scope="module", params=["numpy", "numba"])
+def straight(request: pytest.FixtureRequest, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    run = run_of("regress", toys, folder, request.param, config=SHORT)
+    assert run.model.config.hidden_dropout_prob > 0
+    assert [record["step"] for kind, record in run.run() if kind == "step"] == list(range(1, 7))
+    return request.param, folder
+
+
+@pytest.mark.parametrize("step", range(7))
+def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not(
+    step: int, straight: tuple[str, Path], toys: Path, tmp_path: Path
+) -> None:
+    backend, folder = straight
+    first = run_of("regress", toys, tmp_path / "run", backend, config=SHORT)
+    list(stopping(first, step))
+    assert first.step == step
+    second = run_of("regress", toys, tmp_path / "run", backend, config=SHORT)
+    second.resume(read_state(tmp_path / "run", FineTuningConfig))
+    list(second.run())
+    for file in (STATE, "model.safetensors"):
+        (one, _), (other, _) = (read_arrays(each / file) for each in (folder, tmp_path / "run"))
+        assert one.keys() == other.keys()
+        assert all(one[name].tobytes() == other[name].tobytes() for name in one), file
+    assert the_log(folder) == the_log(tmp_path / "run")
+
+
+def test_other_examples_are_not_gone_on_with(toys: Path, tmp_path: Path) -> None:
+    list(stopping(run_of("regress", toys, tmp_path / "run", config=SHORT), 1))
+    other = run_of("regress", toys, tmp_path / "run", config=SHORT)
+    other.validation = replace(other.validation, targets=1 + np.asarray(other.validation.targets))
+    with pytest.raises(UserError, match="not those this run began with"):
+        other.resume(read_state(tmp_path / "run", FineTuningConfig))
+
+
+# ------------------------------------------------------------------------------------------------------ the best model
+
+
+class Scripted(FineTuning):
+    """A run whose evaluations are given: by epoch the accuracy, and the loss."""
+
+    script: list[tuple[float | None, float | None]]
+    kept: list[int]
+
+    def evaluate(self) -> dict[str, Any]:
+        accuracy, loss = self.script[round(self.epoch)]
+        return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_matthews_correlation": None}
+
+    def save_best(self) -> None:
+        super().save_best()
+        self.kept = [*getattr(self, "kept", []), round(self.epoch)]
+
+
+def scripted(toys: Path, output: Path, script: Any, **changes: Any) -> Scripted:
+    one_step = replace(CONFIG, num_train_epochs=len(script) - 1, per_device_train_batch_size=18, **changes)
+    run = run_of("classify", toys, output, config=one_step, cls=Scripted)
+    assert isinstance(run, Scripted) and run.steps_per_epoch == 1
+    run.script = script
+    return run
+
+
+@pytest.mark.parametrize(
+    ("script", "changes", "kept", "end"),
+    [
+        ([(0.1, 1), (0.5, 1), (0.7, 1), (0.6, 1)], {}, [0, 1, 2], 3),
+        ([(0.9, 1), (0.5, 1), (0.6, 1), (0.5, 1)], {}, [0, 1, 2], 3),  # what an untrained head guesses is no result
+        ([(0.5, 1), (0.5, 1), (0.5, 0.8), (0.5, 0.9)], {}, [0, 1, 2], 3),  # the same accuracy: the lower loss
+        ([(None, 1), (None, 1), (None, 0.8), (None, None)], {}, [0, 1, 2], 3),
+        ([(0.5, 1), (0.6, 0.5), (0.7, 0.6), (0.8, 0.7)], {"metric_for_best_model": "eval_loss"}, [0, 1], 3),
+        ([(0.5, 1), (0.6, 0.5), (0.7, 0.6), (0.8, 0.7)], {"metric_for_best_model": "loss"}, [0, 1], 3),
+        ([(0.5, 1), (0.6, 0.5), (0.7, 0.4)], {"metric_for_best_model": "matthews_correlation"}, [0, 1, 2], 2),
+        ([(0.5, 1), (0.6, 1), (0.5, 1), (0.7, 1), (0.5, 1), (0.6, 1), (1, 1)],
+         {"early_stopping_patience": 2}, [0, 1, 3], 5),
+    ],
+)  # fmt: skip
+def test_the_best_model_is_at_the_top_not_the_last(
+    script: Any, changes: Any, kept: list[int], end: int, toys: Path, tmp_path: Path
+) -> None:
+    run = scripted(toys, tmp_path / "run", script, **changes)
+    at_step = {record["step"]: run.model.state_dict() for kind, record in run.run() if kind == "eval"}
+    assert (run.kept, run.step, run.progress["best"]["step"]) == (kept, end, kept[-1])
+    best, last = at_step[kept[-1]], at_step[end]
+    top = weights(tmp_path / "run")
+    assert all(np.array_equal(best[name], array) for name, array in top.items())
+    assert kept[-1] == end or any(not np.array_equal(last[name], array) for name, array in top.items())
+    assert run.ended_early == ("early_stopping_patience" in changes)
+
+
+def test_a_run_that_ended_early_goes_on_only_with_more_patience(toys: Path, tmp_path: Path) -> None:
+    script = [(0.5, 1), (0.6, 1), (0.5, 1), (0.5, 1), (0.5, 1), (0.9, 1)]
+    for patience, stop, end in ((2, 2, 2), (2, 9, 3), (2, 9, 3), (4, 9, 5)):
+        run = scripted(toys, tmp_path / "run", script, early_stopping_patience=patience)
+        if (tmp_path / "run" / STATE).exists():
+            run.resume(read_state(tmp_path / "run", FineTuningConfig))
+        list(stopping(run, stop))
+        assert run.step == end and run.ended_early == (end == 3)
+    whole = scripted(toys, tmp_path / "whole", script, early_stopping_patience=4)
+    list(whole.run())
+    assert all(np.array_equal(a, whole.model.state_dict()[name]) for name, a in run.model.state_dict().items())
+    assert run.progress["best"] == {"step": 5, "eval_loss": 1, "eval_accuracy": 0.9}
+
+
+def test_an_error_is_the_better_the_lower(toys: Path, tmp_path: Path) -> None:
+    config = replace(SHORT, metric_for_best_model="mean_absolute_error")
+    run = run_of("regress", toys, tmp_path / "run", config=config)
+    errors = {r["step"]: r["eval_mean_absolute_error"] for kind, r in run.run() if kind == "eval" and r["step"]}
+    assert run.progress["best"]["step"] == min(errors, key=lambda step: errors[step])
+
+
+@pytest.mark.parametrize("kind", ["classify", "regress", "tag", "answer"])
+def test_a_metric_that_is_none_is_refused_before_anything_is_written(kind: str, toys: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"metric_for_best_model: expected one of loss, .*, got 'f2'"):
+        run_of(kind, toys, tmp_path / "run", config=replace(CONFIG, metric_for_best_model="f2"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_no_number_is_none_in_the_log(toys: Path, tmp_path: Path) -> None:
+    run = run_of("regress", toys, tmp_path / "run", config=SHORT)
+    run.validation = replace(run.validation, targets=np.full(12, 1e30, np.float32))
+    with np.errstate(over="ignore"):
+        list(stopping(run, 0))
+    assert the_log(tmp_path / "run")[0]["eval_loss"] is None
