@@ -130,7 +130,7 @@ def finetune(
         options = resumed(state.options, options, MOVABLE)
         config = merged(state.config, settings, CHANGEABLE)
     else:
-        config = FineTuningConfig(**{**usual_settings(task, Path(options["model"]), peft), **settings})
+        config = FineTuningConfig(**{**usual_settings(task, Path(options["model"]), settings), **settings})
     options = {name: DEFAULT_OPTIONS.get(name) if value is None else value for name, value in options.items()}
     context.with_resource(backends.determinism(options["deterministic"]))
     place = fastest_or(options["backend"], threads)
@@ -156,9 +156,12 @@ def finetune(
     return 0
 
 
-def usual_settings(task: str, model: Path, peft: str | None) -> dict[str, Any]:
+def usual_settings(task: str, model: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings where none are given: of a task, a model and the way it is trained."""
-    longest = min(384 if task == "answer" else 128, read_config(model).max_position_embeddings)
+    peft, positions = settings.get("peft"), read_config(model).max_position_embeddings
+    if peft == "prefix":
+        positions -= settings.get("num_virtual_tokens", DEFAULT.num_virtual_tokens)
+    longest = max(1, min(384 if task == "answer" else 128, positions))
     return {"max_seq_length": longest, **({"learning_rate": PEFT_LEARNING_RATE} if peft else {})}
 
 

@@ -37,7 +37,7 @@ from minibert.tasks.batches import targets_of
 from minibert.tasks.examples import REGRESSION
 from minibert.tasks.labels import LabelIds
 from minibert.tasks.metrics import Scores, finite
-from minibert.tasks.task import Classify, Prepared, Task, architecture_of, label_names, own_names
+from minibert.tasks.task import Classify, Prepared, Task, architecture_of, label_names, most_tokens, own_names
 from minibert.train.config import OptimizationConfig
 from minibert.train.loop import Loop, Record, State
 from minibert.train.optim import AdamW, parameter_groups
@@ -159,17 +159,15 @@ class FineTuning(Loop):
     ) -> None:  # fmt: skip
         """`new` are parameters that the pretrained model, in the folder `base`, had not: what `load_model` gives."""
         check_vocabulary(tokenizer, model.config.vocab_size)
-        if config.max_seq_length > model.config.max_position_embeddings:
-            raise UserError(
-                f"expected max_seq_length of at most {model.config.max_position_embeddings}, the model's positions, "
-                f"got {config.max_seq_length}: lower it"
-            )
         self.task, self.train, self.validation = task, train, validation
         self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps  # of one update
         self.steps_per_epoch = -(-len(train.sequences) // self.batch_size)
         max_steps = math.ceil(config.num_train_epochs * self.steps_per_epoch)
         self.base = base
         model = tuned(model, task, new or set(), config, max_steps, base)
+        most, given = most_tokens(model), config.max_seq_length
+        if given > most:
+            raise UserError(f"expected max_seq_length of at most {most}, the model's positions, got {given}: lower it")
         freeze(model, config.freeze)
         groups = layerwise_groups(model, config.weight_decay, config.layerwise_lr_decay)
         super().__init__(model, tokenizer, config, max_steps, AdamW.of(config, groups), output, options)

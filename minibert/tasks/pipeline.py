@@ -24,7 +24,7 @@ from minibert.tasks.examples import REGRESSION, TextExample, TextExamples
 from minibert.tasks.finetune import predict
 from minibert.tasks.predictions import predictions
 from minibert.tasks.questions import Question, QuestionExamples
-from minibert.tasks.task import Answer, Tag, Task, architecture_of, task_of
+from minibert.tasks.task import Answer, Tag, Task, architecture_of, most_tokens, task_of
 from minibert.tasks.words import Sentence, WordExamples, joined, plain_sentences
 from minibert.tuning import load_peft_model
 from minibert.tuning.files import CONFIG as ADAPTER
@@ -36,7 +36,7 @@ class Pipeline:
     """A fine-tuned model with its task and tokenizer. `kind` is what `minibert finetune` calls the task."""
 
     def __init__(self, task: Task, model: Any, tokenizer: Tokenizer, max_seq_length: int | None = None) -> None:
-        positions = model.config.max_position_embeddings
+        positions = most_tokens(model)
         if max_seq_length is not None and not 3 <= max_seq_length <= positions:
             raise UserError(
                 f"expected max_seq_length from 3 to {positions}, the model's positions, got {max_seq_length}"

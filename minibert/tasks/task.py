@@ -222,6 +222,12 @@ def own_names(examples: Any) -> list[str]:
     return list(examples.label_names())
 
 
+def most_tokens(model: Any) -> int:
+    """Of a sequence: the model's positions, but those that a prefix takes."""
+    prefix = getattr(getattr(model, "peft_config", None), "num_virtual_tokens", 0)
+    return int(model.config.max_position_embeddings - prefix)
+
+
 def probabilities(logits: np.ndarray, problem_type: str = SINGLE) -> np.ndarray:
     """(M, K): softmax over the classes of a row, or each class's own sigmoid."""
     logits = logits.astype(np.float64)

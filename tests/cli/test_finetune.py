@@ -18,6 +18,7 @@ from minibert.errors import pip_install
 from minibert.model.checkpoint import read_arrays, read_config, write_arrays
 from minibert.tasks.finetune import FineTuning
 from minibert.tasks.picture import figure_library
+from minibert.tasks.pipeline import pipeline
 from minibert.train.config import TrainingConfig
 from minibert.train.loop import LOG, STATE
 from tests.toy_tasks import COUNT, FILES, TOKENIZER, command, make
@@ -119,10 +120,28 @@ def test_other_tasks(kind: str, metric: str, labels: list[str], ran: Command, to
 def test_sequences_are_as_long_as_the_model_takes(ran: Command, toys: Path, tmp_path: Path) -> None:
     """128 tokens are usual, of a model that has positions for them."""
     assert read_config(toys / "model").max_position_embeddings == 48
-    config = json.loads(json.dumps(state_of(toys / "tuned")["config"]))
-    assert config["max_seq_length"] == 48
+    assert state_of(toys / "tuned")["config"]["max_seq_length"] == 48
+    prefix = ("--peft", "prefix", "--num-virtual-tokens", "30")
+    assert ran(*fine_tune("classify", toys, tmp_path / "prefix", *prefix, *QUICK))[0] == 0
+    assert state_of(tmp_path / "prefix")["config"]["max_seq_length"] == 18
+    assert pipeline(tmp_path / "prefix", "numpy")(["long " * 99])[0]["label"] in ("neg", "pos")
     code, out, _ = ran(*fine_tune("classify", toys, tmp_path / "run", "--max-seq-length", "4", *QUICK))
     assert code == 0 and "note: 43 of 43 texts were cut" in out
+
+
+def test_few_texts_and_texts_without_a_token(ran: Command, toys: Path, tmp_path: Path) -> None:
+    """Characters that a tokenizer drops leave [CLS] [SEP]; a batch may be larger than all there is."""
+    table = tmp_path / "few.csv"
+    table.write_text("text,label\n\u200b,neg\nthe good house,pos\n\u200b\u200b,neg\n")
+    arguments = ("--model", toys / "model", "--train", table, "--validation", table, "--test", table)
+    code, out, _ = ran("finetune", "classify", *arguments, "--output", tmp_path / "run", *QUICK)
+    assert code == 0 and any(line.endswith("; 2 steps") for line in out)
+    words = tmp_path / "few.conll"
+    words.write_text("\u200b O\n\nanna B-PER\n")
+    arguments = ("--model", toys / "model", "--train", words, "--validation", words, "--test", words)
+    code, out, _ = ran("finetune", "tag", *arguments, "--output", tmp_path / "tags", *QUICK,
+                       "--per-device-train-batch-size", "1")  # fmt: skip
+    assert code == 0 and "note: 1 words lie beyond 48 tokens, or have no token: taken for O" in out
 
 
 def state_of(folder: Path) -> dict[str, Any]:
