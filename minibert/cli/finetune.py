@@ -1,4 +1,4 @@
-"""`minibert finetune`: a classifier, a tagger or an answering model from a pretrained one and labelled examples."""
+"""`minibert finetune`: a model for a task from a pretrained one and labelled examples."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from tokenizers import Tokenizer
 from minibert import backends
 from minibert.backends import MOST_THREADS, Backend
 from minibert.cli import app
-from minibert.cli.labelled import TASKS, Columns, note_of, read_examples, task_for
+from minibert.cli.labelled import TASKS as STEPS
+from minibert.cli.labelled import Columns, note_of, read_examples, task_for
 from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP
 from minibert.cli.running import fastest_or, follow, merged, resumed, say, stopped_by_signals
 from minibert.data import load_tokenizer
 from minibert.errors import UserError
 from minibert.model.checkpoint import read_config, write_atomically
+from minibert.model.sentence_config import POOLINGS, encoder_folder
+from minibert.tasks.embedding_task import Embed, sentence_config_in
 from minibert.tasks.examples import SINGLE
 from minibert.tasks.finetune import (
     PEFT,
@@ -33,10 +36,11 @@ from minibert.tasks.finetune import (
 )
 from minibert.tasks.metrics import by_group, confusion_matrix, group_report
 from minibert.tasks.picture import draw_confusion_matrix, figure_library
-from minibert.tasks.pipeline import pipeline
+from minibert.tasks.pipeline import fine_tuned
 from minibert.tasks.task import Classify, Prepared, Task
 from minibert.train.loop import Record, read_state, refuse_to_overwrite
 
+TASKS = (*STEPS, "embed")
 DEFAULT = FineTuningConfig()
 DEFAULT_OPTIONS = {"validation_split": 0.1, "dtype": "float32", "deterministic": False}
 # What may change when a run is resumed: nothing here enters the arithmetic of a step.
@@ -55,10 +59,13 @@ def setting(name: str, help: str) -> Any:
 @app.command()
 def finetune(
     context: typer.Context,
-    task: str = typer.Argument(metavar="TASK", help="classify, regress, tag or answer."),
+    task: str = typer.Argument(metavar="TASK", help="classify, regress, tag, answer or embed."),
     model: Path = typer.Option(None, "--model", help="Folder of the pretrained model, with its tokenizer."),
     train: Path = typer.Option(
-        None, "--train", help="Examples: CSV, TSV or JSONL; CoNLL or CoNLL-U to tag; SQuAD's JSON to answer."
+        None,
+        "--train",
+        help="Examples: CSV, TSV or JSONL; CoNLL or CoNLL-U to tag; SQuAD's JSON to answer. To embed: pairs of texts "
+        "that belong together, perhaps with a negative, or with a score from -1 to 1.",
     ),
     output: Path = typer.Option(..., help="Folder for the best model, its tokenizer, the log and the state."),
     validation: Path = typer.Option(None, help="Examples by which the best model is chosen; if none, some of --train."),
@@ -69,14 +76,28 @@ def finetune(
     resume: bool = typer.Option(False, "--resume", help="Go on with the run in --output, as if it had not stopped."),
     text_column: str = typer.Option(None, show_default="guessed", help="Column of the text."),
     pair_column: str = typer.Option(None, show_default="guessed", help="Column of a second text."),
-    label_column: str = typer.Option(None, show_default="guessed", help="Column of the label, class, number or tag."),
+    negative_column: str = typer.Option(
+        None, show_default="guessed", help="To embed: column of a text that is like the first, and not its pair."
+    ),
+    label_column: str = typer.Option(
+        None, show_default="guessed", help="Column of the label, class, number or tag; to embed of a score, if any."
+    ),
     token_column: str = typer.Option(None, show_default="the first", help="Column of the words, to tag."),
     label_separator: str = typer.Option(None, help="Cuts a label into several of which any may hold."),
     group_column: str = typer.Option(None, help="Column by whose values the metrics of --test are given too."),
     num_train_epochs: float = setting("num_train_epochs", "Passes over the examples."),
-    per_device_train_batch_size: int = setting("per_device_train_batch_size", "Examples of one pass."),
-    gradient_accumulation_steps: int = setting("gradient_accumulation_steps", "Passes of one update."),
-    max_seq_length: int = typer.Option(None, show_default="128; 384 to answer", help="Tokens of a sequence at most."),
+    per_device_train_batch_size: int = setting(
+        "per_device_train_batch_size", "Examples of one pass; to embed, negatives of each other."
+    ),
+    gradient_accumulation_steps: int = setting(
+        "gradient_accumulation_steps", "Passes of one update; 1 to embed without scores: it adds no negatives."
+    ),
+    max_seq_length: int = typer.Option(
+        None, show_default="128; 384 to answer; to embed the model's", help="Tokens of a sequence at most."
+    ),
+    pooling: str = typer.Option(
+        None, show_default="as the folder says, else mean", help=f"To embed: {' or '.join(POOLINGS)}."
+    ),
     learning_rate: float = typer.Option(
         None, show_default=f"{DEFAULT.learning_rate:g}; {PEFT_LEARNING_RATE:g} with --peft", help="At its highest."
     ),
@@ -115,7 +136,9 @@ def finetune(
     given = dict(locals())
     if task not in TASKS:
         raise UserError(f"finetune: expected {', '.join(TASKS)}, got {task!r}")
-    Columns(text_column, pair_column, label_column, label_separator, token_column).of(task)
+    Columns(**{name: given[name] for name in Columns._fields}).of(task)
+    if pooling is not None and task != "embed":
+        raise UserError(f"--pooling: expected with embed, got it with {task}: leave it out")
     settings = {name: given[name] for name in asdict(DEFAULT) if given.get(name) is not None}
     state = read_state(output, FineTuningConfig) if resume else None
     if state is None:
@@ -124,7 +147,9 @@ def finetune(
             raise UserError("expected --model, a folder, and --train, a file: or --resume to go on with a run")
     files = {"model": model, "train": train, "validation": validation, "test": test}
     options: dict[str, Any] = {name: None if path is None else str(path.absolute()) for name, path in files.items()}
-    others = ("task", "validation_split", *Columns._fields, "group_column", "dtype", "deterministic", "backend")
+    others = (
+        "task", "validation_split", *Columns._fields, "group_column", "pooling", "dtype", "deterministic", "backend",
+    )  # fmt: skip
     options |= {name: given[name] for name in others}
     if state is not None:
         options = resumed(state.options, options, MOVABLE)
@@ -158,6 +183,8 @@ def finetune(
 
 def usual_settings(task: str, model: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings where none are given: of a task, a model and the way it is trained."""
+    if task == "embed":
+        return {"max_seq_length": sentence_config_in(model).max_seq_length}
     peft, positions = settings.get("peft"), read_config(model).max_position_embeddings
     if peft == "prefix":
         positions -= settings.get("num_virtual_tokens", DEFAULT.num_virtual_tokens)
@@ -171,11 +198,12 @@ def usual_settings(task: str, model: Path, settings: Mapping[str, Any]) -> dict[
 def make_run(options: dict[str, Any], config: FineTuningConfig, place: Backend, output: Path) -> FineTuning:
     """Read examples, tokenizer and model, and say what was found."""
     kind, folder, columns = options["task"], Path(options["model"]), columns_in(options)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(encoder_folder(folder) if kind == "embed" else folder)
     examples = read_examples(kind, Path(options["train"]), columns)
     if note := note_of(examples):
         say(note)
-    task = task_for(kind, examples, folder)
+    embed = Embed.of(examples, folder, options["pooling"]) if kind == "embed" else None
+    task = embed or task_for(kind, examples, folder)
     if options["validation"] is None:
         share = options["validation_split"]
         train, held_out = divided(task, examples, tokenizer, config, share)
@@ -187,10 +215,11 @@ def make_run(options: dict[str, Any], config: FineTuningConfig, place: Backend, 
     run = FineTuning(model, task, train, held_out, tokenizer, config, output, options, new=new, base=str(folder))
     trained = model.num_parameters(only_trainable=True)
     said = f"{len(task.names)} labels: {', '.join(task.names[:12])}{' ...' if len(task.names) > 12 else ''}"
+    headed = embed.description(train) if embed else "a new head" if new else "with its head"
     say(f"backend {place.name}: {place.describe()}, {options['dtype']}")
     say(
         f"model: {type(model).__name__} from {folder}, {trained:,} of {model.num_parameters():,} parameters trained, "
-        f"{'a new head' if new else 'with its head'}" + (f"; {said}" if kind in ("classify", "tag") else "")
+        f"{headed}" + (f"; {said}" if kind in ("classify", "tag") else "")
     )
     say(
         f"examples: {len(train.examples):,} to train on ({len(train.sequences.ids):,} tokens), "
@@ -252,7 +281,7 @@ def evaluation(record: Record) -> str:
 
 def tested(run: FineTuning, part: Prepared) -> None:
     """Judge the best model on examples that had no part in training; the figures are kept beside the model."""
-    best = pipeline(run.output, run.model.backend, run.options["dtype"])
+    best = fine_tuned(run.output, run.model.backend, run.options["dtype"])
     results = judged(run.task, best.model, part, run.config.tokens_per_batch, run.options["group_column"])
     text = json.dumps(results, indent=2) + "\n"
     write_atomically(run.output / TEST_RESULTS, lambda file: file.write_text(text, encoding="utf-8"))

@@ -39,6 +39,7 @@ class Columns(NamedTuple):
     label_column: str | None = None
     label_separator: str | None = None
     token_column: str | None = None
+    negative_column: str | None = None
 
     def of(self, kind: str) -> dict[str, Any]:
         """Those that files of a task have. Raises UserError for another one that was given."""
@@ -55,6 +56,7 @@ COLUMNS = {
     "regress": ("text_column", "pair_column", "label_column"),
     "tag": ("token_column", "label_column"),
     "answer": (),
+    "embed": ("text_column", "pair_column", "negative_column", "label_column"),
 }
 
 

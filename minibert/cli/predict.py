@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from queue import Queue
@@ -23,7 +23,7 @@ from minibert.cli.running import fastest_or
 from minibert.errors import UserError
 from minibert.model.checkpoint import write_atomically
 from minibert.tasks.examples import TextExamples, stream_texts
-from minibert.tasks.pipeline import Pipeline, pipeline
+from minibert.tasks.pipeline import Pipeline, fine_tuned, pipeline
 from minibert.tasks.questions import read_questions
 from minibert.tasks.tables import name_of
 from minibert.tasks.words import WordExamples, stream_words
@@ -33,12 +33,13 @@ BACKEND_HELP = f"See `minibert backends`. {OWN_HELP}"
 
 
 def loaded(
-    folder: Path, base: Path | None, backend: str | None, dtype: str, threads: int | None, max_seq_length: int | None
-) -> Pipeline:
-    """The model in a folder; which backend it is on is said."""
+    load: Callable[..., Pipeline], folder: Path, base: Path | None, backend: str | None, dtype: str,
+    threads: int | None, max_seq_length: int | None,
+) -> Pipeline:  # fmt: skip
+    """The model in a folder, by `pipeline` or `fine_tuned`; which backend it is on is said."""
     place = fastest_or(backend, threads)
     place.require_dtype(dtype)
-    found = pipeline(folder, place, dtype, base=base, max_seq_length=max_seq_length)
+    found = load(folder, place, dtype, base=base, max_seq_length=max_seq_length)
     notes.print(f"backend {place.name}: {place.describe()}, {dtype}", markup=False, highlight=False, soft_wrap=True)
     return found
 
@@ -63,7 +64,7 @@ def evaluate(
 ) -> None:
     """How good a fine-tuned model is on labelled examples, matched with its labels by name."""
     refuse_unwritable(json=json_file)
-    model = loaded(folder, base, backend, dtype, threads, max_seq_length)
+    model = loaded(fine_tuned, folder, base, backend, dtype, threads, max_seq_length)
     columns = Columns(text_column, pair_column, label_column, label_separator, token_column)
     part = prepared(model.task, model.kind, file, columns, model.tokenizer, model.max_seq_length)
     if note := note_of(part.examples):
@@ -97,7 +98,7 @@ def predict(
         raise UserError(f"--output: {output} exists: name another file")
     if output is not None and not output.resolve().parent.is_dir():
         raise UserError(f"--output: there is no folder {output.resolve().parent}; make it first")
-    model = loaded(folder, base, backend, dtype, threads, max_seq_length)
+    model = loaded(pipeline, folder, base, backend, dtype, threads, max_seq_length)
     source: Any = file
     if file is None:  # without its buffer, which a thread that waits for a line would hold when the program ends
         source = getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)

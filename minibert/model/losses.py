@@ -93,6 +93,18 @@ def weighed_cross_entropy(logits: Tensor, labels: np.ndarray, class_weights: Seq
     return sum(parts[1:], parts[0]) if parts else of(np.full_like(labels, IGNORE))
 
 
+def cosine_similarity_loss(a: Tensor, b: Tensor, scores: Any) -> Tensor:
+    """() The mean squared error between cos(a_i, b_i) and the score of each pair, (B,), from -1 to 1.
+
+    a and b are (B, C). Reimers and Gurevych, "Sentence-BERT" (2019), section 3, as CosineSimilarityLoss of
+    sentence-transformers. Raises UserError for shapes that differ.
+    """
+    if a.ndim != 2 or a.shape != b.shape:
+        raise UserError(f"expected two vectors for each pair, of one shape (B, C), got {a.shape} and {b.shape}")
+    cosines = (apply(normalize, a) * apply(normalize, b)).sum(axis=1)
+    return sequence_loss(cosines.reshape(a.shape[0], 1), scores, "regression")
+
+
 def multiple_negatives_ranking_loss(
     anchors: Tensor, positives: Tensor, *negatives: Tensor, scale: float = 20.0
 ) -> Tensor:

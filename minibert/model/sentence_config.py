@@ -65,6 +65,11 @@ class SentenceConfig:
             raise UserError(f"no prompt is called {name!r}: there are {', '.join(self.prompts) or 'none'}")
         return self.prompts[name]
 
+    def as_read(self, text: str, prompt: str) -> str:
+        """A text as the tokenizer gets it."""
+        text = prompt + text
+        return text.lower() if self.do_lower_case else text
+
     def __str__(self) -> str:
         return f"{self.pooling} pooling, {'normalised' if self.normalize else 'not normalised'}"
 

@@ -13,6 +13,7 @@ texts made vectors.
     answers_from(windows, contexts, start_logits, end_logits)  # answers.py
 
     for kind, record in FineTuning(model, task, *data, tokenizer, config, "output").run(): ...  # finetune.py, task.py
+    task = Embed.of(read_texts("pairs.csv", "embed"), "folder") # embedding_task.py: the same, of texts that are alike
     pipeline("output")(["a text"])                             # pipeline.py, predictions.py
 
     encoder = SentenceTransformer.from_pretrained("folder")    # sentences.py: texts to vectors, and how alike they are
@@ -23,6 +24,7 @@ Rows of any file come from tables.py. A file or a row that does not fit is a Use
 
 from minibert.tasks.answers import AnswerPrediction, Candidate, answers_from
 from minibert.tasks.columns import Columns, find_columns
+from minibert.tasks.embedding_task import Embed
 from minibert.tasks.encoding import EncodedTexts, EncodedWords, Windows, encode_questions, encode_texts, encode_words
 from minibert.tasks.examples import TextExample, TextExamples, read_texts, stream_texts
 from minibert.tasks.fill_mask import fill_mask, fill_masks, load_masked_lm
@@ -57,6 +59,7 @@ __all__ = [
     "Candidate",
     "Classify",
     "Columns",
+    "Embed",
     "EncodedTexts",
     "EncodedWords",
     "Entity",

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,17 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from minibert.backends import Backend
-from minibert.data import SHUFFLE_STREAM, PackedBatch, check_vocabulary
-from minibert.data.batching import pack as packed_sequences
+from minibert.data import SHUFFLE_STREAM, check_vocabulary
 from minibert.data.masking import shuffled
 from minibert.errors import UserError
 from minibert.kernels.philox import Stream
 from minibert.model.checkpoint import has_weights, read_config, write_config
-from minibert.model.packing import Packed, pack
+from minibert.model.packing import Packed
 from minibert.model.pretrained import PreTrained
-from minibert.model.tensor import no_grad
-from minibert.tasks.batches import targets_of
+from minibert.tasks.embedding_task import Embed
+from minibert.tasks.evaluation import batch_of, evaluate, figure_names, predict
 from minibert.tasks.examples import REGRESSION
 from minibert.tasks.labels import LabelIds
-from minibert.tasks.metrics import Scores, finite
 from minibert.tasks.task import Classify, Prepared, Task, architecture_of, label_names, most_tokens, own_names
 from minibert.train.config import OptimizationConfig
 from minibert.train.loop import Loop, Record, State
@@ -99,6 +97,8 @@ def load_model(
     A head in the folder is kept where its labels are the task's, by name and order; else a new one is drawn from
     `seed`. What is missing is initialised, and a warning names it. Raises UserError for a folder that does not fit.
     """
+    if isinstance(task, Embed):
+        return task.load(folder, backend, dtype, seed), set()
     config = read_config(folder)
     known = architecture_of(config) == task.architecture.__name__
     kept = known and (not task.names or label_names(config) == task.names)
@@ -159,10 +159,14 @@ class FineTuning(Loop):
     ) -> None:  # fmt: skip
         """`new` are parameters that the pretrained model, in the folder `base`, had not: what `load_model` gives."""
         check_vocabulary(tokenizer, model.config.vocab_size)
-        self.task, self.train, self.validation = task, train, validation
+        task.check(config, train)
+        self.task, self.train, self.validation, self.config = task, train, validation, config
         self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps  # of one update
-        self.steps_per_epoch = -(-len(train.sequences) // self.batch_size)
-        max_steps = math.ceil(config.num_train_epochs * self.steps_per_epoch)
+        self.planned: tuple[int, list[np.ndarray]] = (-1, [])  # an epoch, and its batches
+        steps = [len(self.batches(epoch)) for epoch in range(math.ceil(config.num_train_epochs))]
+        self.ends = np.cumsum(steps)  # the step with which each epoch ends
+        wanted = np.interp(config.num_train_epochs, range(len(steps) + 1), [0, *self.ends])  # the last may be in part
+        max_steps = max(1, math.ceil(wanted - 1e-9))
         self.base = base
         model = tuned(model, task, new or set(), config, max_steps, base)
         most, given = most_tokens(model), config.max_seq_length
@@ -172,7 +176,7 @@ class FineTuning(Loop):
         groups = layerwise_groups(model, config.weight_decay, config.layerwise_lr_decay)
         super().__init__(model, tokenizer, config, max_steps, AdamW.of(config, groups), output, options)
         self.class_weights = balanced(task, train) if config.class_weights else None
-        self.metric = f"eval_{(config.metric_for_best_model or task.main_metric).removeprefix('eval_')}"
+        self.metric = f"eval_{(config.metric_for_best_model or task.main_metric(validation)).removeprefix('eval_')}"
         known = ["loss", *figure_names(task, validation)]
         if self.metric.removeprefix("eval_") not in known:
             raise UserError(
@@ -182,7 +186,8 @@ class FineTuning(Loop):
 
     @property
     def epoch(self) -> float:
-        return self.step / self.steps_per_epoch
+        """Passes over the examples so far."""
+        return float(np.interp(self.step, [0, *self.ends], range(len(self.ends) + 1)))
 
     @property
     def fingerprint(self) -> int:
@@ -194,11 +199,18 @@ class FineTuning(Loop):
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """The numbers of each update's examples: in each epoch all of them once, in an order drawn by its number."""
+        if self.planned[0] != epoch:
+            order = shuffled(self.train.count, Stream(self.config.seed, SHUFFLE_STREAM, epoch))
+            self.planned = epoch, self.task.batches(self.train, order, self.batch_size)
+        return self.planned[1]
+
     def chosen(self, step: int) -> np.ndarray:
-        """The numbers of an update's sequences: in each epoch all of them once, in an order drawn by its number."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = shuffled(len(self.train.sequences), Stream(self.config.seed, SHUFFLE_STREAM, epoch))
-        return order[place * self.batch_size : (place + 1) * self.batch_size]
+        """The numbers of an update's examples."""
+        epoch = int(np.searchsorted(self.ends, step, side="right"))
+        begin = self.ends[epoch - 1] if epoch else 0
+        return self.batches(epoch)[step - begin]
 
     @np.errstate(all="ignore")  # the guard sees what NumPy would warn of, and says where it began
     def forward_backward(self) -> tuple[float, int]:
@@ -236,7 +248,7 @@ class FineTuning(Loop):
     # ----------------------------------------------------------------------------------------------------- evaluation
 
     def eval_due(self) -> bool:
-        return self.step % self.steps_per_epoch == 0
+        return self.step in self.ends
 
     def evaluate(self) -> Record:
         """Loss and metrics on the validation examples."""
@@ -284,7 +296,7 @@ class FineTuning(Loop):
 
     def save_best(self) -> None:
         """The model at the top of the folder; of a tuned one the adapter, and the config with its labels."""
-        self.model.save_pretrained(self.output)
+        self.task.save(self.model, self.tokenizer, self.output, self.config.max_seq_length)
         if isinstance(self.model, TunedModel):
             model = self.model.model
             beside = replace(model.config, others={**model.config.others, "_name_or_path": self.base})
@@ -336,67 +348,6 @@ def balanced(task: Task, train: Prepared) -> list[float]:
         raise UserError("class_weights: expected one class for each example or word: others have no weights")
     counts = np.bincount(targets[targets >= 0], minlength=len(task.names))
     return [float(counts.sum() / (np.count_nonzero(counts) * count)) if count else 0.0 for count in counts]
-
-
-# ------------------------------------------------------------------------------------------------ without the trainer
-
-
-def batch_of(task: Task, model: Any, part: Prepared, chosen: np.ndarray) -> tuple[Packed, np.ndarray]:
-    """Sequences as the model takes them, and their targets."""
-    flat: PackedBatch = packed_sequences(part.sequences, chosen)
-    packed = pack(model.config, **flat.inputs)
-    return packed, targets_of(task, part, chosen)
-
-
-def in_order(sequences: Any, tokens_per_batch: int) -> Iterator[np.ndarray]:
-    """The numbers of sequences, in order, as many at a time as their tokens allow."""
-    ends = np.cumsum(sequences.lengths)
-    start = 0
-    while start < len(ends):
-        before = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + tokens_per_batch, side="right")))
-        yield np.arange(start, stop)
-        start = stop
-
-
-def predict(task: Task, model: Any, part: Prepared, tokens_per_batch: int = 4096) -> np.ndarray:
-    """The logits of all rows, (S, K) or (N, K) float32, dropout off."""
-    return evaluated(task, model, part, tokens_per_batch, with_loss=False)[1]
-
-
-def evaluate(
-    task: Task, model: Any, part: Prepared, tokens_per_batch: int = 4096
-) -> tuple[float | None, Scores, np.ndarray]:
-    """The mean loss over what counts, the metrics, and the logits of all rows.
-
-    The loss is None where nothing counts, or where it is no finite number.
-    """
-    loss, outputs = evaluated(task, model, part, tokens_per_batch, with_loss=True)
-    return loss, task.scores(part, outputs), outputs
-
-
-def evaluated(
-    task: Task, model: Any, part: Prepared, tokens_per_batch: int, with_loss: bool
-) -> tuple[float | None, np.ndarray]:
-    model.eval()
-    loss = count = 0.0
-    rows = []
-    with no_grad():
-        for chosen in in_order(part.sequences, tokens_per_batch):
-            packed, targets = batch_of(task, model, part, chosen)
-            weight = task.counted(targets) if with_loss else 0
-            logits, mean = task.forward(model, packed, targets if weight else None)
-            rows.append(logits.numpy().astype(np.float32))
-            if mean is not None:
-                loss += mean.item() * weight
-                count += weight
-    return (finite(loss / count) if count else None), np.concatenate(rows)
-
-
-def figure_names(task: Task, part: Prepared) -> list[str]:
-    """The metrics of these examples, by judging outputs of zeros: so a library that is missing is told early too."""
-    rows = len(part.sequences.ids) if task.of_tokens else len(part.sequences)
-    return list(task.scores(part, np.zeros((rows, len(task.names) or 2), np.float32)).figures)
 
 
 def prefixed(prefix: str, figures: Mapping[str, Any]) -> dict[str, Any]:

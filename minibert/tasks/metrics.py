@@ -32,7 +32,7 @@ GLUE = {
 # What a checkpoint is the best by, where nothing else is asked for.
 MAIN = {
     "single_label_classification": "accuracy", "multi_label_classification": "f1_micro", "regression": "pearson",
-    "entities": "entity_f1", "tags": "accuracy", "answers": "f1",
+    "entities": "entity_f1", "tags": "accuracy", "answers": "f1", "similarity": "spearman", "search": "mrr_10",
 }  # fmt: skip
 PARTS = ("precision", "recall", "f1")
 
@@ -281,13 +281,19 @@ def similarity_metrics(targets: np.ndarray, cosines: np.ndarray) -> Scores:
 
 
 def search_metrics(scores: np.ndarray, right: np.ndarray) -> Scores:
-    """Q questions against D documents, scores (Q, D), the right document of each (Q,): what stands how high.
+    """Q questions against D documents, scores (Q, D), the right document of each (Q,): what stands how high."""
+    return rank_metrics(ranks(scores, right))
 
-    The mean reciprocal rank and the normalised discounted gain of the first 10, and the share found among the first
-    1, 5 and 10. A document of equal score stands before the right one.
+
+def ranks(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """(Q,) the place of the right document, 1 the best. A document of equal score stands before the right one."""
+    return np.asarray((scores >= np.take_along_axis(scores, right[:, None], axis=1)).sum(axis=1))
+
+
+def rank_metrics(rank: np.ndarray) -> Scores:
+    """The mean reciprocal rank and the normalised discounted gain of the first 10, and the share found among the first
+    1, 5 and 10: of the place (Q,) at which each question's one right document stands.
     """
-    own = np.take_along_axis(scores, right[:, None], axis=1)
-    rank = (scores >= own).sum(axis=1)  # 1 is the best
     among = rank <= 10
     figures = means(
         ("mrr_10", among / rank),

@@ -19,7 +19,9 @@ from minibert.backends import Backend
 from minibert.data import load_tokenizer
 from minibert.errors import UserError
 from minibert.model.checkpoint import read_config, read_json
+from minibert.model.sentence_config import MODULES, encoder_folder
 from minibert.tasks.columns import Columns
+from minibert.tasks.embedding_task import Embed, sentence_config_in
 from minibert.tasks.examples import REGRESSION, TextExample, TextExamples
 from minibert.tasks.finetune import predict
 from minibert.tasks.predictions import predictions
@@ -42,11 +44,13 @@ class Pipeline:
                 f"expected max_seq_length from 3 to {positions}, the model's positions, got {max_seq_length}"
             )
         self.task, self.model, self.tokenizer = task, model, tokenizer
-        usual = min(task.max_seq_length, positions) if isinstance(task, Answer) else positions
+        usual = min(task.max_seq_length, positions) if isinstance(task, Answer | Embed) else positions
         self.max_seq_length = max_seq_length or usual
 
     @property
     def kind(self) -> str:
+        if isinstance(self.task, Embed):
+            return "embed"
         if isinstance(self.task, Answer | Tag):
             return "answer" if isinstance(self.task, Answer) else "tag"
         return "regress" if self.task.problem_type == REGRESSION else "classify"
@@ -107,11 +111,32 @@ def pipeline(
     folder: str | Path, backend: str | Backend = "numba", dtype: str = "float32", *, base: str | Path | None = None,
     max_seq_length: int | None = None,
 ) -> Pipeline:  # fmt: skip
-    """Load a fine-tuned model, on a backend.
+    """Load a fine-tuned model that makes predictions, on a backend: as `fine_tuned`.
+
+    Raises UserError for an encoder of sentences too.
+    """
+    found = fine_tuned(folder, backend, dtype, base=base, max_seq_length=max_seq_length)
+    if isinstance(found.task, Embed):
+        raise UserError(
+            f"{folder} holds an encoder of sentences: its vectors are made by `minibert embed` and compared by "
+            "`minibert similarity` (in Python by SentenceTransformer)"
+        )
+    return found
+
+
+def fine_tuned(
+    folder: str | Path, backend: str | Backend = "numba", dtype: str = "float32", *, base: str | Path | None = None,
+    max_seq_length: int | None = None,
+) -> Pipeline:  # fmt: skip
+    """Load a fine-tuned model, an encoder of sentences too, on a backend.
 
     Where the folder holds an adapter, `base` is the folder of the model that it stands beside, if it is not where it
     was. Raises UserError for a folder that holds no fine-tuned model.
     """
+    if (Path(folder) / MODULES).is_file():
+        embed = Embed(sentence_config_in(folder))
+        encoder = encoder_folder(folder)
+        return Pipeline(embed, embed.load(folder, backend, dtype), load_tokenizer(encoder), max_seq_length)
     config = read_config(folder)
     try:
         task = task_of(config, architecture_of(config))

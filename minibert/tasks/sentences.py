@@ -134,8 +134,7 @@ class SentenceTransformer:
             if not is_text(text):
                 what = "half of a surrogate pair" if isinstance(text, str) else type(text).__name__
                 raise UserError(f"texts: expected text, but number {number} is {what}")
-            text = prompt + text
-            yield text.lower() if self.config.do_lower_case else text
+            yield self.config.as_read(text, prompt)
 
     def _embed(self, batch: list[np.ndarray], cut: list[bool]) -> Iterator[Embedded]:
         lengths = [len(ids) for ids in batch]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,21 @@ class Prepared:
     targets: np.ndarray | None  # None where the examples have no labels
     encoded: Any  # how sequences and examples belong together, where that is not one to one
     notes: tuple[str, ...]  # what was lost on the way
+    texts: int = 1  # sequences of one thing that is trained on, one after the other
+
+    @property
+    def count(self) -> int:
+        """How many things there are to train on: examples, or windows of them."""
+        return len(self.sequences) // self.texts
+
+    def sequences_of(self, chosen: np.ndarray) -> np.ndarray:
+        """The numbers of the sequences of some of them."""
+        return (chosen[:, None] * self.texts + np.arange(self.texts)).reshape(-1)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(count,) their tokens."""
+        return self.sequences.lengths.reshape(-1, self.texts).sum(axis=1)
 
 
 class Task:
@@ -59,6 +75,7 @@ class Task:
     architecture: type[BertWithClassifier]
     task_type = ""  # as PEFT names it
     of_tokens = False  # a row of outputs and targets for each token
+    in_batch = False  # the loss of an example depends on those that it is in a batch with
     max_seq_length = 128
 
     def __init__(self, names: Sequence[str] = (), problem_type: str | None = None) -> None:
@@ -89,13 +106,32 @@ class Task:
         """What the loss is the mean of."""
         return len(targets)
 
+    def check(self, config: Any, prepared: Prepared) -> None:
+        """Raise UserError for a FineTuningConfig of which this task cannot heed something."""
+
+    def batches(self, prepared: Prepared, order: np.ndarray, size: int) -> list[np.ndarray]:
+        """All that there is, in an order, `size` at a time."""
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def save(self, model: Any, tokenizer: Tokenizer, folder: Path, max_seq_length: int) -> None:
+        """Write the model into a folder in which its tokenizer is."""
+        model.save_pretrained(folder)
+
+    def mean_loss(self, prepared: Prepared, outputs: np.ndarray) -> float | None:
+        """Where the loss is `in_batch`: that of the outputs of all rows."""
+        raise NotImplementedError
+
+    def no_outputs(self, prepared: Prepared) -> np.ndarray:
+        """Outputs of zeros for all rows."""
+        rows = len(prepared.sequences.ids) if self.of_tokens else len(prepared.sequences)
+        return np.zeros((rows, len(self.names) or 2), np.float32)
+
     def scores(self, prepared: Prepared, outputs: np.ndarray) -> Scores:
         """How good the outputs of all rows are."""
         raise NotImplementedError
 
-    @property
-    def main_metric(self) -> str:
-        """The figure that tells which checkpoint is the best; higher is better."""
+    def main_metric(self, prepared: Prepared) -> str:
+        """The figure of such examples that tells which checkpoint is the best; higher is better."""
         raise NotImplementedError
 
 
@@ -132,8 +168,7 @@ class Classify(Task):
             return multi_label_metrics(targets, probabilities(outputs, MULTI), self.names)
         return class_metrics(targets, outputs.argmax(axis=-1), self.names)
 
-    @property
-    def main_metric(self) -> str:
+    def main_metric(self, prepared: Prepared) -> str:
         return MAIN[str(self.problem_type)]
 
 
@@ -167,8 +202,7 @@ class Tag(Task):
     def scores(self, prepared: Prepared, outputs: np.ndarray) -> Scores:
         return tag_metrics(prepared.examples.tags, self.tags(prepared, outputs))
 
-    @property
-    def main_metric(self) -> str:
+    def main_metric(self, prepared: Prepared) -> str:
         return MAIN["entities" if all(map(is_entity_tag, self.names)) else "tags"]
 
 
@@ -210,8 +244,7 @@ class Answer(Task):
         found = answers_from(windows, examples.contexts, outputs[:, 0], outputs[:, 1])
         return answer_metrics(examples.answers, [each.text for each in found])
 
-    @property
-    def main_metric(self) -> str:
+    def main_metric(self, prepared: Prepared) -> str:
         return MAIN["answers"]
 
 

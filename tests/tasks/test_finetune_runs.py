@@ -100,7 +100,7 @@ class Scripted(FineTuning):
 def scripted(toys: Path, output: Path, script: Any, **changes: Any) -> Scripted:
     one_step = replace(CONFIG, num_train_epochs=len(script) - 1, per_device_train_batch_size=18, **changes)
     run = run_of("classify", toys, output, config=one_step, cls=Scripted)
-    assert isinstance(run, Scripted) and run.steps_per_epoch == 1
+    assert isinstance(run, Scripted) and run.ends[0] == 1
     run.script = script
     return run
 
