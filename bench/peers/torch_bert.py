@@ -35,14 +35,14 @@ def made(config: BertConfig, weights: Weights, plain: bool | None = None) -> tup
     return model, f"{library}, torch {torch.__version__}"
 
 
-def fused_adamw(model: Any) -> tuple[Any, list[Any]]:
-    """AdamW with decay on matrices alone, and every parameter in its order."""
+def fused_adamw(model: Any, weight_decay: float = WEIGHT_DECAY, **settings: Any) -> tuple[Any, list[Any]]:
+    """AdamW with decay on matrices alone, and every parameter that is trained, in its order."""
     import torch
 
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True), [*decayed, *rest]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed, rest = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, **{"lr": LEARNING_RATE, "fused": True, **settings}), [*decayed, *rest]
 
 
 class TorchTraining:
@@ -162,15 +162,15 @@ def load(model: Any, weights: Weights) -> None:
         raise ValueError(f"weights do not fit: lacking {lacking[:3]}, left over {report.unexpected_keys[:3]}")
 
 
-def transformers_bert(config: BertConfig) -> tuple[Any, str]:
-    """transformers' BertForMaskedLM, and what it is."""
+def transformers_bert(config: BertConfig, architecture: str = "BertForMaskedLM") -> tuple[Any, str]:
+    """transformers' model, and what it is."""
     import transformers
 
     known = {k: v for k, v in config.to_dict().items() if k != "model_type"}
     theirs = transformers.BertConfig(**known, attn_implementation="sdpa")
-    model = transformers.BertForMaskedLM(theirs)
+    model = getattr(transformers, architecture)(theirs)
     model.tie_weights()
-    return model, f"transformers {transformers.__version__} BertForMaskedLM, sdpa"
+    return model, f"transformers {transformers.__version__} {architecture}, sdpa"
 
 
 def plain_bert(config: BertConfig) -> tuple[Any, str]:

@@ -93,11 +93,11 @@ def text_batches(config: BertConfig, batch: int, length: int, count: int, seed: 
     return found
 
 
-def random_weights(config: BertConfig, seed: int = 0) -> dict[str, np.ndarray]:
+def random_weights(config: BertConfig, seed: int = 0, architecture: Any = BertForMaskedLM) -> dict[str, np.ndarray]:
     """By Hugging Face's names, as BERT begins; drawn by NumPy in float32, which takes seconds less than Philox."""
     rng = np.random.default_rng(seed)
     found = {}
-    for name, parameter in parameters_of(config):
+    for name, parameter in parameters_of(config, architecture):
         shape, begin = parameter.declared_shape, parameter.begin
         if begin == "normal":
             found[name] = rng.standard_normal(shape, np.float32) * np.float32(config.initializer_range)
@@ -106,9 +106,9 @@ def random_weights(config: BertConfig, seed: int = 0) -> dict[str, np.ndarray]:
     return found
 
 
-def parameters_of(config: BertConfig) -> Iterator[tuple[str, Any]]:
+def parameters_of(config: BertConfig, architecture: Any = BertForMaskedLM) -> Iterator[tuple[str, Any]]:
     """Names, shapes and beginnings of the parameters."""
-    return BertForMaskedLM(config, "numpy", "float32", initialise=False).named_parameters()
+    return architecture(config, "numpy", "float32", initialise=False).named_parameters()
 
 
 def smallest(config: BertConfig) -> BertConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -112,18 +113,25 @@ class Ours:
 def command(bench: Bench, options: type[Options] = Options) -> Callable[..., int]:
     """The function that typer makes a command of: its parameters are the fields of `options`."""
 
+    return with_options(
+        options, partial(run, bench),
+        f"{bench.about}\n\n--measures: {', '.join(bench.measures)}. --vs: {', '.join(bench.opponents)}. "
+        "Exit status 1 if a figure is impossible or the work differs.",
+    )  # fmt: skip
+
+
+def with_options(options: type[Any], run: Callable[[Any], int], about: str) -> Callable[..., int]:
+    """`run` as typer makes a command of it: its parameters are the fields of a dataclass, made into one of these."""
+
     def run_with(**values: Any) -> int:
-        return run(bench, options(**values))
+        return run(options(**values))
 
     hints = get_type_hints(options, include_extras=True)
     parameters = [
         Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name]) for f in fields(options)
     ]
     run_with.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-    run_with.__doc__ = (
-        f"{bench.about}\n\n--measures: {', '.join(bench.measures)}. --vs: {', '.join(bench.opponents)}. "
-        "Exit status 1 if a figure is impossible or the work differs."
-    )
+    run_with.__doc__ = about
     return run_with
 
 

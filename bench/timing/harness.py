@@ -43,7 +43,7 @@ FEWEST_ROUNDS = 3
 IDLE_STEPS = 50
 SETTLE = 0.02  # seconds between turns: idle threads of the one before may spin for some milliseconds
 CHILD_SECONDS = 900.0
-LIBRARIES = ("numpy", "numba", "torch", "transformers", "onnxruntime")
+LIBRARIES = ("numpy", "numba", "torch", "transformers", "peft", "onnxruntime")
 
 
 @dataclass

