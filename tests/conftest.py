@@ -33,6 +33,7 @@ SLOW = frozenset(
         "train/test_cuda_training.py test_docs_cuda.py faults/test_cuda_faults.py::first_failure",
         # measurements
         "bench/test_bench.py bench/test_bench_ablation.py bench/test_bench_ops.py bench/test_bench_scaling.py",
+        "bench/test_bench_tasks.py::test_both_sides_compute_the_same",
         "bench/test_gpu_check.py bench/test_gpu_check_measures.py",
         "lab/compare/test_compare.py lab/compare/test_compare_tasks.py model/test_memory.py",
         # processes of their own, installations, a browser
