@@ -131,7 +131,7 @@ def run(task: Task, options: Options) -> int:
         "bench": "tasks", "task": task.name, "command_options": vars_of(options), **about,
         "data": {"package": task.published.archive, "sha256": data.sha256(path), "train": len(train), "test": len(test),
                  "truncated": [note for part in parts for note in part.notes]},
-        "metric": classify.main_metric, "floor": floor(classify, *parts), "peaks": peaks, "measures": found,
+        "metric": classify.main_metric(parts[1]), "floor": floor(classify, *parts), "peaks": peaks, "measures": found,
         "disturbance": load.disturbance(threads, rates),
     }  # fmt: skip
     return tables.report(document, options.json_file)
@@ -234,4 +234,4 @@ def floor(task: Classify, train: Prepared, test: Prepared) -> float | None:
     single = task.problem_type != data.REGRESSION
     found = (LinearSVC() if single else Ridge()).fit(given, train.targets).predict(asked)
     outputs = np.eye(len(task.names))[found] if single else found[:, None]
-    return task.scores(test, outputs).figures[task.main_metric]
+    return task.scores(test, outputs).figures[task.main_metric(test)]

@@ -22,7 +22,8 @@ from minibert import backends
 from minibert.backends import Backend
 from minibert.data.batching import pack as lay_together
 from minibert.model.config import BertConfig
-from minibert.tasks.finetune import FineTuning, FineTuningConfig, batch_of, in_order, predict
+from minibert.tasks.evaluation import batch_of, in_order, predict
+from minibert.tasks.finetune import FineTuning, FineTuningConfig
 from minibert.tasks.task import Classify, Prepared
 from minibert.train.optim import linear_schedule
 
@@ -165,7 +166,7 @@ class TorchTuning:
             return np.concatenate([self.model(**inputs).logits.numpy() for inputs in self.test_inputs()])
 
     def test_inputs(self) -> Iterator[dict[str, Any]]:
-        for chosen in in_order(self.given.test.sequences, self.config.tokens_per_batch):
+        for chosen in in_order(self.given.test.lengths, self.config.tokens_per_batch):
             yield self.inputs(self.given.test, chosen)
 
 

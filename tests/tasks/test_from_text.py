@@ -12,8 +12,8 @@ import minibert as mb
 from minibert.data import SHIPPED_TEXT, SHIPPED_VOCABULARY, load_tokenizer, read_documents
 from minibert.errors import UserError
 from minibert.tasks.batches import TaskBatches
+from minibert.tasks.evaluation import batch_of
 from minibert.tasks.examples import MULTI, REGRESSION
-from minibert.tasks.finetune import batch_of
 from minibert.tasks.from_text import WRITTEN, examples_of_text
 from minibert.tasks.task import Answer, Classify, Tag, Task
 
