@@ -138,9 +138,9 @@ def test_files_and_commands_that_documents_name_exist(root: Path, document: str)
     from minibert.cli import app, register_commands
 
     register_commands()
-    commands = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    commands = {c.name or c.callback.__name__.replace("_", "-") for c in app.registered_commands if c.callback}
     commands |= {group.name for group in app.registered_groups if group.name}
-    used = set(re.findall(r"(?:^|`|bin/)minibert (?!is )([a-z]+)", text, flags=re.MULTILINE))
+    used = set(re.findall(r"(?:^|`|bin/)minibert (?!is )([a-z-]+)", text, flags=re.MULTILINE))
     assert used
     assert used <= commands
 

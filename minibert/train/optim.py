@@ -203,6 +203,7 @@ class AdamW:
         """Queue the update alone: nothing is looked at, so that it can be part of a captured graph."""
         for group in self.groups:
             backend = group.params[0].backend
+            rate = lr if group.lr_scale == 1 else lr * group.lr_scale  # in a graph `lr` is live: a product is a number
             for span in group.spans():
                 state: tuple[Array, ...] = (group.param, group.grad, group.exp_avg, group.exp_avg_sq)
                 op = adamw
@@ -210,7 +211,7 @@ class AdamW:
                     op, state = adamw_shadow, (group.param, group.master, *state[1:])
                 backend.run(
                     op, *(array[span] for array in state), grad_scale,
-                    lr=lr * group.lr_scale, step=step, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
+                    lr=rate, step=step, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
                     weight_decay=group.weight_decay,
                 )  # fmt: skip
             for p in group.params:

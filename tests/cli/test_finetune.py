@@ -232,7 +232,7 @@ TABLES = {
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("guess", "finetune: expected classify, regress, tag, answer, got 'guess'"),
+        ("guess", "finetune: expected classify, regress, tag, answer, embed, got 'guess'"),
         ("classify --model TOYS/tuned", "expected --model, a folder, and --train, a file"),
         ("classify --model TOYS/absent --train TOYS/classify.csv", "no checkpoint at"),
         ("classify --model TOYS/empty --train TOYS/classify.csv", "no config.json in"),

@@ -247,7 +247,7 @@ def test_an_output_is_not_replaced(refused: Callable[..., str], toys: Path, tmp_
             "tag",
             ["--text-column", "a"],
             "a",
-            "error: --text-column: expected with classify or regress, got it with tag",
+            "error: --text-column: expected with classify or regress or embed, got it with tag",
         ),
         ("answer", [], "{", "is no JSON: line 1"),
         (

@@ -143,7 +143,8 @@ def test_a_wrong_output_of_a_kernel_is_caught(op: Op, change: Change) -> None:
 
 def test_every_op_but_views_has_a_kernel() -> None:
     views = {"reshape", "transpose", "broadcast", "slice_axis", "pad_axis", "concatenate"}
-    assert {op.name for op in OPS.values()} - {op.name for op in ON_NUMBA} == views
+    of_few_numbers = {"binary_cross_entropy", "mse_loss"}  # one row for each sequence: the formula takes no time
+    assert {op.name for op in OPS.values()} - {op.name for op in ON_NUMBA} == views | of_few_numbers
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)

@@ -11,12 +11,15 @@ import pytest
 from safetensors.numpy import load_file
 
 import minibert as mb
+from minibert.errors import pip_install
 from minibert.tuning import AdaLoraConfig, AdaLoraModel, PeftModel, get_peft_model
 from minibert.tuning.adalora import NAMES
 from tests.small_model import QUIET
 
 pytestmark = pytest.mark.parity
-peft = pytest.importorskip("peft", reason="peft is not installed: pip install --no-deps peft==0.21.2 accelerate psutil")
+peft = pytest.importorskip(
+    "peft", reason=f"peft is not installed: {pip_install('--no-deps', 'peft==0.21.2', 'accelerate', 'psutil')}"
+)
 
 IDS = np.random.default_rng(1).integers(1, 61, (8, 3, 11))  # a batch for each of some steps
 LABELS = np.where(np.random.default_rng(2).random(IDS.shape) < 0.5, IDS, -100)

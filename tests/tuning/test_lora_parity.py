@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 import minibert as mb
+from minibert.errors import pip_install
 from minibert.tuning import LoraConfig, PeftModel, get_peft_model
 from tests.small_model import IDS, LABELS, QUIET
 
 pytestmark = pytest.mark.parity
-peft = pytest.importorskip("peft", reason="peft is not installed: pip install --no-deps peft==0.21.2 accelerate psutil")
+peft = pytest.importorskip(
+    "peft", reason=f"peft is not installed: {pip_install('--no-deps', 'peft==0.21.2', 'accelerate', 'psutil')}"
+)
 
 TIGHT = {"rtol": 0, "atol": 2e-5}
 
