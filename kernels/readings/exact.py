@@ -126,10 +126,10 @@ class Exact(Reading):
         unit = self.unit.min(axis=axis, keepdims=keepdims, initial=np.inf)
         return self.of(self.value.sum(axis=axis, keepdims=keepdims), unit, self.reach.sum(axis=axis, keepdims=keepdims))
 
-    def mean(self, axis: Any = None, keepdims: bool = False) -> Self:
+    def mean(self, axis: Any = None, keepdims: Any = False) -> Self:
         result = super().mean(axis=axis, keepdims=keepdims)
-        top, bottom = (pick(self.value, axis=axis, keepdims=keepdims) for pick in (np.max, np.min))
-        return result.unless(top != bottom)
+        top, bottom = self.value.max(axis=axis, keepdims=keepdims), self.value.min(axis=axis, keepdims=keepdims)
+        return result.unless(np.asarray(top != bottom))
 
     def segment_sum(self, ids: np.ndarray, count: int) -> Self:
         shape = (count, *self.shape[1:])
