@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import special
 
 from minibert.kernels.adjoining import adjoining
 from minibert.kernels.op import Array
@@ -22,7 +21,11 @@ from minibert.kernels.op import Array
 class NumpyModule:
     """NumPy plus `erf`, `segment_sum` and `stored`; its `concatenate` copies nothing that it need not."""
 
-    erf = staticmethod(special.erf)
+    @staticmethod
+    def erf(x: Array) -> Array:
+        from scipy import special  # which takes as long to import as the rest of a command, and is seldom needed
+
+        return special.erf(x)
 
     @staticmethod
     def stored(x: Array) -> Array:

@@ -30,8 +30,8 @@ from functools import cache
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from scipy import special
 
+from minibert.kernels.array_module import numpy_module
 from minibert.kernels.readings.precisions import PRECISIONS, PRODUCTS, Precision
 from minibert.kernels.readings.reading import Reading, ReadingModule
 
@@ -145,18 +145,26 @@ class Bounded(Reading):
 
         def total(errors: tuple[np.ndarray, ...], share: Any) -> np.ndarray:
             inherited = rule(*errors)
-            return np.asarray(inherited + share * (at + inherited) + tiny * cls.precision.tiny, np.float64)
+            own = np.add(at, inherited, dtype=np.float64)
+            own *= share  # in place: of arrays of a million elements, memory takes the time
+            own += inherited
+            own += tiny * cls.precision.tiny
+            return np.asarray(own)
 
         error = likely = total(tuple(x.error for x in operands), rounded.hard)
         if rounded.likely is not rounded.hard or any(x.likely is not x.error for x in operands):
             likely = total(tuple(x.likely for x in operands), rounded.likely)
         value = np.asarray(value)
-        counts = (np.broadcast_to(np.asarray(count, np.int32), value.shape) for count in (adds, late))
+        counts = (
+            count if np.shape(count) == value.shape and np.ndim(count) else np.full(value.shape, count, np.int32)
+            for count in (adds, late)
+        )
         return cls(value, error, likely, np.asarray(terms), *counts)
 
     def summed(self) -> np.ndarray:
         """What an evaluation may add up instead of this number: S, where it is a sum of others."""
-        return np.where(self.adds > 0, self.terms, np.abs(self.value))
+        size = np.abs(self.value)
+        return np.where(self.adds > 0, self.terms, size) if self.adds.any() else size
 
     def add(self, other: Self) -> Self:
         value, terms, before = self.value + other.value, self.terms + other.terms, self.adds + other.adds
@@ -175,12 +183,11 @@ class Bounded(Reading):
         return type(self)(-self.value, *self.parts[1:])
 
     def multiply(self, other: Self) -> Self:
-        a, b = abs(self.value), abs(other.value)
+        a, b, value = abs(self.value), abs(other.value), self.value * other.value
         terms = np.maximum(self.terms * b, a * other.terms)
-        at, adds = np.maximum(self.summed() * b, a * other.summed()), np.maximum(self.adds, other.adds)
-        return self.made(
-            self.value * other.value, lambda e, f: a * f + e * b + e * f, (self, other), at, terms, adds=adds
-        )
+        adds = np.maximum(self.adds, other.adds)
+        at = np.maximum(self.summed() * b, a * other.summed()) if adds.any() else abs(value)
+        return self.made(value, lambda e, f: a * f + e * (b + f), (self, other), at, terms, adds=adds)
 
     def divide(self, other: Self) -> Self:
         value, size = self.value / other.value, abs(other.value)
@@ -288,7 +295,7 @@ class Bounded(Reading):
         def slope(x: np.ndarray) -> np.ndarray:
             return 2 / np.sqrt(np.pi) * np.exp(-(np.minimum(x, 30) ** 2))
 
-        return self._steepest_at_0(special.erf(self.value), slope, "erf")
+        return self._steepest_at_0(numpy_module.erf(self.value), slope, "erf")
 
     def _steepest_at_0(self, value: np.ndarray, slope: Callable[[np.ndarray], np.ndarray], name: str) -> Self:
         """The error times the steepest slope within the error."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, Self
 
 import numpy as np
-from scipy import special
 
 from minibert.kernels.array_module import numpy_module
 from minibert.kernels.readings.reading import Reading, ReadingModule
@@ -74,7 +73,7 @@ class Dual(Reading):
         return self._chain(value, 1 - value * value)
 
     def erf(self) -> Self:
-        return self._chain(special.erf(self.value), 2 / np.sqrt(np.pi) * np.exp(-self.value * self.value))
+        return self._chain(numpy_module.erf(self.value), 2 / np.sqrt(np.pi) * np.exp(-self.value * self.value))
 
 
 dual_module = ReadingModule(Dual)

@@ -17,8 +17,8 @@ from functools import cache
 from typing import Any, Self
 
 import numpy as np
-from scipy import special
 
+from minibert.kernels.array_module import numpy_module
 from minibert.kernels.readings.precisions import PRECISIONS, PRODUCTS, Precision
 from minibert.kernels.readings.reading import UNARY, Reading, ReadingModule
 
@@ -72,7 +72,7 @@ class Exact(Reading):
         """A 0 that no terms made has any unit; what is too large or too fine has none: it may overflow or vanish."""
         value, unit, reach = (np.asarray(part, np.float64) for part in (value, unit, reach))
         bounded = reach <= cls.precision.largest
-        fine = power_of_two(unit) < cls.precision.tiny
+        fine = unit < np.log2(cls.precision.tiny)
         unit = np.where(reach == 0, np.inf, np.where(~bounded | fine, UNKNOWN, unit))
         return cls(value, unit, np.where(bounded, reach, np.inf))
 
@@ -153,7 +153,7 @@ class Exact(Reading):
 
 
 for _name in UNARY:
-    _function = special.erf if _name == "erf" else getattr(np, _name)
+    _function = getattr(numpy_module, _name)
     setattr(Exact, _name, lambda x, function=_function: x.rounded(function(x.value)))
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from minibert.backends import MOST_THREADS, Backend
+from minibert.backends import MOST_THREADS, Backend, spec_of
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
 from minibert.cli.emulator import (
@@ -25,6 +27,7 @@ from minibert.cli.emulator import (
     emulator_options,
     traffic_table,
 )
+from minibert.cli.jobs import JOBS_HELP, in_jobs, usual_jobs
 from minibert.cli.legend import ULP_HELP, show
 from minibert.cli.options import (
     BACKENDS,
@@ -39,7 +42,8 @@ from minibert.cli.options import (
 from minibert.errors import UserError
 from minibert.kernels import OPS, Op
 from minibert.lab.conform.case import Case
-from minibert.lab.conform.check import CheckResult, check, find_op, gradient_verdict, refused
+from minibert.lab.conform.check import CHECKS, CheckResult, check, find_op, gradient_verdict, planned, refused
+from minibert.lab.conform.drawn import any_size
 from minibert.lab.conform.guarded import not_tried
 from minibert.lab.conform.own_kernels import HELP, given_again, load_kernels, refuse_untriable
 
@@ -70,6 +74,7 @@ def check_command(
     ulp: bool = typer.Option(False, "--ulp", help=ULP_HELP),
     traffic: bool = typer.Option(False, help=TRAFFIC_HELP),
     gdb: str = typer.Option(None, metavar="FILE:LINE", help=GDB_HELP),
+    jobs: int = typer.Option(None, min=1, help=JOBS_HELP),
 ) -> int:
     """Check every op on every backend against its formula in float64, and every gradient against the exact derivative.
 
@@ -78,6 +83,9 @@ def check_command(
     """
     if allow not in (None, "poor"):
         raise UserError(f"--allow: expected poor, got {allow!r}")
+    alone = bool(kernel or traffic or gdb)  # what they do is seen in this process
+    if alone and jobs is not None and jobs > 1:
+        raise UserError("--jobs: expected 1 with --kernel, --traffic and --gdb")
     kernels = load_kernels(kernel)
     compared = chosen_backends(backend, threads)
     set_products(compared, products)
@@ -91,6 +99,7 @@ def check_command(
     for place in compared:  # before the emulator is compiled
         for each in dtypes or ():
             place.require_dtype(each)
+    asked = Asked(dtypes, seed, allow == "poor", threads, products, schedules, sanitize)
     with ExitStack() as stack:
         status = notes.status("checking")
         if not gdb:  # which has the terminal
@@ -99,12 +108,19 @@ def check_command(
         stack.enter_context(show_compiling(status.update))
         for place in compared:
             stack.enter_context(place.using(kernels))
-        for result in check(ops, compared, dtypes, seed, allow == "poor", 60 * thorough):
+        parts = parts_of(ops, compared, dtypes)
+        shared = in_jobs(parts, asked.results, asked.there, (1 if alone else usual_jobs()) if jobs is None else jobs)
+        drawn = check(ops, compared, dtypes, seed, allow == "poor", 60 * thorough, only=())
+        for result in chain(shared, drawn):
+            if isinstance(result, dict):
+                emulator.emulator.notes.update(result)
+                continue
             results.append(result)
             refuse_untriable(kernels)
             status.update(f"checking {result.op} on {result.backend} in {result.dtype}: {result.check}")
         if traffic:
             counted = traffic_table(emulator.emulator)
+    results.sort(key=lambda result: _place_in_plan(result, ops, compared))
     show(_table(results, ulp))
     if traffic:
         show(counted, TRAFFIC_COLUMNS)
@@ -120,6 +136,64 @@ def check_command(
     verdict = f"{len(results) - len(failed)} of {len(results)} checks passed: {count} op-backend pairs, {tried} inputs"
     console.print(f"[{'red' if failed else 'green'}]{'FAIL' if failed else 'PASS'}[/] {verdict}", highlight=False)
     return 1 if failed else 0
+
+
+class Part(NamedTuple):
+    """Of a check: some demands of an op on a backend."""
+
+    op: str
+    backend: str
+    demands: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How each part is to be checked, in whatever process."""
+
+    dtypes: Sequence[str] | None
+    seed: int
+    allow_poor: bool
+    threads: int | None
+    products: str
+    schedules: str | None
+    sanitize: bool
+
+    def results(self, part: Part) -> Iterator[Any]:
+        yield from check([part.op], [part.backend], self.dtypes, self.seed, self.allow_poor, only=part.demands)
+
+    def there(self, part: Part) -> list[Any]:
+        """The results in a process that knows nothing of the command; and what the emulator noted, if it was that."""
+        places = chosen_backends(part.backend, self.threads)
+        set_products(places, self.products)
+        emulates = places[0].emulated
+        with emulator_options(places, self.schedules if emulates else None, self.sanitize or not emulates) as emulator:
+            results = list(self.results(part))
+            if emulator is None:
+                return results
+            noted = dict(emulator.emulator.notes)
+            emulator.emulator.notes.clear()  # they are told once, by who asked
+            return [*results, noted]
+
+
+def parts_of(ops: Sequence[Op], places: Sequence[Backend], dtypes: Sequence[str] | None) -> list[Part]:
+    """Two for each op and backend: what takes longest by itself, at the end, where other processes begin."""
+    first: list[Part] = []
+    last: list[Part] = []
+    for op in ops:
+        for place in places:
+            names = dict.fromkeys(name for name, _ in planned(place, op, dtypes))
+            of_sizes = tuple(name for name in names if name == any_size.__name__)
+            first.append(Part(op.name, spec_of(place), tuple(name for name in names if name not in of_sizes)))
+            last += [Part(op.name, spec_of(place), of_sizes)] if of_sizes else []
+    return first + last[::-1]
+
+
+def _place_in_plan(result: CheckResult, ops: Sequence[Op], places: Sequence[Backend]) -> tuple[int, ...]:
+    """Where the table and the messages have it; what was drawn for `--thorough` comes last."""
+    op, place = ([each.name for each in group] for group in (ops, places))
+    demands = list(CHECKS)
+    number = demands.index(result.check) if result.check in demands else len(demands)
+    return number == len(demands), op.index(result.op), place.index(result.backend), number
 
 
 def _told(

@@ -29,7 +29,7 @@ GDB_HELP = "Emulator: stop in a kernel at FILE:LINE, as in softmax/gpu.cu:41, un
 
 @contextmanager
 def emulator_options(
-    places: Sequence[Backend], schedules: str | None, sanitize: bool, traffic: bool, gdb: str | None
+    places: Sequence[Backend], schedules: str | None, sanitize: bool, traffic: bool = False, gdb: str | None = None
 ) -> Iterator[Any]:
     """Set the emulator up for the length of a `with` block, and give its backend; None where it is not among `places`.
 

@@ -18,7 +18,6 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtr, ndtri
 
 from minibert.errors import UserError
 from minibert.kernels.activation import tanh
@@ -122,6 +121,8 @@ class Bottleneck(Module):
 
     def _cut_normal(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """Normal of std 0.01 between -0.02 and 0.02, by inverting its distribution function."""
+        from scipy.special import ndtr, ndtri
+
         key = zlib.crc32(f"{self.layer}.{name}".encode())
         words = random_words(Stream(self.seed, INITIALISATION_STREAM, 0, key), int(np.prod(shape)))
         uniform = (words + 0.5) * 2.0**-32

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from minibert.backends.base import NARROW, dtype_of
 from minibert.kernels import Op
 from minibert.kernels.array_module import NumpyModule, numpy_module
-from minibert.kernels.drawing import REGIMES, Drawing, Drawn, axes_of, ladder, small
+from minibert.kernels.drawing import BETWEEN, REGIMES, Drawing, Drawn, axes_of, ladder, small
 from minibert.kernels.op import holds_floats, input_name, outputs
 from minibert.lab.conform.case import Broken, Case, Input, Tally, rounded
 from minibert.lab.conform.demands import no_views_but_the_formulas
@@ -27,7 +28,7 @@ from minibert.lab.conform.raised import what_raised
 
 BY_SIZE = ("whole numbers", "one element that outweighs", "normal")  # in turn, on the way up
 EMULATED_RUNGS = (257, 1025, 2049, 4097, 65537)  # what plays a machine has few above the first
-LARGE = 2**14  # from here on whole numbers are drawn for each size, beside what has its turn
+LARGE = 2**14  # from here on an input costs as much as a hundred small ones
 SLOW_SECONDS = 5.0  # an input for which a device that is played takes so long is the last of its axis
 EXACT = ("whole numbers", "one number in each row")  # arithmetic on which may round nothing
 SQUARE = (1, 2, 4, 9, 16, 33)  # sizes of all axes at once
@@ -91,12 +92,16 @@ def sizes_of(case: Case) -> Iterator[Drawn]:
         few = EMULATED_RUNGS[: -1 if case.dtype in NARROW else None]  # sizes go wrong in any dtype alike
         if case.backend.emulated and size > few[0] and size not in few:
             continue
-        regime = BY_SIZE[number // len(axes) % len(BY_SIZE)]
+        regimes: tuple[str, ...] = (BY_SIZE[number // len(axes) % len(BY_SIZE)],)
         chosen = number
-        if size >= LARGE and case.backend.emulated:  # once, with the choices that suit the axis
-            regime, chosen = BY_SIZE[0], list(axes).index(axis)
-        for each in dict.fromkeys((regime, *BY_SIZE[: size >= LARGE])):
-            yield Drawn(case.seed, chosen, {**small(axes, number, size), axis: size}, each)
+        if size >= LARGE and case.backend.emulated:  # with the choices that suit the axis
+            regimes, chosen = BY_SIZE[:1], list(axes).index(axis)
+        elif size > axes[axis]:  # the largest
+            regimes = BY_SIZE[:2]
+        elif size >= LARGE and size not in BETWEEN:
+            regimes = (BY_SIZE[size.bit_length() % 2],)
+        for regime in regimes:
+            yield Drawn(case.seed, chosen, {**small(axes, number, size), axis: size}, regime)
         number += 1
 
 
@@ -105,7 +110,7 @@ def values_of(case: Case) -> Iterator[Drawn]:
     axes = axes_of(_draw_of(case.op))
     few, many = (
         {axis: min(largest, usual[k % 4]) for k, (axis, largest) in enumerate(axes.items())}
-        for usual in ((6, 9, 11, 5), (6, 131, 9, 5) if len(axes) < 4 else (3, 37, 3, 5))
+        for usual in (((6, 9, 11, 5), (6, 131, 9, 5)) if len(axes) < 4 else ((3, 9, 11, 5), (2, 37, 3, 5)))
     )
     drawing = Drawing(Drawn(case.seed, 0, few))
     _draw_of(case.op)(drawing, **few)
@@ -161,7 +166,8 @@ def drawn_input(case: Case, drawn: Drawn) -> Input | None:
         plain = outputs(op.formula(numpy_module, *wide, **params))
     if not all(np.isfinite(r).all() for r in plain) or not _can_be_stored(case, wide, params):
         return None
-    expected = expect(op, arrays, params, case.dtype, case.backend.product_mode, exactly=drawn.regime in EXACT)
+    exactly = drawn.regime in EXACT and _can_be_exact(op, case.dtype, case.backend.product_mode)
+    expected = expect(op, arrays, params, case.dtype, case.backend.product_mode, exactly)
     if not all(np.isfinite(b.value).all() for b in expected):
         return None
     if not all(np.isfinite(b.error).all() for b in expected):
@@ -174,6 +180,20 @@ def drawn_input(case: Case, drawn: Drawn) -> Input | None:
             for b, r in zip(expected, plain, strict=True)
         ]
     return Input(drawn.number, arrays, params, expected, drawn)
+
+
+@lru_cache(maxsize=64)
+def _can_be_exact(op: Op, dtype: str, products: str) -> bool:
+    """Whether on small inputs some number, but for 0, is rounded by no order of evaluation: else none is sought."""
+    axes, draw = axes_of(_draw_of(op)), _draw_of(op)
+    for number, regime in product(range(6), EXACT):
+        drawn = Drawn(0, number, small(axes, number), regime)
+        arrays, params = rounded(op, draw(Drawing(drawn), **drawn.sizes), dtype)
+        if any(
+            ((b.error == 0) & (b.value != 0)).any() for b in expect(op, arrays, params, dtype, products, exactly=True)
+        ):
+            return True
+    return False
 
 
 def _can_be_stored(case: Case, wide: Sequence[Any], params: Mapping[str, Any]) -> bool:
