@@ -44,7 +44,7 @@ from minibert.kernels import OPS, Op
 from minibert.lab.conform.case import Case
 from minibert.lab.conform.check import CHECKS, CheckResult, check, find_op, gradient_verdict, planned, refused
 from minibert.lab.conform.drawn import any_size
-from minibert.lab.conform.guarded import not_tried
+from minibert.lab.conform.guarded import begin_guarded, not_tried
 from minibert.lab.conform.own_kernels import HELP, given_again, load_kernels, refuse_untriable
 
 ALLOW_HELP = (
@@ -88,6 +88,7 @@ def check_command(
         raise UserError("--jobs: expected 1 with --kernel, --traffic and --gdb")
     kernels = load_kernels(kernel)
     compared = chosen_backends(backend, threads)
+    begin_guarded(compared)
     set_products(compared, products)
     ops = [find_op(name) for name in names] if names else list(kernels) or list(OPS.values())
     if kernels and not set(kernels) <= set(ops):
@@ -164,6 +165,7 @@ class Asked:
     def there(self, part: Part) -> list[Any]:
         """The results in a process that knows nothing of the command; and what the emulator noted, if it was that."""
         places = chosen_backends(part.backend, self.threads)
+        begin_guarded(places)
         set_products(places, self.products)
         emulates = places[0].emulated
         with emulator_options(places, self.schedules if emulates else None, self.sanitize or not emulates) as emulator:

@@ -9,7 +9,8 @@ holds that nothing wrote. Whether they are right is for the other demands.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import numpy as np
 from minibert import backends
 from minibert.backends import Backend
 from minibert.backends.base import Kernel
-from minibert.kernels import Op
+from minibert.kernels import OPS, Op
 from minibert.kernels.drawing import Drawn
 from minibert.lab.conform.case import EMULATED_SHAPE, SHAPE, STEP, Broken, Case, Input, Tally, rounded
 from minibert.lab.conform.drawn import sizes_of, values_of
@@ -75,6 +76,16 @@ def trial(case: Case) -> Verdict:
 @lru_cache(maxsize=64)
 def _trials(op: Op, backend: Backend, kernel: Kernel | None) -> dict[Case, Verdict]:
     return {}
+
+
+def begin_guarded(places: Iterable[Backend]) -> None:
+    """Start the other process, so that it is ready when a kernel of one of these is tried."""
+    with suppress(ImportError, OSError):  # which is told when it is needed
+        if any(not place.emulated and place.by(op) == "kernel" for place in places for op in OPS.values()):
+            from minibert.kernels.cpu import guard_pages
+
+            if not guard_pages.unavailable():
+                guarded_process()
 
 
 def not_tried(case: Case) -> str:

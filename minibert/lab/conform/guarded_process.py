@@ -47,7 +47,7 @@ def unguarded() -> str:
     if reason := guard_pages.unavailable():
         return reason
     try:
-        guarded_process()
+        guarded_process().wait_until_ready()
     except (Stopped, OSError) as error:
         return f"the process with guarded memory did not start: {error}"
     return ""
@@ -57,7 +57,10 @@ _process: GuardedProcess | None = None
 
 
 def guarded_process() -> GuardedProcess:
-    """A process that waits for a job: the same as before, as long as it lives and finds the modules that we find."""
+    """A process that takes jobs: the same as before, as long as it lives and finds the modules that we find.
+
+    A new one is ready in a second, in which other work can be done.
+    """
     global _process
     if _process is not None and (_process.ended() or _process.place != place()):
         _end_process()
@@ -80,7 +83,7 @@ def place() -> tuple[str, ...]:
 
 
 class GuardedProcess:
-    """Starts at once. Raises Ended where it cannot guard its memory, with the reason."""
+    """Starts at once, and takes jobs when it is ready."""
 
     def __init__(self, *, bounds: bool = False) -> None:
         from minibert.kernels.cpu import guard_pages
@@ -110,9 +113,7 @@ class GuardedProcess:
                     pass_fds=(theirs.fileno(), file),
                 )  # fmt: skip
             stack.callback(self._kill)
-            name, *reason = self.event(START_SECONDS)
-            if name != "ready":
-                raise Ended(*reason)
+            self._ready = False
             self._stack = stack.pop_all()
 
     def __enter__(self) -> GuardedProcess:
@@ -125,8 +126,17 @@ class GuardedProcess:
         """End it, if it has not ended."""
         self._stack.close()
 
+    def wait_until_ready(self) -> None:
+        """Raises Ended where it cannot guard its memory, with the reason."""
+        if not self._ready:
+            name, *reason = self.event(START_SECONDS)
+            if name != "ready":
+                raise Ended(*reason)
+            self._ready = True
+
     def send(self, job: Job) -> None:
         """Raises Ended where nobody takes it."""
+        self.wait_until_ready()
         try:
             self._channel.send(job)
         except OSError as error:
