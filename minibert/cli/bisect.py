@@ -12,12 +12,13 @@ import typer
 from rich.text import Text
 
 from minibert import backends
-from minibert.cli import app, labelled, sides
+from minibert.cli import app, sides
 from minibert.cli.compiling import show_compiling
 from minibert.cli.diff_report import MEANINGS, facts, finite, table, verdict
 from minibert.cli.inputs import step_inputs
+from minibert.cli.labelled import labelled
 from minibert.cli.legend import ULP_HELP, show
-from minibert.cli.options import console, machine, notes, refuse_unwritable
+from minibert.cli.options import console, machine, notes, refuse_unwritable, takes_options_of
 from minibert.errors import UserError
 from minibert.lab.conform.own_kernels import load_kernels, refuse_uncalled, refuse_untriable
 from minibert.lab.lockstep.bisect import Bisection, bisect
@@ -26,6 +27,7 @@ from minibert.lab.lockstep.trace import Recording
 
 
 @app.command("bisect")
+@takes_options_of(labelled)
 def bisect_command(
     a: str = typer.Argument(help="A backend, as numpy or FILE.py:NAME: the side that trains."),
     b: str | None = typer.Argument(
@@ -38,13 +40,6 @@ def bisect_command(
     b_dtype: sides.BDtype = None,
     config: sides.Config = "tiny",
     text: sides.Text = None,
-    task: labelled.TaskName = labelled.MLM,
-    train: labelled.Train = None,
-    text_column: labelled.TextColumn = None,
-    pair_column: labelled.PairColumn = None,
-    label_column: labelled.LabelColumn = None,
-    label_separator: labelled.LabelSeparator = None,
-    token_column: labelled.TokenColumn = None,
     tokens: sides.Tokens = 1024,
     max_seq_length: sides.MaxSeqLength = 128,
     dtype: sides.Dtype = "float32",
@@ -53,6 +48,7 @@ def bisect_command(
     seed: sides.Seed = 0,
     ulp: bool = typer.Option(False, "--ulp", help=ULP_HELP),
     json_file: Path | None = typer.Option(None, "--json", help="Write what was found to this JSON file."),
+    **of_examples: Any,
 ) -> int:
     """Find the first step of a training run, in it the op, and of that the element, that leaves its error bound.
 
@@ -70,9 +66,7 @@ def bisect_command(
     if isinstance(first, Recording) or isinstance(second, Recording):
         raise UserError("bisect: a trace holds one step and cannot be run again; give two backends, or use diff")
     sides.fit(first, second, products)
-    columns = labelled.Columns(text_column, pair_column, label_column, label_separator, token_column)
-    examples = labelled.Labelled(task, train, columns)
-    inputs = step_inputs(config, text, tokens, max_seq_length, seed, steps, examples)
+    inputs = step_inputs(config, text, tokens, max_seq_length, seed, steps, labelled(**of_examples))
     batches = inputs.make_batches()
     with notes.status("making the models") as status, show_compiling(status.update):
         run = bisect(first, second, inputs.make_model, batches.batch, steps, progress=status.update)

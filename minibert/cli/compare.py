@@ -16,9 +16,10 @@ import typer
 
 from minibert.backends import MOST_THREADS, Backend, BackendUnavailable, determinism, names
 from minibert.backends.base import Kernel
-from minibert.cli import app, labelled
+from minibert.cli import app
 from minibert.cli.compiling import show_compiling
 from minibert.cli.inputs import Inputs, step_inputs
+from minibert.cli.labelled import MLM, labelled
 from minibert.cli.legend import ULP_HELP, show
 from minibert.cli.options import (
     BACKENDS,
@@ -31,6 +32,7 @@ from minibert.cli.options import (
     notes,
     refuse_unwritable,
     set_products,
+    takes_options_of,
 )
 from minibert.cli.report import markdown, tables, verdict
 from minibert.errors import UserError, pip_install
@@ -50,17 +52,11 @@ NEEDED = ("jinja2", "matplotlib")  # by the page
 
 
 @app.command("compare")
+@takes_options_of(labelled)
 def compare_command(
     context: typer.Context,
     config: str = typer.Option("tiny", help="tiny, mini, minilm, small, medium, base, or a checkpoint's FOLDER."),
     text: list[Path] = typer.Option(None, help="Text files; default: the one that ships with minibert."),
-    task: labelled.TaskName = labelled.MLM,
-    train: labelled.Train = None,
-    text_column: labelled.TextColumn = None,
-    pair_column: labelled.PairColumn = None,
-    label_column: labelled.LabelColumn = None,
-    label_separator: labelled.LabelSeparator = None,
-    token_column: labelled.TokenColumn = None,
     backends: str = typer.Option(
         None,
         *BACKENDS,
@@ -83,6 +79,7 @@ def compare_command(
         [], "--with", help="Put a result recorded elsewhere on the page of --report: JSON or a trace. May be repeated."
     ),
     prices: Path | None = typer.Option(None, help="TOML file of prices: the cost of tokens in --report and --json."),
+    **of_examples: Any,
 ) -> int:
     """Train one batch of real text on every backend and compare the backends op by op.
 
@@ -108,9 +105,7 @@ def compare_command(
         place.require_dtype(dtype)
     set_products(compared, products)
     context.with_resource(determinism(deterministic))
-    columns = labelled.Columns(text_column, pair_column, label_column, label_separator, token_column)
-    examples = labelled.Labelled(task, train, columns)
-    inputs = step_inputs(config, text, tokens, max_seq_length, seed, labelled=examples)
+    inputs = step_inputs(config, text, tokens, max_seq_length, seed, labelled=labelled(**of_examples))
     if report is not None:
         _make_folder(report)
     extras = _extras(compared, dtype) if report or json_file else None
@@ -221,7 +216,7 @@ def _crossovers(compared: list[Backend], kernels: Mapping[Op, Kernel]) -> dict[s
 
 def _described(name: str, inputs: Inputs, dtype: str, steps: int, found: Comparison) -> dict[str, Any]:
     batch, config, predicted = found.batch, inputs.config, found.batch.counted
-    task = "" if inputs.task == labelled.MLM else f"{inputs.task}, "
+    task = "" if inputs.task == MLM else f"{inputs.task}, "
     return {
         "name": name,
         "task": inputs.task,

@@ -14,13 +14,14 @@ from typing import Any
 import typer
 
 from minibert import __version__, backends
-from minibert.cli import app, labelled, sides
+from minibert.cli import app, sides
 from minibert.cli.compiling import show_compiling
 from minibert.cli.diff_report import MEANINGS, facts, recorded_facts, summary, table, verdict
 from minibert.cli.drift_report import DRIFT_MEANINGS, drift_facts, drift_tables, drift_verdict
 from minibert.cli.inputs import Inputs, step_inputs
+from minibert.cli.labelled import MLM, labelled
 from minibert.cli.legend import ULP_HELP, show
-from minibert.cli.options import console, machine, notes, refuse_unwritable
+from minibert.cli.options import console, machine, notes, refuse_unwritable, takes_options_of
 from minibert.data import PackedBatch
 from minibert.errors import UserError
 from minibert.lab.conform.own_kernels import load_kernels, refuse_uncalled, refuse_untriable
@@ -32,6 +33,7 @@ SIDES_HELP = "A backend, as numba or FILE.py:NAME, or a trace FILE that --record
 
 
 @app.command("diff")
+@takes_options_of(labelled)
 def diff_command(
     a: str = typer.Argument(help=SIDES_HELP),
     b: str | None = typer.Argument(None, help="The same. Default: A again, with what --kernel and --b-... make of it."),
@@ -40,13 +42,6 @@ def diff_command(
     b_dtype: sides.BDtype = None,
     config: sides.Config = "tiny",
     text: sides.Text = None,
-    task: labelled.TaskName = labelled.MLM,
-    train: labelled.Train = None,
-    text_column: labelled.TextColumn = None,
-    pair_column: labelled.PairColumn = None,
-    label_column: labelled.LabelColumn = None,
-    label_separator: labelled.LabelSeparator = None,
-    token_column: labelled.TokenColumn = None,
     tokens: sides.Tokens = 1024,
     max_seq_length: sides.MaxSeqLength = 128,
     step: int = typer.Option(1, min=1, help="Which step on one batch is compared; those before it run unseen."),
@@ -59,6 +54,7 @@ def diff_command(
     every: bool = typer.Option(False, "--all", help="Print every call in order, not the worst alone."),
     record_file: Path | None = typer.Option(None, "--record", help="Run A alone and write its trace to this file."),
     json_file: Path | None = typer.Option(None, "--json", help="Write the culprit and every call to this JSON file."),
+    **of_examples: Any,
 ) -> int:
     """Compare one training step of a BERT on two sides, call by call: where they part, and who is wrong.
 
@@ -80,9 +76,7 @@ def diff_command(
         raise UserError("expected two sides, as in `minibert diff numpy numba`, or --kernel, --b-threads or --b-dtype")
     second = sides.second_side(a, b, dtype, b_dtype, kernels, b_threads)
     sides.fit(first, second, products)
-    columns = labelled.Columns(text_column, pair_column, label_column, label_separator, token_column)
-    examples = labelled.Labelled(task, train, columns)
-    inputs = step_inputs(config, text, tokens, max_seq_length, seed, steps, examples)
+    inputs = step_inputs(config, text, tokens, max_seq_length, seed, steps, labelled(**of_examples))
     what = ", ".join((config, *([inputs.task] if inputs.how else []), dtype, f"seed {seed}"))
     if steps > 1:
         status = _drift(first, second, inputs, steps, what, json_file, ulp)
@@ -152,7 +146,7 @@ def _digest(batch: PackedBatch) -> str:
 
 
 def _refuse_other_settings(trace: Recording, settings: Mapping[str, Any]) -> None:
-    recorded = {"task": labelled.MLM} | trace.facts.get("settings", {})  # older traces do not name it
+    recorded = {"task": MLM} | trace.facts.get("settings", {})  # older traces do not name it
     for key, value in json.loads(json.dumps(settings)).items():
         if recorded.get(key) != value:
             if key in ("config", "batch"):

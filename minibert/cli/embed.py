@@ -17,7 +17,7 @@ import typer
 from minibert.backends import MOST_THREADS
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
-from minibert.cli.options import BACKENDS, OWN_HELP, notes, refuse_unwritable
+from minibert.cli.options import BACKENDS, OWN_HELP, notes, refuse_unwritable, takes_options_of
 from minibert.cli.running import fastest_or
 from minibert.errors import UserError
 from minibert.model.checkpoint import write_atomically
@@ -25,44 +25,54 @@ from minibert.model.sentence_config import POOLINGS
 from minibert.tasks.sentences import BATCH_TOKENS, Embedded, SentenceTransformer
 from minibert.tasks.tables import Source, name_of, text_lines
 
-MODEL = typer.Option(..., "--model", help="A folder of sentence-transformers, or any BERT's.")
-POOLING = typer.Option(
-    None, show_default="as the folder says", help=f"{' or '.join(POOLINGS)}: how tokens become one vector."
-)
-NORMALIZE = typer.Option(
-    None, "--normalize/--no-normalize", show_default="as the folder says", help="Vectors of length 1."
-)
-PROMPT_NAME = typer.Option(
-    None, show_default="the folder's own", help="What is put before each text, by its name in the folder."
-)
 TOKENS = typer.Option(BATCH_TOKENS, min=1, help="Tokens of a batch, packed.")
-BACKEND = typer.Option(
-    None, *BACKENDS, show_default="the fastest here", help=f"See `minibert backends`. {OWN_HELP}"
-)  # fmt: skip
-DTYPE = typer.Option("float32", help="float32, float64; on a GPU float16, bfloat16. Vectors are float32 always.")
-THREADS = typer.Option(None, min=1, max=MOST_THREADS, show_default="all cores", help="Threads of kernels and BLAS.")
 STDIN = "-"
 ROWS = 256  # that are compared at once
 
 
+def load(
+    model: Path = typer.Option(..., "--model", help="A folder of sentence-transformers, or any BERT's."),
+    pooling: str = typer.Option(
+        None, show_default="as the folder says", help=f"{' or '.join(POOLINGS)}: how tokens become one vector."
+    ),
+    normalize: bool = typer.Option(
+        None, "--normalize/--no-normalize", show_default="as the folder says", help="Vectors of length 1."
+    ),
+    backend: str = typer.Option(
+        None, *BACKENDS, show_default="the fastest here", help=f"See `minibert backends`. {OWN_HELP}"
+    ),
+    dtype: str = typer.Option(
+        "float32", help="float32, float64; on a GPU float16, bfloat16. Vectors are float32 always."
+    ),
+    threads: int = typer.Option(
+        None, min=1, max=MOST_THREADS, show_default="all cores", help="Threads of kernels and BLAS."
+    ),
+) -> SentenceTransformer:
+    """The encoder that the options name on its backend, and a line on stderr that says which and how it pools."""
+    place = fastest_or(backend, threads)
+    place.require_dtype(dtype)
+    encoder = SentenceTransformer.from_pretrained(model, place, dtype, pooling=pooling, normalize=normalize)
+    say(f"backend {place.name}: {place.describe()}, {dtype}")
+    say(f"model {model}: {encoder.config}, {encoder.model.max_seq_length} tokens of a text at most")
+    return encoder
+
+
 @app.command()
+@takes_options_of(load)
 def embed(
     text: str = typer.Argument(STDIN, metavar="[FILE]", help="Text in UTF-8, one a line; - is standard input."),
-    model: Path = MODEL,
     output: Path = typer.Option(
         None, show_default="JSON lines on standard output", help="A file that ends in .jsonl, or .npy: (n, C) float32."
     ),
-    pooling: str = POOLING,
-    normalize: bool = NORMALIZE,
-    prompt_name: str = PROMPT_NAME,
+    prompt_name: str = typer.Option(
+        None, show_default="the folder's own", help="What is put before each text, by its name in the folder."
+    ),
     batch_tokens: int = TOKENS,
-    backend: str = BACKEND,
-    dtype: str = DTYPE,
-    threads: int = THREADS,
+    **of_encoder: Any,
 ) -> None:
     """Write a vector for each line of text, in the order of the lines."""
     write, lines = writer_for(output, {".npy": write_npy, ".jsonl": write_jsonl}), lines_of(text)
-    encoder = load(model, pooling, normalize, backend, dtype, threads)
+    encoder = load(**of_encoder)
     counted = Counted(encoder, batch_tokens, prompt_name)
     with show_compiling():
         write((line, embedded.vector) for line, embedded in counted.through(lines))
@@ -70,20 +80,16 @@ def embed(
 
 
 @app.command()
+@takes_options_of(load)
 def similarity(
     text: str = typer.Argument(metavar="FILE", help="Text in UTF-8, one a line; - is standard input."),
     other: str = typer.Argument(None, metavar="[OTHER]", show_default="FILE itself", help="What it is compared with."),
-    model: Path = MODEL,
     pairs: bool = typer.Option(False, "--pairs", help="Line 1 with line 1, 2 with 2 ..., instead of all with all."),
     output: Path = typer.Option(
         None, show_default="lines on standard output, four digits", help="A file that ends in .tsv, or .npy: float32."
     ),
-    pooling: str = POOLING,
-    normalize: bool = NORMALIZE,
     batch_tokens: int = TOKENS,
-    backend: str = BACKEND,
-    dtype: str = DTYPE,
-    threads: int = THREADS,
+    **of_encoder: Any,
 ) -> None:
     """How alike each line of FILE is to each of OTHER: a row of cosines for each line of FILE."""
     if pairs and other is None:
@@ -92,7 +98,7 @@ def similarity(
         raise UserError("standard input can be read once: name a file for one of the two")
     write = writer_for(output, {".npy": write_npy, ".tsv": write_tsv})
     lines, others = lines_of(text), None if other is None else lines_of(other)
-    encoder = load(model, pooling, normalize, backend, dtype, threads)
+    encoder = load(**of_encoder)
     counted = Counted(encoder, batch_tokens, None)
     with show_compiling():
         right = np.stack(list(counted.vectors(lines if others is None else others)))
@@ -112,18 +118,6 @@ def lines_of(text: str) -> Iterator[str]:
     if first is None:
         raise UserError(f"{name_of(source)} is empty: expected text, one a line")
     return (line.removesuffix("\n") for line in chain([first], lines))
-
-
-def load(
-    folder: Path, pooling: str | None, normalize: bool | None, backend: str | None, dtype: str, threads: int | None
-) -> SentenceTransformer:
-    """The encoder on its backend, and a line on stderr that says which and how it pools."""
-    place = fastest_or(backend, threads)
-    place.require_dtype(dtype)
-    encoder = SentenceTransformer.from_pretrained(folder, place, dtype, pooling=pooling, normalize=normalize)
-    say(f"backend {place.name}: {place.describe()}, {dtype}")
-    say(f"model {folder}: {encoder.config}, {encoder.model.max_seq_length} tokens of a text at most")
-    return encoder
 
 
 def say(line: str) -> None:

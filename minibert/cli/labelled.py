@@ -16,19 +16,6 @@ from minibert.tasks.words import read_words
 
 TASKS = ("classify", "regress", "tag", "answer")
 MLM = "mlm"
-TaskName = Annotated[str, typer.Option(help=f"What the step trains: {', '.join((MLM, *TASKS))}.")]
-Train = Annotated[
-    Path | None,
-    typer.Option(
-        show_default="made from the text",
-        help=f"Labelled examples, for --task {'|'.join(TASKS)}: a file that `minibert finetune` takes.",
-    ),
-]
-TextColumn = Annotated[str | None, typer.Option(show_default="guessed", help="Column of --train: the text.")]
-PairColumn = Annotated[str | None, typer.Option(show_default="guessed", help="The same: a second text.")]
-LabelColumn = Annotated[str | None, typer.Option(show_default="guessed", help="The same: the label.")]
-LabelSeparator = Annotated[str | None, typer.Option(help="Cuts a label of --train into several.")]
-TokenColumn = Annotated[str | None, typer.Option(show_default="the first", help="The same: the words, to tag.")]
 
 
 class Columns(NamedTuple):
@@ -80,6 +67,29 @@ class Labelled(NamedTuple):
             raise UserError(f"--train: labelled examples are for --task {', '.join(TASKS)}: name one of them")
         elif text:
             raise UserError("--text: the examples are those of --train: leave one of the two out")
+
+
+def labelled(
+    task: Annotated[str, typer.Option(help=f"What the step trains: {', '.join((MLM, *TASKS))}.")] = MLM,
+    train: Annotated[
+        Path | None,
+        typer.Option(
+            show_default="made from the text",
+            help=f"Labelled examples, for --task {'|'.join(TASKS)}: a file that `minibert finetune` takes.",
+        ),
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(show_default="guessed", help="Column of --train: the text.")
+    ] = None,
+    pair_column: Annotated[str | None, typer.Option(show_default="guessed", help="The same: a second text.")] = None,
+    label_column: Annotated[str | None, typer.Option(show_default="guessed", help="The same: the label.")] = None,
+    label_separator: Annotated[str | None, typer.Option(help="Cuts a label of --train into several.")] = None,
+    token_column: Annotated[
+        str | None, typer.Option(show_default="the first", help="The same: the words, to tag.")
+    ] = None,
+) -> Labelled:
+    """What the options of commands that take a step say of it."""
+    return Labelled(task, train, Columns(text_column, pair_column, label_column, label_separator, token_column))
 
 
 def read_examples(kind: str, path: Path, columns: Columns) -> Any:

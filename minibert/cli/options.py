@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import platform
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -134,6 +135,25 @@ def refuse_unwritable(**files: Path | None) -> None:
             part = path.name in MODEL_FILES or path.suffix in OTHER_WEIGHTS
             what = "part of a model" if part else f"no {kind} that minibert wrote"
             raise UserError(f"{path} is {what}, which is not replaced: name another file")
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def takes_options_of(source: Callable[..., Any], *without: str) -> Callable[[Command], Command]:
+    """A command whose `**options` are the parameters of another function, less some: they are written down once."""
+
+    def extend(command: Command) -> Command:
+        own, more = (inspect.signature(each, eval_str=True).parameters for each in (command, source))
+        taken = {name: one for name, one in own.items() if one.kind is not one.VAR_KEYWORD}
+        taken |= {name: one for name, one in more.items() if name not in {*taken, *without}}
+        # What typer reads. Keywords, for an option that is required may stand after one that is not.
+        found = inspect.Signature([one.replace(kind=one.KEYWORD_ONLY) for one in taken.values()])
+        command.__signature__ = found  # type: ignore[attr-defined]
+        command.__annotations__ = {name: one.annotation for name, one in taken.items()}
+        return command
+
+    return extend
 
 
 BACKENDS = ("--backend", "--backends")  # both are taken wherever a backend or several are named
