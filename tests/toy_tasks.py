@@ -10,16 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import minibert as mb
 from minibert.cli import main
 from minibert.data import load_tokenizer
+from minibert.model.checkpoint import read_arrays
 from minibert.tasks.examples import read_texts
 from minibert.tasks.finetune import FineTuning, FineTuningConfig, load_model, names_for
 from minibert.tasks.questions import read_questions
 from minibert.tasks.task import Answer, Classify, Tag, Task
 from minibert.tasks.words import read_words
+from minibert.train.log import read_log
 
 GOOD, BAD = ["good", "fine", "happy", "sweet", "bright", "warm"], ["bad", "poor", "sad", "sour", "dark", "cold"]
 NOUNS = ["river", "house", "garden", "song", "child", "road"]
@@ -34,6 +37,7 @@ CONFIG = FineTuningConfig(
     learning_rate=5e-3, num_train_epochs=6, per_device_train_batch_size=4, gradient_accumulation_steps=2,
     max_seq_length=32,
 )  # fmt: skip
+SHORT = replace(CONFIG, num_train_epochs=2, per_device_train_batch_size=8, logging_steps=2, save_steps=4)
 
 
 def make(folder: Path, cli: pytest.MonkeyPatch) -> Path:
@@ -121,3 +125,12 @@ def stopping(run: FineTuning, step: int) -> Iterator[tuple[str, dict[str, Any]]]
     for kind, record in run.run():
         run.stop = run.stop or run.step == step
         yield kind, record
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    return read_arrays(folder / "model.safetensors")[0]
+
+
+def the_log(folder: Path) -> list[dict[str, Any]]:
+    """The log, without how long things took."""
+    return [{key: value for key, value in line.items() if "second" not in key} for line in read_log(folder)]

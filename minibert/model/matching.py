@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minibert.errors import UserError
+from minibert.errors import UserError, warn
 
 Arrays = dict[str, np.ndarray]
 Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]  # a parameter, its shape in the file and in the model
@@ -52,6 +52,14 @@ class LoadReport:
             "of another shape": _shapes(self.mismatched_keys),
         }
         return "; ".join(f"{label}: {names}" for label, names in said.items() if names) or "every name matched"
+
+    def tell(self, folder: Any) -> None:
+        """Warn of what did not match, and say what becomes of it."""
+        if self:
+            drawn, unused = self.missing_keys or self.mismatched_keys, self.unexpected_keys
+            so = ["what is missing or of another shape is newly initialised"] * bool(drawn)
+            so += ["what is unexpected is not used"] * bool(unused)
+            warn(f"{folder}: {self} ({', '.join(so)})")
 
     def loading_info(self) -> dict[str, Any]:
         """What `output_loading_info=True` gives in transformers."""

@@ -145,6 +145,16 @@ class PreTrained(Module):
         transformers. A decoder in the file that is not the word embedding is kept, untied, whatever the config says.
         Raises UserError for a folder that is not a checkpoint, and for weights of the wrong shape.
         """
+        model, report = cls.load_folder(folder, backend, dtype, seed, config, strict, ignore_mismatched_sizes, **more)
+        report.tell(folder)
+        return (model, report.loading_info()) if output_loading_info else model
+
+    @classmethod
+    def load_folder(
+        cls, folder: str | Path, backend: str | Backend, dtype: str, seed: int, config: BertConfig | None = None,
+        strict: bool = False, ignore_mismatched_sizes: bool = False, **more: Any,
+    ) -> tuple[Any, LoadReport]:  # fmt: skip
+        """As `from_pretrained`, without a warning: the model, and what did not match, for whoever tells of it."""
         pooling = {"add_pooling_layer"} & more.keys() & inspect.signature(cls).parameters.keys()
         options = {name: more.pop(name) for name in pooling}
         config = _changed(checkpoint.read_config(folder) if config is None else config, more)
@@ -161,14 +171,9 @@ class PreTrained(Module):
             report = model.load_state_dict(arrays, strict, ignore_mismatched_sizes)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
-        if report:
-            drawn = {*report.missing_keys, *(name for name, *_ in report.mismatched_keys)}
-            model.initialise(drawn)
-            so = ["what is missing or of another shape is newly initialised"] * bool(drawn)
-            so += ["what is unexpected is not used"] * bool(report.unexpected_keys)
-            warn(f"{folder}: {report} ({', '.join(so)})")
+        model.initialise({*report.missing_keys, *(name for name, *_ in report.mismatched_keys)})
         model.eval()
-        return (model, report.loading_info()) if output_loading_info else model
+        return model, report
 
     def save_pretrained(self, folder: str | Path, tokenizer_files: Any = None) -> None:
         """Write config.json and model.safetensors as transformers reads them; `tokenizer_files` are copied there."""

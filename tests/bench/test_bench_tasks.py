@@ -54,7 +54,6 @@ def run(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 
 @pytest.mark.parity
-@pytest.mark.filterwarnings("ignore:.*newly initialised")
 @pytest.mark.parametrize(
     ("module", "file", "peft", "metric"),
     [

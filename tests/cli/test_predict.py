@@ -23,8 +23,6 @@ from minibert.tasks.pipeline import pipeline
 from minibert.tasks.task import Answer, Classify, Tag
 from tests.toy_tasks import COUNT, FILES, TOKENIZER, command, make
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*newly initialised")  # the heads
-
 Rows = list[dict[str, Any]]
 TASKS = {
     "classify": Classify(["neg", "pos"], "single_label_classification"),

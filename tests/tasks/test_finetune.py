@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,38 +13,16 @@ import pytest
 import minibert as mb
 from minibert.data import load_tokenizer
 from minibert.errors import UserError, pip_install
-from minibert.model.checkpoint import read_arrays, read_config
+from minibert.model.checkpoint import read_config
 from minibert.model.heads import BertForSequenceClassification
 from minibert.model.packing import IGNORE
 from minibert.tasks.examples import TextExamples, read_texts
 from minibert.tasks.finetune import FineTuning, FineTuningConfig, evaluate, freeze, layerwise_groups, load_model
 from minibert.tasks.task import Classify
-from minibert.train.loop import LOG
-from tests.toy_tasks import CONFIG, TOKENIZER, examples_of, make, run_of, task_of
+from tests.toy_tasks import CONFIG, SHORT, TOKENIZER, examples_of, run_of, task_of, weights
 
 pytest.importorskip("sklearn.metrics", reason=f"needs scikit-learn: {pip_install('[tasks]')}")
 pytest.importorskip("seqeval.metrics", reason=f"needs seqeval: {pip_install('[tasks]')}")
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*newly initialised")  # the heads
-
-SHORT = replace(CONFIG, num_train_epochs=2, per_device_train_batch_size=8, logging_steps=2, save_steps=4)
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as cli:
-        yield make(tmp_path_factory.mktemp("toys"), cli)
-
-
-def weights(folder: Path) -> dict[str, np.ndarray]:
-    return read_arrays(folder / "model.safetensors")[0]
-
-
-def the_log(folder: Path) -> list[dict[str, Any]]:
-    """The log, without how long things took."""
-    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
-
 
 # ------------------------------------------------------------------------------------------------------------ learning
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,32 +12,11 @@ import pytest
 from minibert.errors import UserError, pip_install
 from minibert.model.checkpoint import read_arrays
 from minibert.tasks.finetune import FineTuning, FineTuningConfig
-from minibert.train.loop import LOG, STATE, read_state
-from tests.toy_tasks import CONFIG, make, run_of, stopping
+from minibert.train.loop import STATE, read_state
+from tests.toy_tasks import CONFIG, SHORT, run_of, stopping, the_log, weights
 
 pytest.importorskip("sklearn.metrics", reason=f"needs scikit-learn: {pip_install('[tasks]')}")
 pytest.importorskip("seqeval.metrics", reason=f"needs seqeval: {pip_install('[tasks]')}")
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*newly initialised")  # the heads
-
-SHORT = replace(CONFIG, num_train_epochs=2, per_device_train_batch_size=8, logging_steps=2, save_steps=4)
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as cli:
-        yield make(tmp_path_factory.mktemp("toys"), cli)
-
-
-def weights(folder: Path) -> dict[str, np.ndarray]:
-    return read_arrays(folder / "model.safetensors")[0]
-
-
-def the_log(folder: Path) -> list[dict[str, Any]]:
-    """The log, without how long things took."""
-    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
-
 
 # ------------------------------------------------------------------------------------------------------------ resuming
 
