@@ -58,7 +58,10 @@ ALLOWED_IN_PLUGIN = {"minibert/conformance.py": {"pytest"}}
 ALLOWED_LAZILY = {
     "kernels": set(),
     "backends": {"cupy", "cupyx"},
-    "minibert": {"torch", "transformers", "matplotlib", "jinja2", "markupsafe", "pynvml", "sklearn", "seqeval"},
+    "minibert": {
+        *("torch", "transformers", "matplotlib", "jinja2", "markupsafe", "pynvml", "sklearn", "seqeval", "optuna"),
+        "wandb",
+    },
 }
 
 LONGEST_FILE = 450

@@ -18,7 +18,17 @@ from minibert.cli import app
 from minibert.cli.labelled import TASKS as STEPS
 from minibert.cli.labelled import Columns, note_of, read_examples, task_for
 from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP
-from minibert.cli.running import fastest_or, follow, merged, resumed, say, stopped_by_signals
+from minibert.cli.running import (
+    TENSORBOARD,
+    WANDB,
+    fastest_or,
+    follow,
+    merged,
+    resumed,
+    say,
+    say_views,
+    stopped_by_signals,
+)
 from minibert.data import load_tokenizer
 from minibert.errors import UserError
 from minibert.model.checkpoint import read_config, write_atomically
@@ -27,6 +37,7 @@ from minibert.tasks.embedding_task import Embed, sentence_config_in
 from minibert.tasks.examples import SINGLE
 from minibert.tasks.finetune import (
     PEFT,
+    PEFT_SETTINGS,
     FineTuning,
     FineTuningConfig,
     evaluate,
@@ -42,10 +53,15 @@ from minibert.train.loop import Record, read_state, refuse_to_overwrite
 
 TASKS = (*STEPS, "embed")
 DEFAULT = FineTuningConfig()
-DEFAULT_OPTIONS = {"validation_split": 0.1, "dtype": "float32", "deterministic": False}
+DEFAULT_OPTIONS = {"validation_split": 0.1, "dtype": "float32", "deterministic": False, "tensorboard": False}
 # What may change when a run is resumed: nothing here enters the arithmetic of a step.
 CHANGEABLE = {"logging_steps", "save_steps", "checkpoint_activations", "early_stopping_patience", "tokens_per_batch"}
-MOVABLE = {"model", "train", "validation", "test", "group_column", "backend"}
+MOVABLE = {"model", "train", "validation", "test", "group_column", "backend", "tensorboard", "wandb"}
+PATHS = ("model", "train", "validation", "test")
+OPTIONS = (
+    "task", *PATHS, "validation_split", *Columns._fields, "group_column", "pooling", "tensorboard", "wandb", "dtype",
+    "deterministic", "backend",
+)  # fmt: skip
 PEFT_LEARNING_RATE = 3e-4  # what begins at zero, and is small, takes more
 TEST_RESULTS, CONFUSION = "test_results.json", "confusion_matrix.png"
 
@@ -124,6 +140,8 @@ def finetune(
     logging_steps: int = setting("logging_steps", "Steps from line to line of the log."),
     save_steps: int = setting("save_steps", "Steps from one saved state to the next."),
     checkpoint_activations: bool = typer.Option(None, "--checkpoint-activations", help="Less memory, more time."),
+    tensorboard: bool = TENSORBOARD,
+    wandb: str = WANDB,
     seed: int = setting("seed", "Of the head, order and dropout."),
     backend: str = typer.Option(
         None, *BACKENDS, show_default="the fastest here", help=f"See `minibert backends`. {OWN_HELP}"
@@ -133,36 +151,21 @@ def finetune(
     threads: int = typer.Option(None, min=1, max=MOST_THREADS, show_default="all cores", help="Threads."),
 ) -> int:
     """Fine-tune a pretrained model on labelled examples. Ctrl-C saves, and --resume goes on."""
-    given = dict(locals())
-    if task not in TASKS:
-        raise UserError(f"finetune: expected {', '.join(TASKS)}, got {task!r}")
-    Columns(**{name: given[name] for name in Columns._fields}).of(task)
-    if pooling is not None and task != "embed":
-        raise UserError(f"--pooling: expected with embed, got it with {task}: leave it out")
-    settings = {name: given[name] for name in asdict(DEFAULT) if given.get(name) is not None}
+    options, settings = asked(locals())
     state = read_state(output, FineTuningConfig) if resume else None
     if state is None:
         refuse_to_overwrite(output)
-        if model is None or train is None:
-            raise UserError("expected --model, a folder, and --train, a file: or --resume to go on with a run")
-    files = {"model": model, "train": train, "validation": validation, "test": test}
-    options: dict[str, Any] = {name: None if path is None else str(path.absolute()) for name, path in files.items()}
-    others = (
-        "task", "validation_split", *Columns._fields, "group_column", "pooling", "dtype", "deterministic", "backend",
-    )  # fmt: skip
-    options |= {name: given[name] for name in others}
-    if state is not None:
-        options = resumed(state.options, options, MOVABLE)
-        config = merged(state.config, settings, CHANGEABLE)
+        options, config = begun(options, settings)
     else:
-        config = FineTuningConfig(**{**usual_settings(task, Path(options["model"]), settings), **settings})
-    options = {name: DEFAULT_OPTIONS.get(name) if value is None else value for name, value in options.items()}
+        config = merged(state.config, settings, CHANGEABLE)
+        options = with_defaults(resumed(state.options, options, MOVABLE))
     context.with_resource(backends.determinism(options["deterministic"]))
     place = fastest_or(options["backend"], threads)
     place.require_dtype(options["dtype"])
 
     run = make_run(options, config, place, output)
     judge = test_part(run)
+    say_views(options, output)
     if state is not None:
         run.resume(state)
         say(f"going on after step {run.step}")
@@ -179,6 +182,38 @@ def finetune(
     if judge is not None:
         tested(run, judge)
     return 0
+
+
+def asked(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a command line says of files and machine, and the settings of FineTuningConfig that it gives.
+
+    Raises UserError for options that the task has not.
+    """
+    task = given["task"]
+    if task not in TASKS:
+        raise UserError(f"TASK: expected {', '.join(TASKS)}, got {task!r}")
+    Columns(**{name: given[name] for name in Columns._fields}).of(task)
+    if given["pooling"] is not None and task != "embed":
+        raise UserError(f"--pooling: expected with embed, got it with {task}: leave it out")
+    options = {name: given.get(name) for name in OPTIONS}
+    options |= {name: None if given.get(name) is None else str(given[name].absolute()) for name in PATHS}
+    return options, {name: given[name] for name in asdict(DEFAULT) if given.get(name) is not None}
+
+
+def begun(options: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[dict[str, Any], FineTuningConfig]:
+    """The options and the config of a new run. Raises UserError for what is missing, and for what would go unheeded."""
+    if options["model"] is None or options["train"] is None:
+        raise UserError("expected --model, a folder, and --train, a file: or --resume to go on with a run")
+    for name in settings:
+        kinds = PEFT_SETTINGS.get(name)
+        if kinds is not None and settings.get("peft") not in kinds:
+            raise UserError(f"--{name.replace('_', '-')}: expected with --peft {' or '.join(kinds)}: leave it out")
+    config = FineTuningConfig(**{**usual_settings(options["task"], Path(options["model"]), settings), **settings})
+    return with_defaults(options), config
+
+
+def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: DEFAULT_OPTIONS.get(name) if value is None else value for name, value in options.items()}
 
 
 def usual_settings(task: str, model: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,17 @@ from minibert.backends import MOST_THREADS, Backend
 from minibert.cli import app
 from minibert.cli.inputs import SEPARATOR_HELP
 from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP, PRODUCTS_HELP, set_products
-from minibert.cli.running import fastest_or, follow, merged, resumed, say, stopped_by_signals
+from minibert.cli.running import (
+    TENSORBOARD,
+    WANDB,
+    fastest_or,
+    follow,
+    merged,
+    resumed,
+    say,
+    say_views,
+    stopped_by_signals,
+)
 from minibert.data import (
     SHIPPED_TEXT,
     Document,
@@ -40,7 +50,13 @@ from minibert.train.trainer import Trainer, prepare
 DEFAULT = TrainingConfig()
 # What may change when a run is resumed: nothing here enters the arithmetic of a step, but max_steps by the schedule.
 CHANGEABLE = {"max_steps", "logging_steps", "eval_steps", "save_steps", "checkpoint_activations"}
-MOVABLE = {"texts", "backend", "products", "tensorboard"}  # and of the other options: the text must be the same
+MOVABLE = {
+    "texts",
+    "backend",
+    "products",
+    "tensorboard",
+    "wandb",
+}  # and of the options: the text is to be the same
 DEFAULT_OPTIONS = {
     "document_separator": TWO_BLANK_LINES, "config": "mini", "dtype": "float32", "products": "float32",
     "deterministic": False, "tensorboard": False,
@@ -94,9 +110,8 @@ def pretrain(
     logging_steps: int = setting("logging_steps", "Steps between lines of the log.", "--log-every"),
     eval_steps: int = setting("eval_steps", "Steps between evaluations.", "--eval-every"),
     save_steps: int = setting("save_steps", "Steps between checkpoints.", "--save-every"),
-    tensorboard: bool = typer.Option(
-        None, "--tensorboard/--no-tensorboard", help="Log into event files too: tensorboard --logdir OUTPUT."
-    ),
+    tensorboard: bool = TENSORBOARD,
+    wandb: str = WANDB,
     graph: bool = typer.Option(None, "--graph", help="Replay steps as CUDA graphs (cupy, emulator)."),
     checkpoint_activations: bool = typer.Option(
         None, "--checkpoint-activations", help="Less memory: backward computes each layer again."
@@ -126,7 +141,7 @@ def pretrain(
         name: given[name]
         for name in (
             "document_separator", "config", "layers", "hidden", "vocab_size", "dtype", "products", "backend",
-            "deterministic", "tensorboard",
+            "deterministic", "tensorboard", "wandb",
         )
     }  # fmt: skip
     options["tokenizer"] = None if tokenizer is None else str(tokenizer.absolute())
@@ -145,8 +160,7 @@ def pretrain(
     documents = read_documents(options["texts"] or [SHIPPED_TEXT], options["document_separator"])
 
     trainer = make_trainer(state, documents, training, place, options, output)
-    if options["tensorboard"]:
-        say(f"for TensorBoard: tensorboard --logdir {output}")
+    say_views(options, output)
     if trainer.step >= training.max_steps:
         say(f"all {training.max_steps} steps were done before: --steps makes the run longer")
     with place.using(swapped) if swapped else nullcontext(), stopped_by_signals(trainer):

@@ -7,8 +7,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
+import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from minibert import backends
@@ -20,7 +22,15 @@ from minibert.kernels import Op
 from minibert.lab.conform.own_kernels import TriedKernel, refuse_uncalled
 from minibert.train.config import OptimizationConfig
 from minibert.train.loop import Loop, Record
+from minibert.train.weights_and_biases import FOLDER as OFFLINE_RUNS
 
+TENSORBOARD = typer.Option(
+    None, "--tensorboard/--no-tensorboard", help="Log into event files too: tensorboard --logdir OUTPUT."
+)
+WANDB = typer.Option(
+    None, "--wandb", metavar="PROJECT",
+    help="When it ends, write the log as an offline run of this project of Weights & Biases too, in OUTPUT/wandb.",
+)  # fmt: skip
 FASTEST_FIRST = ("cupy", "numba", "numpy")
 Config = TypeVar("Config", bound=OptimizationConfig)
 
@@ -43,6 +53,14 @@ def fastest_or(name: str | None, threads: int | None) -> Backend:
                 if candidate != "cupy" or find_spec("cupy"):  # most machines have no GPU: that is no news
                     notes.print(str(error), markup=False, highlight=False, soft_wrap=True)
     raise UserError("no backend runs here: see minibert backends")
+
+
+def say_views(options: Mapping[str, Any], output: Path) -> None:
+    """What shows the log in another form, where one was asked for."""
+    if options["tensorboard"]:
+        say(f"for TensorBoard: tensorboard --logdir {output}")
+    if options["wandb"]:
+        say(f"for Weights & Biases, when the run has ended: wandb sync {output / OFFLINE_RUNS}/offline-run-*")
 
 
 def merged(stored: Config, settings: Mapping[str, Any], changeable: Collection[str]) -> Config:

@@ -29,6 +29,7 @@ from minibert.data.masking import shuffled
 from minibert.errors import UserError
 from minibert.kernels.philox import Stream
 from minibert.model.checkpoint import has_weights, read_config, write_config
+from minibert.model.matching import LoadReport
 from minibert.model.packing import Packed
 from minibert.model.pretrained import PreTrained
 from minibert.tasks.embedding_task import Embed
@@ -50,7 +51,12 @@ from minibert.tuning import (
 )
 
 PEFT = ("lora", "adalora", "houlsby", "pfeiffer", "prefix")
+PEFT_SETTINGS = {  # which of them heed what
+    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "target_modules"), ("lora", "adalora")),
+    "num_virtual_tokens": ("prefix",),
+}
 LAYER = re.compile(r"\.layer\.(\d+)\.")
+LEFT_BEHIND = re.compile(r"cls\.|(bert\.)?pooler\.")  # what pretraining leaves, and some tasks have no use for
 FROZEN = re.compile(r"(embeddings)|layers:(\d+)(?:-(\d+))?")
 
 
@@ -95,7 +101,8 @@ def load_model(
     """The task's model with the weights in a folder, and the names of parameters that are new.
 
     A head in the folder is kept where its labels are the task's, by name and order; else a new one is drawn from
-    `seed`. What is missing is initialised, and a warning names it. Raises UserError for a folder that does not fit.
+    `seed`. A warning names what else is missing, which is initialised too, and what is not used and is no part of
+    pretraining. Raises UserError for a folder that does not fit.
     """
     if isinstance(task, Embed):
         return task.load(folder, backend, dtype, seed), set()
@@ -104,15 +111,20 @@ def load_model(
     kept = known and (not task.names or label_names(config) == task.names)
     if not has_weights(folder):
         raise UserError(f"no weights in {folder}: expected a pretrained model, such as `minibert pretrain` writes")
-    model, info = task.architecture.from_pretrained(
-        folder, backend, dtype, seed, ignore_mismatched_sizes=known and not kept, output_loading_info=True,
-        **task.labels(),
-    )  # fmt: skip
-    new = set(info["missing_keys"])
+    model, report = task.architecture.load_folder(
+        folder, backend, dtype, seed, ignore_mismatched_sizes=known and not kept, **task.labels()
+    )
+    head = f"{task.architecture.head}."
+    LoadReport(
+        tuple(name for name in report.missing_keys if not name.startswith(head)),
+        tuple(name for name in report.unexpected_keys if not LEFT_BEHIND.match(name)),
+        tuple(wrong for wrong in report.mismatched_keys if not wrong[0].startswith(head)),
+    ).tell(folder)
+    new = set(report.missing_keys)
     if not kept:
-        head = {name for name, _ in model.named_parameters() if name.startswith(f"{task.architecture.head}.")}
-        model.initialise(head)
-        new |= head
+        of_head = {name for name, _ in model.named_parameters() if name.startswith(head)}
+        model.initialise(of_head)
+        new |= of_head
     return model, new
 
 

@@ -25,6 +25,7 @@ from minibert.train.guard import FirstNonFinite, NonFiniteError
 from minibert.train.log import LOG, Record, add_line, forget_after
 from minibert.train.optim import AdamW, linear_schedule
 from minibert.train.tensorboard import EventFile
+from minibert.train.weights_and_biases import wandb_library, write_offline_run
 from minibert.tuning.tuned import TunedModel
 
 STATE = "trainer_state.safetensors"
@@ -86,7 +87,8 @@ class Loop:
     """One run, whose results are written into the folder `output` as it goes.
 
     There: the model, as `from_pretrained` reads it; its tokenizer; `training_log.jsonl`; and the state to resume from.
-    `options` is kept in the state for whoever resumes; the loop itself heeds "tensorboard": event files beside the log.
+    `options` is kept in the state for whoever resumes; the loop itself heeds "tensorboard": event files beside the log,
+    and "wandb", a project's name: the log as an offline run of it, written at the end.
     A subclass says what a step computes (`forward_backward`), when and how the model is evaluated (`eval_due`,
     `evaluate`), and what the data are (`fingerprint`). Raises UserError from `run` where the folder is not empty and
     not resumed from.
@@ -101,6 +103,8 @@ class Loop:
         self.output, self.options = Path(output), dict(options or {})
         if config.checkpoint_activations:
             model.gradient_checkpointing_enable()
+        if self.options.get("wandb"):
+            wandb_library()  # told now, not at the end
         self.events: EventFile | None = None
         self.owns_output = False  # what is in the folder was written, or resumed from, by this trainer
         self.stop = False  # set it, from a signal handler say, and the run ends after the step
@@ -150,6 +154,8 @@ class Loop:
                 saved = self.step
         if saved != self.step:
             self.save()
+        if project := self.options.get("wandb"):
+            write_offline_run(self.output, project, {**self.options, **asdict(self.config)})
 
     def train_step(self) -> Record:
         """One update. Raises NonFiniteError, with nothing updated, where loss or gradients are not finite."""

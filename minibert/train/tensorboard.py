@@ -40,9 +40,8 @@ class EventFile:
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """A point for each number, under the names that transformers' Trainer gives: "train/loss", "eval/loss"."""
         points = [
-            message(1, message(1, tag(name).encode()) + b"\x15" + float32(value))
-            for name, value in values.items()
-            if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
+            message(1, message(1, name.encode()) + b"\x15" + float32(value))
+            for name, value in numbers_in(values).items()
         ]
         self.add(step, message(5, b"".join(points)))
 
@@ -53,8 +52,13 @@ class EventFile:
             file.write(length + checksum(length) + event + checksum(event))
 
 
-def tag(name: str) -> str:
-    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+def numbers_in(record: Mapping[str, Any]) -> dict[str, int | float]:
+    """The numbers of a record of the log, "loss" as "train/loss" and "eval_loss" as "eval/loss"."""
+    return {
+        f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
+        for name, value in record.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
+    }
 
 
 @np.errstate(over="ignore")

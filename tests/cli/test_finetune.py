@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -16,16 +17,17 @@ import pytest
 
 from minibert.errors import pip_install
 from minibert.model.checkpoint import read_arrays, read_config, write_arrays
-from minibert.tasks.finetune import FineTuning
+from minibert.tasks.finetune import FineTuning, load_model
 from minibert.tasks.picture import figure_library
 from minibert.tasks.pipeline import pipeline
+from minibert.tasks.task import Classify, Tag
 from minibert.train.config import TrainingConfig
 from minibert.train.loop import LOG, STATE
+from tests.event_files import event_files, logged, points_in
 from tests.toy_tasks import COUNT, FILES, TOKENIZER, command, make
 
 pytest.importorskip("sklearn.metrics", reason=f"needs scikit-learn: {pip_install('[tasks]')}")
 pytest.importorskip("seqeval.metrics", reason=f"needs seqeval: {pip_install('[tasks]')}")
-pytestmark = pytest.mark.filterwarnings("ignore:.*newly initialised")  # the heads
 
 Command = Callable[..., tuple[int, list[str], list[str]]]
 QUICK = ("--num-train-epochs", "2", "--learning-rate", "5e-3", "--backend", "numpy")
@@ -115,6 +117,33 @@ def test_other_tasks(kind: str, metric: str, labels: list[str], ran: Command, to
     assert list(read_config(tmp_path / "run").id2label.values()) == labels
     assert not (tmp_path / "run" / "confusion_matrix.png").exists()
     assert "the best model, of step " in "\n".join(out)
+
+
+def test_event_files_hold_what_the_log_holds(ran: Command, toys: Path, tmp_path: Path) -> None:
+    more = ("--tensorboard", "--logging-steps", "1", *QUICK)
+    code, out, _ = ran(*fine_tune("classify", toys, tmp_path / "run", *more))
+    assert code == 0 and f"for TensorBoard: tensorboard --logdir {tmp_path / 'run'}" in out
+    (file,) = event_files(tmp_path / "run")
+    start, points = points_in(file)
+    assert (start, points) == (0, logged(tmp_path / "run"))
+    assert [step for step, _ in points["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in points["eval/accuracy"]] == [0, 3, 6]
+
+
+def test_a_new_head_is_no_news_and_a_pooler_that_is_missing_is(
+    toys: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    arrays, _ = read_arrays(toys / "model" / "model.safetensors")
+    pretrained = {f"bert.{name}": array for name, array in arrays.items() if "pooler" not in name}
+    pretrained["cls.predictions.bias"] = np.zeros(3, np.float32)
+    shutil.copytree(toys / "model", tmp_path / "mlm")
+    write_arrays(tmp_path / "mlm" / "model.safetensors", pretrained, {"format": "pt"})
+    poolers = "missing: bert.pooler.dense.weight, bert.pooler.dense.bias"
+    for model, missing in ((toys / "model", []), (tmp_path / "mlm", [poolers])):
+        recwarn.clear()
+        load_model(Classify(["neg", "pos"], "single_label_classification"), model, "numpy")
+        load_model(Tag(["B-PER", "O"]), model, "numpy")  # it has no pooler
+        assert [str(one.message).partition(": ")[2].partition(" (")[0] for one in recwarn] == missing
 
 
 def test_sequences_are_as_long_as_the_model_takes(ran: Command, toys: Path, tmp_path: Path) -> None:
@@ -232,7 +261,7 @@ TABLES = {
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("guess", "finetune: expected classify, regress, tag, answer, embed, got 'guess'"),
+        ("guess", "TASK: expected classify, regress, tag, answer, embed, got 'guess'"),
         ("classify --model TOYS/tuned", "expected --model, a folder, and --train, a file"),
         ("classify --model TOYS/absent --train TOYS/classify.csv", "no checkpoint at"),
         ("classify --model TOYS/empty --train TOYS/classify.csv", "no config.json in"),
@@ -269,6 +298,9 @@ TABLES = {
         ("CLASSIFY --max-seq-length 2", "expected a max_seq_length of at least 3, got 2"),
         ("CLASSIFY --max-seq-length 64", "expected max_seq_length of at most 48, the model's positions, got 64"),
         ("CLASSIFY --text-column no", "classify.csv has no column 'no' (--text-column)"),
+        ("CLASSIFY --lora-r 4", "--lora-r: expected with --peft lora or adalora: leave it out"),
+        ("CLASSIFY --peft prefix --target-modules query", "--target-modules: expected with --peft lora or adalora"),
+        ("CLASSIFY --peft lora --num-virtual-tokens 4", "--num-virtual-tokens: expected with --peft prefix: leave it"),
         ("CLASSIFY --token-column 1", "--token-column: expected with tag, got it with classify: leave it out"),
         (
             "CLASSIFY --label-separator |  --class-weights balanced",

@@ -1,4 +1,4 @@
-"""The log of a run in its two forms: JSON lines, and event files of TensorBoard, read here by a decoder of its own."""
+"""The log of a run in its two forms: JSON lines, and event files of TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ import pytest
 
 from minibert.cli import main
 from minibert.data import SHIPPED_TEXT, continuing_pieces, read_documents, train_tokenizer
-from minibert.errors import UserError
+from minibert.errors import UserError, pip_install
 from minibert.model.bert import BertForMaskedLM
 from minibert.train import TrainingConfig, read_log
 from minibert.train.log import LOG, add_line, forget_after
 from minibert.train.loop import read_state
 from minibert.train.tensorboard import PREFIX, EventFile, crc32c
 from minibert.train.trainer import Data, Trainer, prepare
+from tests.event_files import event_files, logged, points_in
 from tests.small_steps import SMALL
 
 # --- JSON lines
@@ -74,74 +75,6 @@ def test_a_log_that_is_not_there(tmp_path: Path) -> None:
 
 
 # --- event files
-
-
-def checked(content: bytes, stated: bytes) -> bytes:
-    """Bit by bit, as the definition of CRC-32C has it: division by the polynomial 0x1EDC6F41, bits reflected."""
-    crc = 0xFFFFFFFF
-    for byte in content:
-        for bit in range(8):
-            crc = (crc >> 1) ^ (0x82F63B78 if (crc ^ (byte >> bit)) & 1 else 0)
-    crc ^= 0xFFFFFFFF
-    rotated = (crc >> 15) | (crc << 17) & 0xFFFFFFFF
-    assert struct.pack("<I", (rotated + 0xA282EAD8) % 2**32) == stated
-    return content
-
-
-def number_at(content: bytes, place: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = content[place]
-        value, shift, place = value | (byte & 127) << shift, shift + 7, place + 1
-        if byte < 128:
-            return value, place
-
-
-def fields_of(content: bytes) -> dict[int, list[Any]]:
-    """The fields of a message, by number: varints, doubles, floats, bytes."""
-    found: dict[int, list[Any]] = {}
-    place = 0
-    while place < len(content):
-        key, place = number_at(content, place)
-        value: Any
-        if key & 7 == 0:
-            value, place = number_at(content, place)
-        elif key & 7 == 1:
-            (value,), place = struct.unpack_from("<d", content, place), place + 8
-        elif key & 7 == 5:
-            (value,), place = struct.unpack_from("<f", content, place), place + 4
-        else:
-            assert key & 7 == 2
-            size, place = number_at(content, place)
-            value, place = content[place : place + size], place + size
-        found.setdefault(key >> 3, []).append(value)
-    return found
-
-
-def events_in(path: Path) -> Iterator[dict[int, list[Any]]]:
-    content, place = path.read_bytes(), 0
-    while place < len(content):
-        head, stated = content[place : place + 8], content[place + 8 : place + 12]
-        (size,), place = struct.unpack("<Q", checked(head, stated)), place + 12
-        yield fields_of(checked(content[place : place + size], content[place + size : place + size + 4]))
-        place += size + 4
-
-
-def points_in(path: Path) -> tuple[int, dict[str, list[tuple[int, float]]]]:
-    """The step that a file begins with, and its points."""
-    version, start, *rest = events_in(path)
-    assert version[3] == [b"brain.Event:2"] and abs(version[1][0] - path.stat().st_mtime) < 600
-    assert fields_of(start[7][0]) == {1: [1]}, "SessionLog START"
-    points: dict[str, list[tuple[int, float]]] = {}
-    for event in rest:
-        for value in fields_of(event[5][0])[1]:
-            of = fields_of(value)
-            points.setdefault(of[1][0].decode(), []).append((event[2][0], of[2][0]))
-    return start[2][0], points
-
-
-def event_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"{PREFIX}*"))
 
 
 def test_checksum_is_crc_32c() -> None:
@@ -213,17 +146,6 @@ def test_a_resumed_run_opens_a_file_of_its_own(resumed_run: Path) -> None:
     assert shown == logged(resumed_run)
 
 
-def logged(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """The points that the log in JSON lines holds."""
-    points: dict[str, list[tuple[int, float]]] = {}
-    for record in read_log(folder):
-        for name, value in record.items():
-            if name != "step":
-                tag = name.replace("eval_", "eval/", 1) if name.startswith("eval_") else f"train/{name}"
-                points.setdefault(tag, []).append((record["step"], float(np.float32(value))))
-    return points
-
-
 @pytest.mark.parity
 def test_tensorboard_reads_the_same(resumed_run: Path) -> None:
     """A torn record at the end of a file, too."""
@@ -273,3 +195,53 @@ def test_a_trainer_masks_whole_words(data: Data, tmp_path: Path) -> None:
         np.testing.assert_array_equal(predicted[joined], np.roll(predicted, 1)[joined])
         longer += (predicted & joined).sum()
     assert longer > 20
+
+
+def offline_records(path: Path) -> Iterator[bytes]:
+    """Of a .wandb file: seven bytes, then LevelDB's log format in blocks of 32 KiB."""
+    content, place, parts = path.read_bytes(), 7, b""
+    assert content.startswith(b":W&B")
+    while place + 7 <= len(content):
+        if 32768 - place % 32768 < 7:  # no room for a head: padding
+            place += 32768 - place % 32768
+        _, length, kind = struct.unpack_from("<IHB", content, place)
+        parts += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
+
+
+@pytest.mark.parity
+def test_weights_and_biases_reads_the_same(data: Data, tmp_path: Path) -> None:
+    """A run that was stopped and gone on with is one run, under one id."""
+    messages = pytest.importorskip("wandb.proto.wandb_internal_pb2", reason=f"needs wandb: {pip_install('[wandb]')}")
+    folder, found = tmp_path / "out", []
+    for stop in (4, 9):
+        trainer = Trainer(BertForMaskedLM(SMALL, "numpy"), data, CONFIG, folder, {"wandb": "laws"})
+        if found:
+            trainer.resume(read_state(folder))
+        for _ in trainer.run():
+            trainer.stop = trainer.step == stop
+        (run,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+        found.append(run.stem)
+    assert found[0] == found[1]
+    points: dict[str, list[tuple[int, float]]] = {}
+    config = {}
+    for content in offline_records(run):
+        record = messages.Record.FromString(content)
+        config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for name in values.keys() - {"_step", "_timestamp", "_runtime"}:
+            points.setdefault(name, []).append((values["_step"], float(np.float32(values[name]))))
+        assert record.run.project in ("", "laws")
+    assert points == logged(folder)
+    assert config["learning_rate"] == CONFIG.learning_rate and config["whole_word_mask"] is True
+
+
+def test_without_wandb_a_run_that_asks_for_it_does_not_begin(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="a run of Weights & Biases needs wandb: pip install "):
+        Trainer(BertForMaskedLM(SMALL, "numpy"), data, CONFIG, tmp_path / "out", {"wandb": "laws"})
