@@ -38,6 +38,7 @@ SLOW = frozenset(
         "lab/compare/test_compare.py lab/compare/test_compare_tasks.py model/test_memory.py",
         # processes of their own, installations, a browser
         "backends/test_deterministic.py cli/test_watch.py lab/conform/test_conformance.py lab/conform/test_guarded.py",
+        "cli/test_search.py::test_processes_share_the_trials_and_what_one_left_another_goes_on_with",
         "page/test_page_browser.py test_docs.py test_fast.py test_wheel.py kernels/test_overlap.py",
         "kernels/test_regression.py",
         # every mistake that can be made in a formula or a kernel

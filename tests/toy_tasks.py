@@ -119,6 +119,30 @@ def run_of(
     return cls(found, task, *parts, tokenizer, config, output, new=new)
 
 
+class Scripted(FineTuning):
+    """A run whose evaluations are given: by epoch the accuracy, and the loss."""
+
+    script: list[tuple[float | None, float | None]]
+    kept: list[int]
+
+    def evaluate(self) -> dict[str, Any]:
+        accuracy, loss = self.script[round(self.epoch)]
+        figures = {"eval_loss": loss, "eval_accuracy": accuracy, "eval_matthews_correlation": None}
+        return {"epoch": round(self.epoch, 4), **figures}
+
+    def save_best(self) -> None:
+        super().save_best()
+        self.kept = [*getattr(self, "kept", []), round(self.epoch)]
+
+
+def scripted(toys: Path, output: Path, script: Any, **changes: Any) -> Scripted:
+    one_step = replace(CONFIG, num_train_epochs=len(script) - 1, per_device_train_batch_size=18, **changes)
+    run = run_of("classify", toys, output, config=one_step, cls=Scripted)
+    assert isinstance(run, Scripted) and run.ends[0] == 1
+    run.script = script
+    return run
+
+
 def stopping(run: FineTuning, step: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """All that comes of a run that is told to stop after a step."""
     run.stop = step == run.step

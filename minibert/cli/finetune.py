@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,7 @@ def asked(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def begun(options: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[dict[str, Any], FineTuningConfig]:
     """The options and the config of a new run. Raises UserError for what is missing, and for what would go unheeded."""
     if options["model"] is None or options["train"] is None:
-        raise UserError("expected --model, a folder, and --train, a file: or --resume to go on with a run")
+        raise UserError("expected --model, a folder, and --train, a file: name both")
     for name in settings:
         kinds = PEFT_SETTINGS.get(name)
         if kinds is not None and settings.get("peft") not in kinds:
@@ -230,7 +230,9 @@ def usual_settings(task: str, model: Path, settings: Mapping[str, Any]) -> dict[
 # ----------------------------------------------------------------------------------------------------------- setting up
 
 
-def make_run(options: dict[str, Any], config: FineTuningConfig, place: Backend, output: Path) -> FineTuning:
+def make_run(
+    options: dict[str, Any], config: FineTuningConfig, place: Backend, output: Path, say: Callable[[str], None] = say
+) -> FineTuning:
     """Read examples, tokenizer and model, and say what was found."""
     kind, folder, columns = options["task"], Path(options["model"]), columns_in(options)
     tokenizer = load_tokenizer(encoder_folder(folder) if kind == "embed" else folder)

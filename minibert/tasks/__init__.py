@@ -14,6 +14,7 @@ texts made vectors.
 
     for kind, record in FineTuning(model, task, *data, tokenizer, config, "output").run(): ...  # finetune.py, task.py
     task = Embed.of(read_texts("pairs.csv", "embed"), "folder") # embedding_task.py: the same, of texts that are alike
+    for trial in Search("folder", space, "eval_accuracy").trials(20): ...  # search.py, space.py: the best settings
     pipeline("output")(["a text"])                             # pipeline.py, predictions.py
 
     encoder = SentenceTransformer.from_pretrained("folder")    # sentences.py: texts to vectors, and how alike they are
@@ -47,15 +48,19 @@ from minibert.tasks.metrics import (
 from minibert.tasks.picture import draw_confusion_matrix
 from minibert.tasks.pipeline import Pipeline, pipeline
 from minibert.tasks.questions import Answer, Question, QuestionExamples, read_questions
+from minibert.tasks.search import Search, Trial
 from minibert.tasks.sentences import SentenceTransformer
+from minibert.tasks.space import Among, Between, read_space, usual_space
 from minibert.tasks.tables import Table, open_table
 from minibert.tasks.tags import Entity, entities, to_iob2, word_tags
 from minibert.tasks.task import Classify, Prepared, Tag, Task
 from minibert.tasks.words import Sentence, WordExamples, read_words, stream_words
 
 __all__ = [
+    "Among",
     "Answer",
     "AnswerPrediction",
+    "Between",
     "Candidate",
     "Classify",
     "Columns",
@@ -71,6 +76,7 @@ __all__ = [
     "Question",
     "QuestionExamples",
     "Scores",
+    "Search",
     "Sentence",
     "SentenceTransformer",
     "Table",
@@ -78,6 +84,7 @@ __all__ = [
     "Task",
     "TextExample",
     "TextExamples",
+    "Trial",
     "Windows",
     "WordExamples",
     "answer_metrics",
@@ -106,6 +113,7 @@ __all__ = [
     "pipeline",
     "predict",
     "read_questions",
+    "read_space",
     "read_texts",
     "read_words",
     "regression_metrics",
@@ -116,5 +124,6 @@ __all__ = [
     "stream_words",
     "tag_metrics",
     "to_iob2",
+    "usual_space",
     "word_tags",
 ]

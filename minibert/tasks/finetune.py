@@ -288,7 +288,7 @@ class FineTuning(Loop):
 
         def of(name: str) -> float:
             value = found[name]
-            return -math.inf if value is None else -value if name.endswith(("_loss", "_error")) else value
+            return -math.inf if value is None else -value if lower_is_better(name) else value
 
         return of(self.metric), of("eval_loss")
 
@@ -316,6 +316,10 @@ class FineTuning(Loop):
 
     def save_model(self) -> None:
         """Nothing: the best model is written when it is found."""
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric.endswith(("_loss", "_error"))
 
 
 def freeze(model: PreTrained, what: str) -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from minibert.errors import UserError, pip_install
 from minibert.model.checkpoint import read_arrays
-from minibert.tasks.finetune import FineTuning, FineTuningConfig
+from minibert.tasks.finetune import FineTuningConfig
 from minibert.train.loop import STATE, read_state
-from tests.toy_tasks import CONFIG, SHORT, run_of, stopping, the_log, weights
+from tests.toy_tasks import CONFIG, SHORT, run_of, scripted, stopping, the_log, weights
 
 pytest.importorskip("sklearn.metrics", reason=f"needs scikit-learn: {pip_install('[tasks]')}")
 pytest.importorskip("seqeval.metrics", reason=f"needs seqeval: {pip_install('[tasks]')}")
@@ -57,29 +57,6 @@ def test_other_examples_are_not_gone_on_with(toys: Path, tmp_path: Path) -> None
 
 
 # ------------------------------------------------------------------------------------------------------ the best model
-
-
-class Scripted(FineTuning):
-    """A run whose evaluations are given: by epoch the accuracy, and the loss."""
-
-    script: list[tuple[float | None, float | None]]
-    kept: list[int]
-
-    def evaluate(self) -> dict[str, Any]:
-        accuracy, loss = self.script[round(self.epoch)]
-        return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_matthews_correlation": None}
-
-    def save_best(self) -> None:
-        super().save_best()
-        self.kept = [*getattr(self, "kept", []), round(self.epoch)]
-
-
-def scripted(toys: Path, output: Path, script: Any, **changes: Any) -> Scripted:
-    one_step = replace(CONFIG, num_train_epochs=len(script) - 1, per_device_train_batch_size=18, **changes)
-    run = run_of("classify", toys, output, config=one_step, cls=Scripted)
-    assert isinstance(run, Scripted) and run.ends[0] == 1
-    run.script = script
-    return run
 
 
 @pytest.mark.parametrize(
