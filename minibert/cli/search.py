@@ -6,7 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,9 @@ def search(
         help="What is searched, as learning-rate=1e-5..1e-3:log or num-train-epochs=2,3,4 (with | between values that "
         "hold commas). May be repeated. All else is as the options say.",
     ),
-    jobs: int = typer.Option(1, min=1, max=64, help="Processes, which share the cores."),
+    jobs: int = typer.Option(
+        1, min=1, max=64, help="Processes, among which the cores are divided; or each has --threads."
+    ),
     prune: bool = typer.Option(
         True,
         "--prune/--no-prune",
@@ -70,47 +72,44 @@ def search(
     if keep not in KEPT:
         raise UserError(f"--keep: expected {' or '.join(KEPT)}, got {keep!r}")
     options, settings = asked(of_finetune)
-    searched = read_space(space) if space else usual_space(settings.get("peft", ""))
-    if not space:
-        searched = {name: values for name, values in searched.items() if name not in settings}
+    searched = space_of(space, settings)
     refuse_unfit(options, settings, searched)
     context.with_resource(backends.determinism(bool(options["deterministic"])))
-    threads = of_finetune["threads"]
-    place = fastest_or(options["backend"], threads)
+    place = fastest_or(options["backend"], of_finetune["threads"])
+    tell = silent if worker else say
 
     first = {name: values.ends[0] for name, values in searched.items()}
     common, config = begun(options, {**settings, **first})
     place.require_dtype(common["dtype"])
-    tell = (lambda text: None) if worker else say
-    run = make_run(common, config, place, output, tell)
+    run = make_run(common, config, place, output, tell)  # what is amiss shows now, and what was found is said once
+    about = {"task": common["task"], "data": run.fingerprint, **settings}
+    about |= {name: value for name, value in common.items() if name not in MOVABLE and value is not None}
     if not worker:
         refuse_unfit_values(options, {**settings, **first}, searched, place)
-    about = {
-        "task": common["task"], "data": run.fingerprint, **settings,
-        **{name: value for name, value in common.items() if name not in MOVABLE and value is not None},
-    }  # fmt: skip
     study = Search(output, searched, run.metric, config.seed, about, prune=prune, keep_all=keep == "all")
     tell(f"searching by {shown(run.metric)}, the {'lowest' if study.minimise else 'highest'} is the best; "
          f"seed {config.seed}; {trials} trials over {said(searched)}")  # fmt: skip
     tell(f"for Optuna's dashboard: optuna-dashboard {output / STUDY}")
     del run  # its weights
     if jobs > 1:
-        status = in_processes(jobs, threads)
+        status = in_processes(jobs, of_finetune["threads"])
     else:
         status = one_after_another(study, trials, options, settings, place, worker)
-    if worker:
-        return status
-    show_trials(study)
-    if status:
-        say("stopped, and saved. To go on: the same command again")
-    elif study.best is None:
-        raise UserError(f"no trial was completed: {why_not(study)}")
-    if study.best is not None:
-        folder = study.folder_of(study.best.number)
-        value = f"{shown(study.metric)} {study.best.value:.4f}"
-        say(f"the best model, of trial {study.best.number}, is in {folder}: {value}")
-        say(f"the same again: {command_of(options, settings, study.best.params, f'{folder}-again')}")
+    if not worker:
+        show_trials(study)
+        say_what_is_best(study, status, options, settings)
     return status
+
+
+def silent(text: str) -> None:
+    """In place of `say`."""
+
+
+def space_of(texts: Sequence[str], settings: Mapping[str, Any]) -> Space:
+    """What --space says; else the usual space, less what is given."""
+    if texts:
+        return read_space(texts)
+    return {name: values for name, values in usual_space(settings.get("peft", "")).items() if name not in settings}
 
 
 def refuse_unfit(options: Mapping[str, Any], settings: Mapping[str, Any], space: Space) -> None:
@@ -131,7 +130,7 @@ def refuse_unfit_values(options: Mapping[str, Any], settings: Mapping[str, Any],
     for name in FITTED:
         for value in space[name].ends[1:] if name in space else ():
             try:
-                make_run(*begun(options, {**settings, name: value}), place, Path(), lambda text: None)
+                make_run(*begun(options, {**settings, name: value}), place, Path(), silent)
             except UserError as error:
                 raise UserError(f"--space {option(name)}: {error}") from None
 
@@ -145,7 +144,7 @@ def one_after_another(
     """Run the trials that are to be run here. Gives the exit code: 130 where a signal ended it."""
     for trial in study.trials(count):
         say(f"trial {trial.number}: {settings_in_words(trial.settings)}")
-        run = make_run(*begun(options, {**settings, **trial.settings}), place, trial.folder, lambda text: None)
+        run = make_run(*begun(options, {**settings, **trial.settings}), place, trial.folder, silent)
         with stopped_by_signals(run), show_compiling(), nullcontext() if worker else notes.status("") as status:
             for kind, record in trial.follow(run):
                 if kind == "eval":
@@ -215,9 +214,21 @@ def show_trials(study: Search) -> None:
     show(table, {"trial": "* is the best"})
 
 
-def why_not(study: Search) -> str:
-    failed = (trial for trial in study.found if ERROR in trial.user_attrs)
-    return next((f"trial {trial.number}: {trial.user_attrs[ERROR]}" for trial in failed), "all were ended early")
+def say_what_is_best(study: Search, status: int, options: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises UserError where every trial ended, and none is complete."""
+    best, elsewhere = study.best, [trial for trial in study.found if not trial.state.is_finished()]
+    if status:
+        say("stopped, and saved. To go on: the same command again")
+    elif elsewhere:
+        numbers = ", ".join(str(trial.number) for trial in elsewhere)
+        say(f"not done, as another process has it or left it: trial {numbers}; the same command goes on")
+    elif best is None:
+        failed = next(trial for trial in study.found if ERROR in trial.user_attrs)
+        raise UserError(f"no trial was completed: trial {failed.number}: {failed.user_attrs[ERROR]}")
+    if best is not None:
+        folder = study.folder_of(best.number)
+        say(f"the best model, of trial {best.number}, is in {folder}: {shown(study.metric)} {best.value:.4f}")
+        say(f"the same again: {command_of(options, settings, best.params, f'{folder}-again')}")
 
 
 def command_of(options: Mapping[str, Any], settings: Mapping[str, Any], found: Mapping[str, Any], output: str) -> str:
