@@ -46,6 +46,7 @@ from minibert.model.config import NAMED, BertConfig
 from minibert.train.config import TrainingConfig
 from minibert.train.loop import Record, State, read_state, refuse_to_overwrite
 from minibert.train.trainer import Trainer, prepare
+from minibert.train.weights_and_biases import wandb_library
 
 DEFAULT = TrainingConfig()
 # What may change when a run is resumed: nothing here enters the arithmetic of a step, but max_steps by the schedule.
@@ -149,6 +150,8 @@ def pretrain(
     if state is not None:
         options = resumed(state.options, options, MOVABLE)
     options = {name: DEFAULT_OPTIONS.get(name) if value is None else value for name, value in options.items()}
+    if options["wandb"]:
+        wandb_library()  # told before a vocabulary is trained
     context.with_resource(backends.determinism(options["deterministic"]))
     place = fastest_or(options["backend"], threads)
     place.require_dtype(options["dtype"])

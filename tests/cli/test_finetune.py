@@ -364,6 +364,18 @@ def test_a_picture_that_cannot_be_drawn_is_told_before_the_training(
     assert not (tmp_path / "run").exists()
 
 
+def test_wandb_that_is_missing_is_told_before_the_training(
+    refused: Callable[..., str], toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    small = ("--layers", "1", "--hidden", "64", "--tokens-per-batch", "256", "--max-seq-length", "32", "--steps", "1")
+    text = ("pretrain", toys / "text.txt", "--vocab-size", "60", "--output", tmp_path / "run", *small)
+    for words in (fine_tune("classify", toys, tmp_path / "run"), text):
+        said = refused(*words, "--backend", "numpy", "--wandb", "laws")
+        assert said == "error: a run of Weights & Biases needs wandb: pip install 'minibert-lab[wandb]'"
+        assert not (tmp_path / "run").exists()
+
+
 def test_a_learning_rate_beyond_all_stops_with_nothing_spoilt(ran: Command, toys: Path, tmp_path: Path) -> None:
     more = ("--num-train-epochs", "2", "--learning-rate", "1e30", "--backend", "numpy")
     code, _, said = ran(*fine_tune("classify", toys, tmp_path / "run", *more))
