@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -181,7 +182,6 @@ class Search:
         with self.alone():
             self.study.tell(trial.trial, value, state=self.optuna.trial.TrialState[state])
             self.lock_of(trial.number).unlink()
-            os.close(trial.lock)
             if self.keep_all:
                 return
             best = self.best
@@ -197,7 +197,8 @@ class Trial:
     """Settings to be tried, by a run of fine-tuning in the folder `folder`."""
 
     def __init__(self, search: Search, trial: Any, lock: int, settings: dict[str, Any]) -> None:
-        self.search, self.trial, self.lock, self.settings = search, trial, lock, settings
+        self.search, self.trial, self.settings = search, trial, settings
+        self.release = weakref.finalize(self, os.close, lock)  # at the latest when nobody has the trial any more
         self.number: int = trial.number
         self.folder = search.folder_of(self.number)
         self.state = "RUNNING"  # then COMPLETE, PRUNED or FAIL; RUNNING it stays where it was stopped
@@ -219,20 +220,14 @@ class Trial:
                 yield kind, record
                 if kind == "eval" and self.worse_than_others(run, record):
                     self.state, run.stop = "PRUNED", True
+            if self.state == "PRUNED":
+                self.end("PRUNED")
+            elif run.step == run.max_steps:
+                self.complete(run.progress["best"])
         except (NonFiniteError, MemoryError) as error:
             self.fail(str(error) or "out of memory")
-            return
-        best = run.progress["best"]
-        value = best[self.search.metric]
-        if self.state == "PRUNED":
-            self.end("PRUNED")
-        elif run.step < run.max_steps:
-            os.close(self.lock)
-        elif value is None:
-            self.fail(f"{self.search.metric} is not defined on such predictions")
-        else:
-            self.trial.set_user_attr(LOSS, math.inf if best[LOSS] is None else best[LOSS])
-            self.end("COMPLETE", value)
+        finally:
+            self.release()
 
     def report(self, record: Record) -> None:
         """Tell the metric after an epoch, once; the untrained model's is none of a trial."""
@@ -244,6 +239,15 @@ class Trial:
     def worse_than_others(self, run: FineTuning, record: Record) -> bool:
         self.report(record)
         return 0 < run.step < run.max_steps and self.trial.should_prune()
+
+    def complete(self, best: Record) -> None:
+        """Tell what came of it: the metric after the best epoch, and the loss there."""
+        value = best[self.search.metric]
+        if value is None:
+            self.fail(f"{self.search.metric} is not defined on such predictions")
+            return
+        self.trial.set_user_attr(LOSS, math.inf if best[LOSS] is None else best[LOSS])
+        self.end("COMPLETE", value)
 
     def fail(self, why: str) -> None:
         self.trial.set_user_attr(ERROR, why)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,6 +131,7 @@ def settings_of(folder: Path, count: int, seed: int = 0, at_once: int = 99) -> l
             found.append(trial.settings)
             trial.trial.set_user_attr("eval_loss", 1.0)
             trial.end("COMPLETE", trial.settings["learning_rate"])
+            trial.release()
     return found
 
 
@@ -151,7 +151,7 @@ def test_a_trial_that_was_left_is_gone_on_with_as_if_it_had_not(died: bool, toys
         going = run_of("classify", toys, trial.folder, config=config)
         for _ in trial.follow(going):
             if going.step == stop and died:
-                os.close(trial.lock)  # as the system does, with the process
+                trial.release()  # as the system does, with the process
                 return trial
             going.stop = going.stop or going.step == stop
         return trial
@@ -176,10 +176,28 @@ def test_a_trial_that_died_before_its_first_state_begins_anew(toys: Path, tmp_pa
     assert trial is not None
     trial.folder.mkdir()
     (trial.folder / "vocab.txt").write_text("a")
-    os.close(trial.lock)
+    trial.release()
     again = search.next_trial(1)
     assert again is not None and again.settings == trial.settings
     assert ran(again, toys, flat(0.5)).state == "COMPLETE"
+
+
+def test_a_trial_that_nobody_has_any_more_is_free(toys: Path, tmp_path: Path) -> None:
+    search = Search(tmp_path / "s", SPACE, "eval_accuracy")
+    trial = search.next_trial(2)
+    assert trial is not None and trial.number == 0
+    other = search.next_trial(2)
+    assert other is not None and other.number == 1
+    del trial
+    again = search.next_trial(2)
+    assert again is not None and again.number == 0
+    events = again.follow(scripted(toys, again.folder, flat(0.5)))
+    next(events)
+    events.close()
+    assert again.state == "RUNNING"
+    once_more = search.next_trial(2)
+    assert once_more is not None and once_more.number == 0
+    assert ran(once_more, toys, flat(0.5)).state == "COMPLETE" and search.next_trial(2) is None
 
 
 def test_studies_that_are_open_at_once_share_the_trials(toys: Path, tmp_path: Path) -> None:
