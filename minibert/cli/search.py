@@ -210,18 +210,19 @@ def show_trials(study: Search) -> None:
         best = study.best is not None and trial.number == study.best.number
         values = [in_words(trial.params[name]) if name in trial.params else "-" for name in names]
         value, epochs = "-" if trial.value is None else f"{trial.value:.4f}", len(trial.intermediate_values)
-        table.add_row(f"{trial.number}{' *' * best}", trial.state.name.lower(), value, *values, str(epochs))
+        state = "stopped" if study.left(trial) else trial.state.name.lower()
+        table.add_row(f"{trial.number}{' *' * best}", state, value, *values, str(epochs))
     show(table, {"trial": "* is the best"})
 
 
 def say_what_is_best(study: Search, status: int, options: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raises UserError where every trial ended, and none is complete."""
-    best, elsewhere = study.best, [trial for trial in study.found if not trial.state.is_finished()]
+    best, undone = study.best, [trial for trial in study.found if not trial.state.is_finished()]
     if status:
         say("stopped, and saved. To go on: the same command again")
-    elif elsewhere:
-        numbers = ", ".join(str(trial.number) for trial in elsewhere)
-        say(f"not done, as another process has it or left it: trial {numbers}; the same command goes on")
+    elif undone:
+        say(f"trial {', '.join(str(trial.number) for trial in undone)} is not done: see the table; "
+            "what was stopped the same command goes on with")  # fmt: skip
     elif best is None:
         failed = next(trial for trial in study.found if ERROR in trial.user_attrs)
         raise UserError(f"no trial was completed: trial {failed.number}: {failed.user_attrs[ERROR]}")

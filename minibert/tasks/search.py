@@ -174,6 +174,16 @@ class Search:
         """The lock of a trial; None where another process holds it."""
         return locked(self.lock_of(number), wait=False)
 
+    def left(self, trial: Any) -> bool:
+        """Whether a trial was stopped midway, and nobody has gone on with it."""
+        if trial.state != self.optuna.trial.TrialState.RUNNING:
+            return False
+        with self.alone():
+            lock = self.take(trial.number)
+            if lock is not None:
+                os.close(lock)
+        return lock is not None
+
     def lock_of(self, number: int) -> Path:
         return self.folder / f"trial-{number}.lock"
 

@@ -103,6 +103,7 @@ def test_ctrl_c_leaves_a_trial_that_the_same_command_goes_on_with(
         code, out = ran(*words)
     assert code == 130 and "trial 1: stopped after step 2 of 6, and saved" in out
     assert "stopped, and saved. To go on: the same command again" in out
+    assert [line.split()[:2] for line in out if line[1:2] == "1"] == [["1", "stopped"]]
     code, out = ran(*words)
     assert code == 0 and [trial.state.name for trial in study_in(tmp_path / "s").trials] == ["COMPLETE"] * 2
     assert [record["step"] for record in the_log(tmp_path / "s" / "trial-1")] == [0, 3, 6, 6]

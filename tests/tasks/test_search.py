@@ -188,7 +188,9 @@ def test_a_trial_that_nobody_has_any_more_is_free(toys: Path, tmp_path: Path) ->
     assert trial is not None and trial.number == 0
     other = search.next_trial(2)
     assert other is not None and other.number == 1
+    assert not search.left(search.found[0])
     del trial
+    assert search.left(search.found[0]) and not search.left(search.found[1])
     again = search.next_trial(2)
     assert again is not None and again.number == 0
     events = again.follow(scripted(toys, again.folder, flat(0.5)))
