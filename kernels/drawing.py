@@ -200,6 +200,10 @@ def ladder(largest: int) -> list[int]:
 
 
 def small(limits: Mapping[str, int], number: int, beside: int = 1) -> dict[str, int]:
-    """A small size for each axis: unlike each other, others for the next number, and smaller `beside` a large one."""
-    sizes = (3, 5, 2, 7, 4) if beside <= EVERY else (3, 2)
+    """A small size for each axis: unlike each other, others for the next number, and smaller `beside` a large one.
+
+    Beside many rows there are more columns than a pack of 4 or 8 takes; of four axes each costs as much as all others.
+    """
+    beside_large = (3, 2) if len(limits) > 3 else (3, 2, 9, 5) if beside <= 2**14 else (3, 5)
+    sizes = (3, 5, 2, 7, 4) if beside <= EVERY else beside_large
     return {axis: min(limits[axis], sizes[(k + number) % len(sizes)]) for k, axis in enumerate(limits)}
