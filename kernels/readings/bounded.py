@@ -18,6 +18,8 @@ y the formula's own roundings are, in u, |d a| for d = x - mean, then twice (|x|
 S_mean) |a| + |b|; the other road commits |d a| in making a, |x a| + |mean a| in the products, |b - mean a| <= |b| +
 |mean a| and |y| in the additions: never more, for all rows and offsets.
 
+In the same way a factor may be taken into an exponent, exp(x - log s) for exp(x) / s, where x is rounded once more.
+
 And `likely`, what a sensible evaluation stays under (Higham and Mary, "A new approach to probabilistic rounding error
 analysis", 2019, theorem 2.4): as `error`, but n roundings of a sum count as `LAMBDA` sqrt(n), being as often up as
 down. They are not where terms are all equal, or sorted so that the small ones come last: there it says nothing.
@@ -259,10 +261,13 @@ class Bounded(Reading):
         """What is chosen among sums is a number: nothing can be added to it before."""
         return type(self)(*self.parts[:5], np.zeros_like(self.late))
 
-    def _function(self, value: np.ndarray, slope: np.ndarray, rule: Rule, units: int) -> Self:
-        """A library function of this array, with its `slope` here and its rounding in `units` of u."""
+    def _function(
+        self, value: np.ndarray, slope: np.ndarray, rule: Rule, units: int, more: np.ndarray | None = None
+    ) -> Self:  # fmt: skip
+        """A library function of this array: its `slope` here, its rounding in `units` of u, at most by `more` larger."""
         own, size = units * self.precision.roundoff, np.abs(value)
-        return self.made(value, rule, (self,), size, np.maximum(size, slope * self.terms), Both(own, own))
+        rounded = Both(own, own) if more is None else Both(own + more, own)
+        return self.made(value, rule, (self,), size, np.maximum(size, slope * self.terms), rounded)
 
     def exp(self) -> Self:
         value = np.exp(self.value)
@@ -270,7 +275,8 @@ class Bounded(Reading):
         def inherited(e: np.ndarray) -> np.ndarray:  # exp(x + e) - exp(x); of a mask's -1e30 the product is 0 inf
             return np.where(e < 1, value * np.expm1(e), np.exp(self.value + e) - value)
 
-        return self._function(value, value, inherited, ALLOWANCE["exp"])
+        again = np.where(value > 0, self.precision.roundoff * np.abs(self.value), 0.0)
+        return self._function(value, value, inherited, ALLOWANCE["exp"], again)
 
     def log(self) -> Self:
         def inherited(e: np.ndarray) -> np.ndarray:
