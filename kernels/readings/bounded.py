@@ -264,7 +264,7 @@ class Bounded(Reading):
     def _function(
         self, value: np.ndarray, slope: np.ndarray, rule: Rule, units: int, more: np.ndarray | None = None
     ) -> Self:  # fmt: skip
-        """A library function of this array: its `slope` here, its rounding in `units` of u, at most by `more` larger."""
+        """A library function of this array, with its `slope` here, its rounding in `units` of u, and `more` of it."""
         own, size = units * self.precision.roundoff, np.abs(value)
         rounded = Both(own, own) if more is None else Both(own + more, own)
         return self.made(value, rule, (self,), size, np.maximum(size, slope * self.terms), rounded)
