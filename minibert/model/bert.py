@@ -14,15 +14,14 @@ from typing import Any
 import numpy as np
 
 from minibert.errors import UserError
-from minibert.kernels.activation import gelu, relu, tanh
+from minibert.kernels.activation import tanh
 from minibert.kernels.attention import attention
 from minibert.kernels.cross_entropy import linear_cross_entropy
 from minibert.kernels.dropout import dropout
 from minibert.kernels.embedding import gather_rows
-from minibert.kernels.linear import linear_gelu
 from minibert.kernels.philox import NO_STREAM, Stream
 from minibert.kernels.softmax import softmax
-from minibert.model.config import GELU, BertConfig
+from minibert.model.config import BertConfig
 from minibert.model.nn import (
     Embedding,
     LayerNorm,
@@ -30,6 +29,7 @@ from minibert.model.nn import (
     Module,
     Parameter,
     Place,
+    activated,
     embed,
     lay_together,
     side_by_side,
@@ -44,20 +44,11 @@ HEAD_ROWS = 384  # predicted positions whose logits exist at one time
 EMBEDDING_STREAM, ATTENTION_OUTPUT_STREAM, ATTENTION_STREAM, OUTPUT_STREAM, CLASSIFIER_STREAM = 16, 17, 18, 19, 20
 
 
-def activated(dense: Linear, x: Tensor, hidden_act: str) -> Tensor:  # (N, in) -> (N, out)
-    """act(x W' + b), in one op where there is one."""
-    if hidden_act in GELU and dense.low_rank is not None:
-        return apply(gelu, dense(x), approximate=GELU[hidden_act])
-    if hidden_act in GELU:
-        return apply(linear_gelu, x, dense.weight, dense.bias, approximate=GELU[hidden_act])
-    return apply(tanh if hidden_act == "tanh" else relu, dense(x))
-
-
 class BertEmbeddings(Module):
     first_position = 0  # of every sequence; a prefix has those before
 
     def __init__(self, config: BertConfig, place: Place) -> None:
-        channels = config.hidden_size
+        channels = config.embedding_size
         self.config = config
         self.word_embeddings = Embedding(config.vocab_size, channels, place, padding_idx=config.pad_token_id)
         self.position_embeddings = Embedding(config.max_position_embeddings, channels, place)
@@ -292,7 +283,7 @@ class BertModel(PreTrained):
         batch = Batch(packed, self.place, Stream(self.seed, 0, self.step, 0) if self.training else None)
         self.step += self.training
         attentions: list[Tensor] | None = [] if output_attentions else None
-        layers = [self.embeddings(batch, None if embeds is None else embeds.reshape(-1, embeds.shape[-1]))]
+        layers = [self.embedded(batch, None if embeds is None else embeds.reshape(-1, embeds.shape[-1]))]
         for layer in self.encoder.layer:
             if self.gradient_checkpointing and self.training and attentions is None:
                 same = partial(layer.as_it_is(), batch=batch, attentions=None)
@@ -304,9 +295,13 @@ class BertModel(PreTrained):
             layers = [*layers, x] if output_hidden_states else [x]
         return BertOutput(self, batch, layers, attentions)
 
+    def embedded(self, batch: Batch, embeds: Tensor | None) -> Tensor:  # embeds (rows, C) -> (N, C)
+        """What goes into the first layer."""
+        return self.embeddings(batch, embeds)
+
     def _embeds(self, given: Any, axes: int) -> Tensor:
         """(B, T, C) or (N, C) in the model's dtype, on its backend."""
-        backend, dtype, channels = self.place.backend, self.place.dtype, self.config.hidden_size
+        backend, dtype, channels = self.place.backend, self.place.dtype, self.config.embedding_size
         if isinstance(given, Tensor):
             if given.backend is not backend or given.dtype != dtype:
                 raise UserError(f"inputs_embeds: expected {dtype} on {backend.name}, got {given!r}")
@@ -321,30 +316,46 @@ class BertModel(PreTrained):
 
 
 class WithEncoder(PreTrained):
-    """A model with a head: its encoder is `bert`."""
+    """A model with a head: its encoder is `bert`, or by what other name `base_model_prefix` says."""
 
-    bert: BertModel
+    pooled = False  # whether the head reads the pooler's output
+
+    def __init__(
+        self, config: BertConfig, backend: Any = "numba", dtype: str = "float32", seed: int = 0,
+        *, initialise: bool = True,
+    ) -> None:  # fmt: skip
+        place = self.begin(config, backend, dtype, seed)
+        setattr(self, self.base_model_prefix, self.new_encoder(config, place))
+        self.add_head(config, place)
+        if initialise:
+            self.initialise()
+
+    def new_encoder(self, config: BertConfig, place: Place) -> BertModel:
+        return BertModel(config, *place, self.seed, add_pooling_layer=self.pooled, initialise=False)
+
+    def add_head(self, config: BertConfig, place: Place) -> None:
+        raise NotImplementedError
 
     @property
     def step(self) -> int:
         """Forward passes in training so far: it names their dropout masks."""
-        return self.bert.step
+        return self.base_model.step
 
     @step.setter
     def step(self, step: int) -> None:
-        self.bert.step = step
+        self.base_model.step = step
 
     def get_input_embeddings(self) -> Embedding:
         """As `BertModel.get_input_embeddings`."""
-        return self.bert.get_input_embeddings()
+        return self.base_model.get_input_embeddings()
 
     def gradient_checkpointing_enable(self) -> None:
         """As `BertModel.gradient_checkpointing_enable`."""
-        self.bert.gradient_checkpointing_enable()
+        self.base_model.gradient_checkpointing_enable()
 
     def gradient_checkpointing_disable(self) -> None:
         """As `BertModel.gradient_checkpointing_disable`."""
-        self.bert.gradient_checkpointing_disable()
+        self.base_model.gradient_checkpointing_disable()
 
 
 class BertForMaskedLM(WithEncoder):
@@ -355,17 +366,11 @@ class BertForMaskedLM(WithEncoder):
     has_decoder = True
     head_in_parts = True  # where there are more labels than `HEAD_ROWS`
 
-    def __init__(
-        self, config: BertConfig, backend: Any = "numba", dtype: str = "float32", seed: int = 0,
-        *, initialise: bool = True,
-    ) -> None:  # fmt: skip
-        place = self.begin(config, backend, dtype, seed)
-        self.bert = BertModel(
-            config, place.backend, dtype, seed, add_pooling_layer=self.next_sentence, initialise=False
-        )
+    def add_head(self, config: BertConfig, place: Place) -> None:
         self.cls = BertHeads(config, place, next_sentence=self.next_sentence)
-        if initialise:
-            self.initialise()
+
+    def output_of(self, encoded: BertOutput) -> Any:
+        return self.output.of(encoded, self.cls)
 
     def __call__(
         self, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,
@@ -376,8 +381,10 @@ class BertForMaskedLM(WithEncoder):
         A label on padding does not count. With more than `HEAD_ROWS` labels the loss is computed by `backward()`, or
         when it is read, which has to be before the weights change: read after `backward()`, it is computed once.
         """
-        encoded = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, labels=labels, **options)
-        out = self.output.of(encoded, self.cls)
+        encoded = self.base_model.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, labels=labels, **options
+        )
+        out = self.output_of(encoded)
         packed = encoded._batch.packed
         if packed.labels is not None:
             out.loss = self.loss_in_parts(out) if self.in_parts(packed.predicted) else out.masked_lm_loss()
@@ -388,7 +395,7 @@ class BertForMaskedLM(WithEncoder):
 
         Beside a next-sentence loss it is read before backward and so runs twice: only where memory is asked for.
         """
-        wanted = self.head_in_parts and (self.bert.gradient_checkpointing or not self.next_sentence)
+        wanted = self.head_in_parts and (self.base_model.gradient_checkpointing or not self.next_sentence)
         return wanted and predicted is not None and len(predicted) > HEAD_ROWS
 
     def loss_in_parts(self, out: MaskedLMOutput) -> Tensor:
@@ -398,7 +405,7 @@ class BertForMaskedLM(WithEncoder):
         """
         predicted, targets = out._batch.packed.predicted, out._batch.packed.targets
         assert predicted is not None and targets is not None
-        transform, decoder, counted = out.heads.predictions.transform, out.decoder(), targets != IGNORE
+        transform, decoder, counted = out.transform, out.decoder(), targets != IGNORE
         batch = out._batch  # not `out`: it holds the loss
 
         def parts(x: Tensor) -> Iterator[Tensor]:
@@ -408,7 +415,7 @@ class BertForMaskedLM(WithEncoder):
                 loss = apply(linear_cross_entropy, transform(x.slice(0, start, stop)), *decoder, labels)
                 yield loss * float(counted[start:stop].sum() / counted.sum())
 
-        with at_place(self.cls.predictions.name):
+        with at_place(out.head_name):
             rows = batch.integers(predicted.astype(np.int32, copy=False))
             weights = (*transform.parameters(), *decoder)
             return SumOfParts(parts, apply(gather_rows, out._layers[-1], rows), weights)
@@ -418,7 +425,7 @@ class BertForPreTraining(BertForMaskedLM):
     """BERT with both heads of its pretraining: masked language model and next sentence."""
 
     output = PreTrainingOutput
-    next_sentence = True
+    next_sentence = pooled = True
 
     def __call__(
         self, *args: Any, next_sentence_label: Any = None, return_dict: bool | None = None, **kwargs: Any

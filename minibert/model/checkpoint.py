@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from minibert.errors import UserError, path_of
-from minibert.model.config import BertConfig
+from minibert.model.config import BertConfig, config_from
 from minibert.model.matching import BIAS, DECODER, DECODER_BIAS, TIED, Arrays
 
 AnyPath = str | os.PathLike[str]
@@ -61,12 +61,12 @@ def read_folder(folder: AnyPath) -> Checkpoint:
 
 
 def read_config(folder: AnyPath) -> BertConfig:
-    """The config.json in `folder`. Raises UserError where it is missing, no JSON object, or not a BERT of this kind."""
+    """The config.json in `folder`. Raises UserError where it is missing, no JSON object, or no BERT or ELECTRA."""
     path = _folder(folder) / CONFIG
     if not path.exists() and (path.parent / GOOGLES_CONFIG).exists():
         raise UserError(f"no {CONFIG} in {path.parent}, but {GOOGLES_CONFIG}, which says the same: rename it")
     try:
-        return BertConfig.from_dict(read_json(path))
+        return config_from(read_json(path))
     except UserError as error:
         message = str(error)
         raise UserError(message if str(path) in message else f"{path}: {message}") from None

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from minibert.errors import UserError, warn
 
@@ -23,7 +23,6 @@ ACTIVATIONS = (*GELU, "relu", "tanh")
 # Keys that would change the math: this model knows the one value each, and refuses others. What is empty (false, null)
 # asks for nothing, except of the positions: None is no position at all to some versions of transformers.
 ONLY = {
-    "model_type": "bert",
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "add_cross_attention": False,
@@ -48,6 +47,8 @@ class BertConfig:
 
     Raises UserError where a value is of the wrong type, out of range, or does not fit another.
     """
+
+    model_type: ClassVar[str] = "bert"
 
     vocab_size: int = 30522  # rows of the word embedding, which the MLM decoder shares
     hidden_size: int = 768  # C, the width of every token between the layers
@@ -102,6 +103,11 @@ class BertConfig:
         _require(fits, "pad_token_id", f"None, or an id of 0 or more and below vocab_size ({self.vocab_size})", padding)
 
     @property
+    def embedding_size(self) -> int:
+        """The width of the embeddings."""
+        return self.hidden_size
+
+    @property
     def num_labels(self) -> int:
         """Outputs of a head that classifies; 2 where nothing is said."""
         return len(self.id2label) or 2
@@ -112,7 +118,7 @@ class BertConfig:
         return {name: number for number, name in self.id2label.items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> BertConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The config that a config.json holds. Keys that do not bear on the math are kept in `others`.
 
         A warning names a key that looks like a misspelt one of this model's, and the code that another model brings
@@ -120,13 +126,14 @@ class BertConfig:
         """
         given, values = values, with_labels(values)
         own = {f.name for f in fields(cls)} - {"others"}
-        for key, only in ONLY.items():
+        kind = cls.model_type.upper()
+        for key, only in {"model_type": cls.model_type, **ONLY}.items():
             value = values.get(key, only)
             if key == "model_type" and value is None:
                 continue
             if value != only and (value or isinstance(only, str)):
                 raise UserError(
-                    f"config: {key} {reprlib.repr(value)} is not supported: this is BERT with {key} {only!r} only"
+                    f"config: {key} {reprlib.repr(value)} is not supported: this is {kind} with {key} {only!r} only"
                 )
         for key in [key for key in values if key not in own]:
             near = get_close_matches(key, own - values.keys(), n=1, cutoff=0.85)
@@ -134,7 +141,8 @@ class BertConfig:
                 warn(f"config: nothing reads {key!r}: did you mean {near[0]!r}?")
         if values.get("auto_map"):
             warn(
-                "config: auto_map names code of the checkpoint's own; it is not run, and this is BERT, which may differ"
+                f"config: auto_map names code of the checkpoint's own; it is not run, and this is {kind}, which may "
+                "differ"
             )
         others = {key: value for key, value in given.items() if key not in own | {"model_type", "label2id"}}
         unsaid = {key for key in QUIET if values.get(key) is None}  # null is no there
@@ -149,7 +157,29 @@ class BertConfig:
             said["label2id"] = self.label2id
         if "num_labels" in self.others:  # as some write it besides
             said["num_labels"] = self.num_labels
-        return {**self.others, "model_type": "bert", **said}
+        return {**self.others, "model_type": self.model_type, **said}
+
+
+@dataclass(frozen=True)
+class ElectraConfig(BertConfig):
+    """What an ELECTRA is made of; the defaults are ELECTRA small, as in transformers (Clark et al. 2020, table 6)."""
+
+    model_type: ClassVar[str] = "electra"
+
+    hidden_size: int = 256
+    num_attention_heads: int = 4
+    intermediate_size: int = 1024
+    embedding_size: int = 128  # where it is not hidden_size, embeddings_project is between
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.embedding_size >= 1, "embedding_size", "1 or more", self.embedding_size)
+
+
+def config_from(values: Mapping[str, Any]) -> BertConfig:
+    """The config that a config.json holds, of the model that its model_type names. Raises as `BertConfig.from_dict`."""
+    kind = ElectraConfig if values.get("model_type") == ElectraConfig.model_type else BertConfig
+    return kind.from_dict(values)
 
 
 def with_labels(values: Mapping[str, Any]) -> dict[str, Any]:

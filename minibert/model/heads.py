@@ -14,7 +14,7 @@ import numpy as np
 
 from minibert.errors import UserError
 from minibert.kernels.dropout import dropout
-from minibert.model.bert import CLASSIFIER_STREAM, BertModel, WithEncoder
+from minibert.model.bert import CLASSIFIER_STREAM, WithEncoder
 from minibert.model.config import BertConfig
 from minibert.model.losses import problem_type, sequence_loss, weighed_cross_entropy
 from minibert.model.nn import Linear, Module, Place
@@ -68,33 +68,36 @@ class QuestionAnsweringOutput(ClassifierOutput):
 class BertWithClassifier(WithEncoder):
     """An encoder, and one linear layer over what it made of a sequence or of each token."""
 
-    pooled = False  # the classifier reads the pooler's output, (B, C), not every token's
     head = "classifier"
-
-    def __init__(
-        self, config: BertConfig, backend: Any = "numba", dtype: str = "float32", seed: int = 0,
-        *, initialise: bool = True,
-    ) -> None:  # fmt: skip
-        place = self.begin(config, backend, dtype, seed)
-        self.bert = BertModel(config, place.backend, dtype, seed, add_pooling_layer=self.pooled, initialise=False)
-        self.add_head(config, place)
-        if initialise:
-            self.initialise()
 
     def add_head(self, config: BertConfig, place: Place) -> None:
         setattr(self, self.head, Linear(config.hidden_size, config.num_labels, place))
 
     def classified(self, x: Tensor, encoded: BertOutput) -> Tensor:  # (B or N, C) -> (B or N, K)
+        return getattr(self, self.head)(head_dropout(x, encoded, self.dropout_rate))
+
+    @property
+    def dropout_rate(self) -> float:
+        """Of the dropout before the classifier."""
         rate = self.config.classifier_dropout
-        rate = self.config.hidden_dropout_prob if rate is None else rate
-        params = encoded._batch.dropout(rate, CLASSIFIER_STREAM, 0)
-        return getattr(self, self.head)(apply(dropout, x, **params) if params["rate"] else x)
+        return self.config.hidden_dropout_prob if rate is None else rate
+
+
+def head_dropout(x: Tensor, encoded: BertOutput, rate: float, layer: int = 0) -> Tensor:
+    """The dropout of a head, where the model is in training; `layer` tells several apart."""
+    params = encoded._batch.dropout(rate, CLASSIFIER_STREAM, layer)
+    return apply(dropout, x, **params) if params["rate"] else x
 
 
 class BertForSequenceClassification(BertWithClassifier):
     """BERT with a classifier over the pooled output of each sequence."""
 
     pooled = True
+
+    def summary(self, encoded: BertOutput) -> Tensor:  # (B, C)
+        pooled = encoded.pooler_output
+        assert pooled is not None
+        return pooled
 
     def __call__(
         self, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,
@@ -107,10 +110,8 @@ class BertForSequenceClassification(BertWithClassifier):
         -100 does not count), "multi_label_classification" of floats (B, K) (binary cross entropy with logits). Raises
         UserError for labels that do not fit.
         """
-        encoded = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, **options)
-        pooled = encoded.pooler_output
-        assert pooled is not None
-        out = ClassifierOutput.of(encoded, self.classified(pooled, encoded))
+        encoded = self.base_model.encode(input_ids, attention_mask, token_type_ids, position_ids, **options)
+        out = ClassifierOutput.of(encoded, self.classified(self.summary(encoded), encoded))
         if labels is not None:
             kind = problem_type(self.config, as_array("labels", labels, "an array of numbers"))
             self.config = replace(self.config, problem_type=kind)
@@ -130,7 +131,7 @@ class BertForTokenClassification(BertWithClassifier):
         -100 does not count, nor does a label on padding; where none counts the loss is 0. Raises UserError for labels
         that are out of range or of another shape.
         """
-        encoded = self.bert.encode(
+        encoded = self.base_model.encode(
             input_ids, attention_mask, token_type_ids, position_ids, labels=labels, num_labels=self.config.num_labels,
             **options,
         )  # fmt: skip
@@ -160,7 +161,7 @@ class BertForQuestionAnswering(BertWithClassifier):
         """
         if (start_positions is None) != (end_positions is None):
             raise UserError("expected start_positions and end_positions together, got one of them")
-        encoded = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, **options)
+        encoded = self.base_model.encode(input_ids, attention_mask, token_type_ids, position_ids, **options)
         out = QuestionAnsweringOutput.of(encoded, self.qa_outputs(encoded._layers[-1]))
         if start_positions is not None:
             real, losses = encoded._batch.real, []
@@ -198,15 +199,10 @@ class NextSentenceHead(Module):
 class BertForNextSentencePrediction(WithEncoder):
     """BERT with the next-sentence head of its pretraining."""
 
-    def __init__(
-        self, config: BertConfig, backend: Any = "numba", dtype: str = "float32", seed: int = 0,
-        *, initialise: bool = True,
-    ) -> None:  # fmt: skip
-        place = self.begin(config, backend, dtype, seed)
-        self.bert = BertModel(config, place.backend, dtype, seed, initialise=False)
+    pooled = True
+
+    def add_head(self, config: BertConfig, place: Place) -> None:
         self.cls = NextSentenceHead(config, place)
-        if initialise:
-            self.initialise()
 
     def __call__(
         self, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,
@@ -216,7 +212,7 @@ class BertForNextSentencePrediction(WithEncoder):
 
         0: the second segment follows the first, 1: it does not, -100: does not count.
         """
-        encoded = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, **options)
+        encoded = self.base_model.encode(input_ids, attention_mask, token_type_ids, position_ids, **options)
         pooled = encoded.pooler_output
         assert pooled is not None
         out = ClassifierOutput.of(encoded, self.cls.seq_relationship(pooled))

@@ -24,7 +24,9 @@ BUFFERS = re.compile(r"(^|\.)embeddings\.(position_ids|token_type_ids)$")
 # part when they are untied, and the decoder's is the one that counts.
 WORDS, DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
 BIAS, DECODER_BIAS = "cls.predictions.bias", "cls.predictions.decoder.bias"
-TIED = {DECODER: WORDS, DECODER_BIAS: BIAS}
+GENERATOR_WORDS, GENERATOR_DECODER = "electra.embeddings.word_embeddings.weight", "generator_lm_head.weight"  # ELECTRA
+TIED = {DECODER: WORDS, DECODER_BIAS: BIAS, GENERATOR_DECODER: GENERATOR_WORDS}
+ENCODER = re.compile(r"^(bert|electra)\.")
 LAYER = re.compile(r"(.*\blayer\.)(\d+)\.(.*)")
 
 
@@ -104,7 +106,7 @@ def match(
 ) -> tuple[Arrays, LoadReport]:
     """The arrays under the model's parameter names, and what did not match, under the names it has in the file.
 
-    `expected` gives the model's names and shapes. Accepted are legacy names, the prefix `bert.` or its absence, a
+    `expected` gives the model's names and shapes. Accepted are legacy names, the encoder's prefix or its absence, a
     wrapper's prefix, and a tied decoder's second name. Raises UserError where nothing matches, where an array is not of
     floats, and where a shape differs, unless that is to be ignored.
     """
@@ -151,11 +153,14 @@ def _tie(
     return same
 
 
-def has_own_decoder(arrays: Mapping[str, np.ndarray]) -> bool:
-    """Whether a file holds a decoder that differs from its word embedding, so that the two cannot be tied."""
+def own_decoder(arrays: Mapping[str, np.ndarray]) -> str | None:
+    """The name of a decoder in a file that differs from its word embedding, so that the two cannot be tied, if any."""
     names = _names(arrays)
-    words = _find(names, WORDS)
-    return DECODER in names and words is not None and not _equal(arrays, words, names[DECODER])
+    for decoder, embedding in ((DECODER, WORDS), (GENERATOR_DECODER, GENERATOR_WORDS)):
+        words = _find(names, embedding)
+        if decoder in names and words is not None and not _equal(arrays, words, names[decoder]):
+            return decoder
+    return None
 
 
 def _names(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
@@ -175,8 +180,9 @@ def _modern(name: str) -> str:
 
 
 def _find(names: Mapping[str, str], target: str) -> str | None:
-    """The file's name for a parameter: as it is, without the prefix that a bare BertModel lacks, or with it."""
-    return next((names[n] for n in (target, target.removeprefix("bert."), f"bert.{target}") if n in names), None)
+    """The file's name for a parameter: as it is, without the prefix that a bare encoder lacks, or with it."""
+    known_as = (target, ENCODER.sub("", target), f"bert.{target}", f"electra.{target}")
+    return next((names[n] for n in known_as if n in names), None)
 
 
 def _is_constant(name: str, array: np.ndarray) -> bool:

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minibert.backends.base import Backend
+from minibert.kernels.activation import gelu, relu, tanh
 from minibert.kernels.embedding import embedding
 from minibert.kernels.layer_norm import add_layer_norm, layer_norm
-from minibert.kernels.linear import linear, matmul
+from minibert.kernels.linear import linear, linear_gelu, matmul
 from minibert.kernels.op import Array
 from minibert.kernels.philox import Stream, random_words
 from minibert.kernels.view import concatenate, pad_axis
+from minibert.model.config import GELU
 from minibert.model.packing import row_numbers
 from minibert.model.tensor import Tensor, apply, at_place, tick
 
@@ -224,6 +226,15 @@ def side_by_side(x: Tensor, *layers: Linear) -> Tensor:
     for part in (y, update):
         part.forget()  # a sum's gradient reads neither
     return total
+
+
+def activated(dense: Linear, x: Tensor, hidden_act: str) -> Tensor:  # (N, in) -> (N, out)
+    """act(x W' + b), in one op where there is one."""
+    if hidden_act in GELU and dense.low_rank is not None:
+        return apply(gelu, dense(x), approximate=GELU[hidden_act])
+    if hidden_act in GELU:
+        return apply(linear_gelu, x, dense.weight, dense.bias, approximate=GELU[hidden_act])
+    return apply(tanh if hidden_act == "tanh" else relu, dense(x))
 
 
 class LayerNorm(Module):

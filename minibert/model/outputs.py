@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -165,18 +165,23 @@ class BertOutput(Mapping[Any, Any]):
 
         Zero for a sequence without any; None where the model has no pooler (`add_pooling_layer`).
         """
-        pooler, packed = self._pooler, self._batch.packed
+        pooler = self._pooler
         if pooler is None:
             return None
         demand_unchanged("out.pooler_output", pooler.parameters(), self._made_at)
-        real = packed.not_empty
         with set_grad_enabled(self._grad):
-            first = self._batch.integers(packed.first_rows[real])
-            pooled = pooler(apply(gather_rows, self._layers[-1], first))
-            if real.all():
-                return pooled
-            rows = self._batch.integers(np.flatnonzero(real).astype(np.int32))
-            return apply(scatter_rows, pooled, rows, num_rows=len(real))
+            return self.of_first_tokens(pooler)
+
+    def of_first_tokens(self, make: Callable[[Tensor], Tensor] = lambda first: first) -> Tensor:
+        """(B, C): what is made of each sequence's first token; zeros for a sequence without any."""
+        packed = self._batch.packed
+        real = packed.not_empty
+        first = self._batch.integers(packed.first_rows[real])
+        made = make(apply(gather_rows, self._layers[-1], first))
+        if real.all():
+            return made
+        rows = self._batch.integers(np.flatnonzero(real).astype(np.int32))
+        return apply(scatter_rows, made, rows, num_rows=len(real))
 
 
 class MaskedLMOutput(BertOutput):
@@ -192,7 +197,16 @@ class MaskedLMOutput(BertOutput):
         return out
 
     def _demand_unchanged(self, what: str) -> None:
-        demand_unchanged(what, (*self.heads.predictions.transform.parameters(), *self.decoder()), self._made_at)
+        demand_unchanged(what, (*self.transform.parameters(), *self.decoder()), self._made_at)
+
+    @property
+    def transform(self) -> Any:
+        """What stands before the decoder: (M, C) -> (M, C)."""
+        return self.heads.predictions.transform
+
+    @property
+    def head_name(self) -> str:
+        return self.heads.predictions.name
 
     def decoder(self) -> tuple[Tensor, Tensor]:
         predictions = self.heads.predictions
@@ -203,7 +217,7 @@ class MaskedLMOutput(BertOutput):
         """(B, T, V), or (N, V) for packed input."""
         self._demand_unchanged("out.logits")
         with set_grad_enabled(self._grad):
-            x = self.heads.predictions.transform(self._layers[-1])
+            x = self.transform(self._layers[-1])
             return self._batch.padded(apply(linear, x, *self.decoder()))
 
     def logits_at(self, index: np.ndarray) -> Tensor:
@@ -214,7 +228,7 @@ class MaskedLMOutput(BertOutput):
 
     def transformed(self, index: np.ndarray) -> Tensor:  # (M,) rows -> (M, C)
         rows = self._batch.integers(index.astype(np.int32, copy=False))
-        return self.heads.predictions.transform(apply(gather_rows, self._layers[-1], rows))
+        return self.transform(apply(gather_rows, self._layers[-1], rows))
 
     def masked_lm_loss(self) -> Tensor:
         """Cross entropy on the positions that have a label: the head runs on no others."""
@@ -222,7 +236,7 @@ class MaskedLMOutput(BertOutput):
         if packed.predicted is None or packed.targets is None or not len(packed.predicted):
             raise UserError(f"labels: expected at least one position to predict, but every label is {IGNORE}")
         self._demand_unchanged("out.loss")
-        with at_place(self.heads.predictions.name):
+        with at_place(self.head_name):
             targets = self._batch.integers(packed.targets)
             return apply(linear_cross_entropy, self.transformed(packed.predicted), *self.decoder(), targets)
 

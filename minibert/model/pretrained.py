@@ -17,7 +17,7 @@ from minibert.backends.base import Backend, dtype_of
 from minibert.errors import UserError, warn
 from minibert.model import checkpoint
 from minibert.model.config import BertConfig, with_labels
-from minibert.model.matching import DECODER, LoadReport, has_own_decoder, match
+from minibert.model.matching import LoadReport, match, own_decoder
 from minibert.model.nn import Module, Parameter, Place
 from minibert.model.packing import as_array
 
@@ -41,7 +41,6 @@ ABSENT = {
     "modules": "named_children() gives those within it, parameters() all parameters",
     "children": "named_children() gives those within it",
     "requires_grad_": "set p.requires_grad of its parameters(), or compute under no_grad()",
-    "base_model": "the encoder is .bert of a model with a head; a BertModel is one itself",
 }
 
 
@@ -49,6 +48,8 @@ class PreTrained(Module):
     """A model on a backend. Dropout is off until `train()`."""
 
     config: BertConfig
+    config_class: type[BertConfig] = BertConfig
+    base_model_prefix = "bert"  # the name of the encoder in a model with a head
     place: Place
     seed: int
     has_decoder = False  # from channels to the vocabulary: the word embedding, if they are tied
@@ -56,6 +57,11 @@ class PreTrained(Module):
     def begin(self, config: BertConfig, backend: str | Backend, dtype: str, seed: int) -> Place:
         if not isinstance(config, BertConfig):
             raise _no_config(config)
+        if config.model_type != self.config_class.model_type:
+            raise UserError(
+                f"{type(self).__name__}: expected the config of a model_type {self.config_class.model_type!r}, got "
+                f"{config.model_type!r}; the classes for that begin with {config.model_type.capitalize()}"
+            )
         if not isinstance(backend, str | Backend):
             raise UserError(f"backend: expected a name such as 'numba' or a Backend, got {reprlib.repr(backend)}")
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
@@ -97,14 +103,20 @@ class PreTrained(Module):
             p.grad = None
 
     @property
+    def base_model(self) -> Any:
+        """The encoder of a model with a head; an encoder is one itself."""
+        return getattr(self, self.base_model_prefix, self)
+
+    @property
     def backend(self) -> Backend:
         return self.place.backend
 
     def initialise(self, only: set[str] | None = None) -> None:
         """Draw first values for every parameter, or for those named: by seed and name alone."""
+        prefix = f"{self.base_model_prefix}."
         for name, parameter in self.named_parameters():
             if only is None or name in only:
-                parameter.initialise(self.seed, name.removeprefix("bert."), self.config.initializer_range)
+                parameter.initialise(self.seed, name.removeprefix(prefix), self.config.initializer_range)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """A copy of every parameter, as NumPy, by Hugging Face's name."""
@@ -159,9 +171,10 @@ class PreTrained(Module):
         options = {name: more.pop(name) for name in pooling}
         config = _changed(checkpoint.read_config(folder) if config is None else config, more)
         arrays = checkpoint.read_weights(folder)
-        if cls.has_decoder and config.tie_word_embeddings and has_own_decoder(arrays):
+        decoder = own_decoder(arrays) if cls.has_decoder and config.tie_word_embeddings else None
+        if decoder is not None:
             warn(
-                f"{folder}: {DECODER} is not the word embedding, so they are not tied: set tie_word_embeddings to false"
+                f"{folder}: {decoder} is not the word embedding, so they are not tied: set tie_word_embeddings to false"
             )
             config = replace(config, tie_word_embeddings=False)
         if isinstance(dtype, str) and dtype == "auto":

@@ -23,9 +23,8 @@ from minibert.errors import UserError
 from minibert.kernels.activation import tanh
 from minibert.kernels.dropout import dropout
 from minibert.kernels.philox import NO_STREAM, Stream, random_words
-from minibert.model.bert import activated
 from minibert.model.config import GELU
-from minibert.model.nn import INITIALISATION_STREAM, LayerNorm, Linear, Module, Place
+from minibert.model.nn import INITIALISATION_STREAM, LayerNorm, Linear, Module, Place, activated
 from minibert.model.tensor import Tensor, apply
 from minibert.tuning.low_rank import DROPOUT_STREAM
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minibert.errors import UserError
-from minibert.model.matching import BIAS, DECODER, DECODER_BIAS, WORDS, LoadReport, has_own_decoder, match, named
+from minibert.model.matching import BIAS, DECODER, DECODER_BIAS, WORDS, LoadReport, match, named, own_decoder
 
 EXPECTED: dict[str, tuple[int, ...]] = {
     WORDS: (11, 4),
@@ -69,7 +69,7 @@ def test_a_decoder_of_its_own_is_reported_by_a_tied_model_and_taken_by_an_untied
     assert report == LoadReport(unexpected_keys=(BIAS,))  # of the two biases, the decoder's counts
     np.testing.assert_array_equal(matched[DECODER], FULL[WORDS] + 1)
     np.testing.assert_array_equal(matched[BIAS], FULL[BIAS] + 1)
-    assert has_own_decoder(own) and not has_own_decoder({**own, DECODER: FULL[WORDS]}) and not has_own_decoder(FULL)
+    assert own_decoder(own) == DECODER and not own_decoder({**own, DECODER: FULL[WORDS]}) and not own_decoder(FULL)
 
 
 def test_a_bias_of_the_tied_decoder_s_own_is_the_one_that_counts() -> None:
