@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -156,7 +157,10 @@ class ReadingModule:
     def __init__(self, reading: type[Any]) -> None:
         self.reading = reading
         for name in UNARY:
-            setattr(self, name, getattr(reading, name))
+            setattr(self, name, partial(self._unary, getattr(reading, name)))
+
+    def _unary(self, function: Callable[[Any], Any], x: Any) -> Any:
+        return function(self.reading.lift(x))
 
     def maximum(self, a: Any, b: Any) -> Any:
         return self.reading.lift(a).maximum(self.reading.lift(b))

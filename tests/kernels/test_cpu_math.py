@@ -1,4 +1,4 @@
-"""exp, erf, tanh, max and Philox of the CPU kernels: within their stated ulp over float32, and bit for bit."""
+"""exp, log, erf, tanh, max and Philox of the CPU kernels: within their stated ulp over float32, and bit for bit."""
 
 import os
 
@@ -9,7 +9,7 @@ import scipy.special
 
 from minibert.kernels.cpu import math as cpu_math
 from minibert.kernels.cpu.jit import KERNEL_FLAGS, OPTIONS, jit
-from minibert.kernels.cpu.math import constant, erf, exp, philox_row, tanh, vmax
+from minibert.kernels.cpu.math import constant, erf, exp, log, philox_row, tanh, vmax
 from minibert.kernels.cpu.threads import run_rows
 from minibert.kernels.philox import Stream, philox4x32, random_words
 
@@ -23,6 +23,13 @@ def exp_all(x, y, start, stop):
     x, y = x[start:stop], y[start:stop]
     for i in range(x.size):
         y[i] = exp(x[i])
+
+
+@jit
+def log_all(x, y, start, stop):
+    x, y = x[start:stop], y[start:stop]
+    for i in range(x.size):
+        y[i] = log(x[i])
 
 
 @jit
@@ -61,9 +68,9 @@ def philox_all(words, first, seed, stream, step, layer, start, stop):
         philox_row(words[i], first + i * words.shape[1], words.shape[1], seed, stream, step, layer)
 
 
-KERNELS = {"exp": exp_all, "erf": erf_all, "tanh": tanh_all}
-EXACT = {"exp": np.exp, "erf": scipy.special.erf, "tanh": np.tanh}
-LIMIT = {"exp": 1.25, "erf": 2.0, "tanh": 2.0}  # ulp
+KERNELS = {"exp": exp_all, "log": log_all, "erf": erf_all, "tanh": tanh_all}
+EXACT = {"exp": np.exp, "log": np.log, "erf": scipy.special.erf, "tanh": np.tanh}
+LIMIT = {"exp": 1.25, "log": 1.25, "erf": 2.0, "tanh": 2.0}  # ulp
 
 
 def evaluate(name, x):
@@ -107,6 +114,7 @@ def test_float64_stays_within_two_ulp(name):
     x = np.concatenate(
         [rng.uniform(-30, 30, 100_000), rng.uniform(-700, 700, 100_000), rng.normal(size=100_000) * 1e-3]
     )
+    x = np.abs(x) if name == "log" else x
     got, exact = evaluate(name, x), EXACT[name](x)
     assert got.dtype == np.float64
     assert ulps(got, exact, np.float64).max() <= 2
@@ -118,6 +126,7 @@ def test_float64_stays_within_two_ulp(name):
     [
         ("exp", [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45], [np.nan, np.inf, 0, 1, 1, 1]),
         ("exp", [1000.0, -1000.0, 3.4e38, -3.4e38], [np.inf, 0, np.inf, 0]),
+        ("log", [np.nan, np.inf, 0.0, -0.0, 1.0, -1.0, -np.inf], [np.nan, np.inf, -np.inf, -np.inf, 0, np.nan, np.nan]),
         ("erf", [np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 10.0], [np.nan, 1, -1, 1, -1, 1]),
         ("tanh", [np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 30.0], [np.nan, 1, -1, 1, -1, 1]),
         ("erf", [0.0, -0.0], [0.0, -0.0]),
@@ -127,7 +136,7 @@ def test_float64_stays_within_two_ulp(name):
 def test_special_values(name, x, expected, dtype):
     got = evaluate(name, np.array(x, dtype))
     np.testing.assert_array_equal(got, np.array(expected, dtype))
-    if name != "exp":
+    if name in ("erf", "tanh"):
         np.testing.assert_array_equal(np.signbit(got)[1:], np.signbit(x)[1:])
 
 
