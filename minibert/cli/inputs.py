@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from minibert.backends import Backend
-from minibert.cli.labelled import MLM, Labelled, note_of, read_examples, task_for
+from minibert.cli.labelled import MLM, RTD, UNLABELLED, Labelled, note_of, read_examples, task_for
 from minibert.cli.options import console
 from minibert.data import (
     SHIPPED_TEXT,
@@ -33,11 +33,13 @@ from minibert.data.text import BLANK_LINE, TWO_BLANK_LINES
 from minibert.errors import UserError
 from minibert.model import checkpoint
 from minibert.model.bert import BertForMaskedLM
-from minibert.model.config import NAMED, BertConfig
+from minibert.model.config import NAMED, BertConfig, ElectraConfig
+from minibert.model.electra_pair import ElectraPair, generator_of
 from minibert.tasks.batches import TaskBatches
 from minibert.tasks.finetune import load_model
 from minibert.tasks.from_text import examples_of_text
 from minibert.tasks.task import architecture_of, task_of
+from minibert.train.config import TrainingConfig
 
 SEPARATOR_HELP = (
     f"What separates the documents of a file: {TWO_BLANK_LINES}; {BLANK_LINE}, with a sentence a line, as Google's "
@@ -45,6 +47,7 @@ SEPARATOR_HELP = (
 )
 
 
+GENERATOR_SIZE = TrainingConfig().generator_size
 CHARACTERS = 12  # that are read for a token of a batch, which is 4 to 5 characters of English
 
 
@@ -79,13 +82,15 @@ def step_inputs(
     folder = None if config in NAMED else Path(config)
     tokenizer = load_tokenizer(folder if folder and tokenizer_files(folder) else SHIPPED_VOCABULARY)
     model_config = named_config(config, vocabulary_size(tokenizer))
+    if labelled.task == RTD and folder is None:
+        model_config = ElectraConfig.like(model_config)
     check_vocabulary(tokenizer, model_config.vocab_size)
     if max_seq_length > model_config.max_position_embeddings:
         raise UserError(
             f"--max-seq-length {max_seq_length}: the model has {model_config.max_position_embeddings} positions; "
             "give that many or fewer"
         )
-    if labelled.task != MLM:
+    if labelled.task not in UNLABELLED:
         return task_inputs(labelled, folder, model_config, tokenizer, text, tokens, max_seq_length, seed, steps)
     documents = enough(read_documents(text or [SHIPPED_TEXT]), tokens * steps)
     rule = masking_rule(special_ids(tokenizer), model_config.vocab_size)
@@ -95,11 +100,15 @@ def step_inputs(
         return Batches(sequences, max(tokens, int(sequences.lengths.max())), seed, rule)
 
     def make_model(backend: Backend, dtype: str) -> Any:
-        if folder is None:
-            return BertForMaskedLM(model_config, backend, dtype=dtype, seed=seed)
-        return BertForMaskedLM.from_pretrained(folder, backend=backend, dtype=dtype, seed=seed)
+        if folder is not None:
+            return (ElectraPair if labelled.task == RTD else BertForMaskedLM).from_pretrained(
+                folder, backend, dtype, seed
+            )
+        if isinstance(model_config, ElectraConfig):
+            return ElectraPair(model_config, generator_of(model_config, GENERATOR_SIZE), backend, dtype, seed)
+        return BertForMaskedLM(model_config, backend, dtype, seed)
 
-    return Inputs(model_config, make_model, make_batches)
+    return Inputs(model_config, make_model, make_batches, labelled.task)
 
 
 def task_inputs(

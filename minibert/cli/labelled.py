@@ -15,7 +15,7 @@ from minibert.tasks.task import Answer, Classify, Tag, Task, own_names
 from minibert.tasks.words import read_words
 
 TASKS = ("classify", "regress", "tag", "answer")
-MLM = "mlm"
+MLM, RTD = UNLABELLED = "mlm", "rtd"  # masked language model; replaced-token detection
 
 
 class Columns(NamedTuple):
@@ -56,14 +56,14 @@ class Labelled(NamedTuple):
 
     def refuse_unfit(self, text: list[Path] | None) -> None:
         """Raise UserError for options that do not go together."""
-        if self.task not in (MLM, *TASKS):
-            raise UserError(f"--task: expected {', '.join((MLM, *TASKS))}, got {self.task!r}")
+        if self.task not in (*UNLABELLED, *TASKS):
+            raise UserError(f"--task: expected {', '.join((*UNLABELLED, *TASKS))}, got {self.task!r}")
         if self.train is None:
             for name, value in self.columns._asdict().items():
                 if value is not None:
                     option = name.replace("_", "-")
                     raise UserError(f"--{option}: expected --train FILE with it: it is about its columns")
-        elif self.task == MLM:
+        elif self.task in UNLABELLED:
             raise UserError(f"--train: labelled examples are for --task {', '.join(TASKS)}: name one of them")
         elif text:
             raise UserError("--text: the examples are those of --train: leave one of the two out")

@@ -1,4 +1,4 @@
-"""`minibert pretrain`: a masked language model from plain text files."""
+"""`minibert pretrain`: a masked language model, or an ELECTRA, from plain text files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from minibert import backends
 from minibert.backends import MOST_THREADS, Backend
 from minibert.cli import app
 from minibert.cli.inputs import SEPARATOR_HELP
+from minibert.cli.objectives import config_for, pretrained, refuse_generator_options, trainer_of, untrained, words_of
 from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP, PRODUCTS_HELP, set_products
 from minibert.cli.running import (
     TENSORBOARD,
@@ -40,11 +41,12 @@ from minibert.data import (
 from minibert.data.text import BLANK_LINE, TWO_BLANK_LINES
 from minibert.errors import UserError
 from minibert.lab.conform.own_kernels import HELP, load_kernels, refuse_misshapen
-from minibert.model.bert import BertForMaskedLM, BertForPreTraining
+from minibert.model.bert import BertForMaskedLM
 from minibert.model.checkpoint import has_weights, read_config
-from minibert.model.config import NAMED, BertConfig
-from minibert.train.config import TrainingConfig
-from minibert.train.loop import Record, State, read_state, refuse_to_overwrite
+from minibert.model.config import NAMED, BertConfig, ElectraConfig
+from minibert.model.electra_pair import ElectraPair
+from minibert.train.config import OBJECTIVES, TrainingConfig
+from minibert.train.loop import State, read_state, refuse_to_overwrite
 from minibert.train.trainer import Trainer, prepare
 from minibert.train.weights_and_biases import wandb_library
 
@@ -65,6 +67,10 @@ DEFAULT_OPTIONS = {
 WHOLE_WORDS_HELP = (
     "Predict all pieces of a word or none. A word is a piece and those after it that begin with ##: a Chinese "
     "character, which BERT's tokenizers cut out by itself, is one alone."
+)
+OBJECTIVE_HELP = (
+    "mlm: guess masked tokens. rtd: an ELECTRA, whose discriminator finds the tokens that a generator put in; it is at "
+    "the top of --output, the generator in generator/."
 )
 
 
@@ -95,6 +101,9 @@ def pretrain(
     vocab_size: int = typer.Option(
         None, min=6, max=1_000_000, show_default="8000", help="Tokens of the vocabulary trained on the text."
     ),
+    objective: str = typer.Option(None, metavar="|".join(OBJECTIVES), show_default="mlm", help=OBJECTIVE_HELP),
+    generator_size: float = setting("generator_size", "With rtd: the generator's width by the discriminator's."),
+    rtd_weight: float = setting("rtd_weight", "With rtd: of the discriminator's loss."),
     max_steps: int = setting("max_steps", "Updates of the weights.", "--steps"),
     tokens_per_batch: int = setting("tokens_per_batch", "Tokens of one batch, packed."),
     gradient_accumulation_steps: int = setting("gradient_accumulation_steps", "Batches of one update."),
@@ -129,7 +138,7 @@ def pretrain(
     ),
     kernel: list[str] = typer.Option([], "--kernel", metavar="FILE.py:FUNCTION=OP", help=HELP),
 ) -> int:
-    """Train a masked language model on text files. Ctrl-C saves, and --resume goes on."""
+    """Train a masked language model, or an ELECTRA, on text files. Ctrl-C saves, and --resume goes on."""
     given = dict(locals())
     settings = {name: given[name] for name in asdict(DEFAULT) if given.get(name) is not None}
     swapped = load_kernels(kernel)
@@ -150,6 +159,7 @@ def pretrain(
     if state is not None:
         options = resumed(state.options, options, MOVABLE)
     options = {name: DEFAULT_OPTIONS.get(name) if value is None else value for name, value in options.items()}
+    refuse_generator_options(training, settings, options["config"])
     if options["wandb"]:
         wandb_library()  # told before a vocabulary is trained
     context.with_resource(backends.determinism(options["deterministic"]))
@@ -167,12 +177,13 @@ def pretrain(
     if trainer.step >= training.max_steps:
         say(f"all {training.max_steps} steps were done before: --steps makes the run longer")
     with place.using(swapped) if swapped else nullcontext(), stopped_by_signals(trainer):
-        follow(trainer, evaluation, swapped)
+        follow(trainer, words_of(training), swapped)
     if trainer.step < training.max_steps:
         again = resume_command(output, kernel, options["backend"])
         say(f"stopped after step {trainer.step} of {training.max_steps}, and saved. To go on: {again}")
         return 130
-    say(f"the model is in {output}: minibert.BertForMaskedLM.from_pretrained({str(output)!r})")
+    kind = "ElectraForPreTraining" if training.objective == "rtd" else "BertForMaskedLM"
+    say(f"the model is in {output}: minibert.{kind}.from_pretrained({str(output)!r})")
     return 0
 
 
@@ -188,19 +199,20 @@ def make_trainer(
     output: Path,
 ) -> Trainer:
     """Model, tokens and optimiser: new ones, or those of the run that is resumed."""
-    kind = BertForPreTraining if training.next_sentence else BertForMaskedLM
+    model: BertForMaskedLM | ElectraPair
     if state is None:
-        model, tokenizer = new_model(kind, documents, training, place, options)
+        model, tokenizer = new_model(documents, training, place, options)
     else:
         tokenizer = load_tokenizer(output)
-        model = kind(read_config(output), place, options["dtype"], training.seed)
-    trainer = Trainer(model, prepare(documents, tokenizer, training), training, output, options)
+        model = untrained(read_config(output), training, place, options["dtype"], output)
+    trainer = trainer_of(model, prepare(documents, tokenizer, training), training, output, options)
     if state is not None:
         trainer.resume(state)
     say(f"backend {place.name}: {place.describe()}, {options['dtype']}")
     say(
         f"model: {model.config.num_hidden_layers} layers of {model.config.hidden_size} channels, vocabulary "
         f"{model.config.vocab_size}, {sum(p.data.size for p in model.parameters()):,} parameters"
+        + (f", {model.generator_parameters:,} of them the generator's alone" if isinstance(model, ElectraPair) else "")
     )
     say(told(documents, trainer.data.tokens, max(1, len(options["texts"])), options["document_separator"]))
     say(
@@ -223,30 +235,23 @@ def told(documents: list[Document], tokens: int, files: int, separator: str) -> 
 
 
 def new_model(
-    kind: type[BertForMaskedLM],
-    documents: list[Document],
-    training: TrainingConfig,
-    place: Backend,
-    options: dict[str, Any],
-) -> tuple[BertForMaskedLM, Tokenizer]:
+    documents: list[Document], training: TrainingConfig, place: Backend, options: dict[str, Any]
+) -> tuple[BertForMaskedLM | ElectraPair, Tokenizer]:
     """A model of a named size over the tokenizer's vocabulary; or one of a folder's config, with its weights if any."""
     config, dtype = options["config"], options["dtype"]
     folder = None if config in NAMED else Path(config)
-    bert = resized(NAMED[config] if folder is None else read_config(folder), options["layers"], options["hidden"])
+    bert = resized(config_for(training, folder, config), options["layers"], options["hidden"])
     check_length(training, bert)
     tokenizer = choose_tokenizer(options, folder, documents, 8000 if folder is None else bert.vocab_size)
     if folder is None:
         bert = replace(bert, vocab_size=vocabulary_size(tokenizer), pad_token_id=special_ids(tokenizer).pad)
     check_vocabulary(tokenizer, bert.vocab_size)
     if folder is None or not has_weights(folder):
-        return kind(bert, place, dtype, training.seed), tokenizer
+        return untrained(bert, training, place, dtype, folder), tokenizer
     if options["layers"] is not None or options["hidden"] is not None:
         raise UserError(f"--layers and --hidden cannot change the weights in {folder}: leave them out")
     say(f"beginning with the weights in {folder}")
-    model, info = kind.from_pretrained(folder, place, dtype, training.seed, output_loading_info=True)
-    if any(name.startswith("cls.seq_relationship") for name in info["unexpected_keys"]):
-        say("its next-sentence head is left behind: --next-sentence goes on with it")
-    return model, tokenizer
+    return pretrained(folder, training, place, dtype), tokenizer
 
 
 def check_length(training: TrainingConfig, bert: BertConfig) -> None:
@@ -262,6 +267,8 @@ def resized(config: BertConfig, layers: int | None, hidden: int | None) -> BertC
     if layers is not None:
         config = replace(config, num_hidden_layers=layers)
     if hidden is not None:
+        if isinstance(config, ElectraConfig) and config.embedding_size == config.hidden_size:
+            config = replace(config, embedding_size=hidden)
         if hidden < 64 or hidden % 64:
             raise UserError(f"--hidden: expected a multiple of 64, the size of a head, got {hidden}")
         config = replace(config, hidden_size=hidden, num_attention_heads=hidden // 64, intermediate_size=4 * hidden)
@@ -292,18 +299,6 @@ def choose_tokenizer(
         raise UserError(f"{folder} holds weights but no tokenizer: name the one they were trained with by --tokenizer")
     say(f"training a vocabulary of {vocab_size} tokens on the text ...")
     return train_tokenizer(documents, vocab_size)
-
-
-# ----------------------------------------------------------------------------------------------------------- the run
-
-
-def evaluation(record: Record) -> str:
-    more = record.get("eval_next_sentence_accuracy")
-    return (
-        f"step {record['step']}: held-out loss {record['eval_loss']:.4f} "
-        f"({record['eval_loss'] - record['unigram_loss']:+.4f} against frequencies), "
-        f"accuracy {record['eval_accuracy']:.2%}" + ("" if more is None else f", next sentence {more:.2%}")
-    )
 
 
 def resume_command(output: Path, kernel: list[str], backend: str) -> str:

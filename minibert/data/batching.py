@@ -47,7 +47,7 @@ class PackedBatch:
 
     def infer(self, model: Any) -> Any:
         """What the model is used for once it is trained, as a tensor: (N, C), the encoder's output."""
-        return model.bert(**self.inputs, return_dict=True).last_hidden_state
+        return model.base_model(**self.inputs, return_dict=True).last_hidden_state
 
 
 class Batches:

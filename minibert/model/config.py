@@ -171,6 +171,11 @@ class ElectraConfig(BertConfig):
     intermediate_size: int = 1024
     embedding_size: int = 128  # where it is not hidden_size, embeddings_project is between
 
+    @classmethod
+    def like(cls, config: BertConfig) -> Self:
+        """One of the sizes of a BERT, its embeddings as wide as its layers."""
+        return cls(**{f.name: getattr(config, f.name) for f in fields(BertConfig)}, embedding_size=config.hidden_size)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.embedding_size >= 1, "embedding_size", "1 or more", self.embedding_size)

@@ -56,6 +56,7 @@ class OnElectra(WithEncoder):
     config_class = ElectraConfig
     base_model_prefix = "electra"
     pooled = False
+    electra: ElectraModel
 
     def new_encoder(self, config: BertConfig, place: Place) -> BertModel:
         return ElectraModel(config, *place, self.seed, initialise=False)

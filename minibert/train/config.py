@@ -9,6 +9,8 @@ from typing import get_args, get_type_hints
 
 from minibert.errors import UserError
 
+OBJECTIVES = ("mlm", "rtd")  # masked language model; replaced-token detection
+
 
 @dataclass(frozen=True)
 class OptimizationConfig:
@@ -68,8 +70,11 @@ class OptimizationConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig(OptimizationConfig):
-    """How a masked language model is pretrained."""
+    """How a model is pretrained."""
 
+    objective: str = "mlm"  # or "rtd": a discriminator finds the tokens that a small masked language model put in
+    generator_size: float = 0.25  # with rtd, the generator's width by the discriminator's: half of it learned less well
+    rtd_weight: float = 50.0  # with rtd, of the discriminator's loss, which is small: it has two answers, not thousands
     max_steps: int = 1000  # updates; the learning rate reaches 0 after the last
     tokens_per_batch: int = 2048  # packed tokens of one forward pass: a budget, filled with sequences of mixed length
     mlm_probability: float = 0.15  # as BERT
@@ -85,6 +90,12 @@ class TrainingConfig(OptimizationConfig):
         self._at_least_1("max_steps", "tokens_per_batch", "eval_tokens", "eval_steps")
         for name in ("mlm_probability", "held_out"):
             self._require(0 < getattr(self, name) < 1, name, "between 0 and 1")
+        self._require(self.objective in OBJECTIVES, "objective", " or ".join(OBJECTIVES))
+        self._require(0 < self.generator_size <= 1, "generator_size", "above 0, and 1 at most")
+        self._require(0 < self.rtd_weight < math.inf, "rtd_weight", "above 0")
+        if self.objective == "rtd":
+            for name in ("next_sentence", "graph"):
+                self._require(not getattr(self, name), name, "False with the objective rtd")
         alone = self.gradient_accumulation_steps == 1 and not self.next_sentence
         self._require(alone or not self.graph, "graph", "False with gradient accumulation or next_sentence")
 

@@ -107,6 +107,7 @@ class Loop:
             wandb_library()  # told now, not at the end
         self.events: EventFile | None = None
         self.owns_output = False  # what is in the folder was written, or resumed from, by this trainer
+        self.measured: dict[str, float] = {}  # what else the last step found, under its names in the log
         self.stop = False  # set it, from a signal handler say, and the run ends after the step
         # How far the run came, and sums since the last line of the log: plain numbers, saved as they are.
         self.progress: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "since": dict.fromkeys(SINCE, 0)}
@@ -173,11 +174,13 @@ class Loop:
         self.progress["step"] += 1
         self.progress["tokens"] += tokens
         self.progress["seconds"] += seconds
-        for name, value in zip(SINCE, (1, loss, tokens, seconds), strict=True):
-            self.progress["since"][name] += value
+        since = self.progress["since"]
+        for name, value in (*zip(SINCE, (1, loss, tokens, seconds), strict=True), *self.measured.items()):
+            since[name] = since.get(name, 0) + value
         return {
             "step": self.step,
             "loss": loss,
+            **self.measured,
             "learning_rate": learning_rate,
             "grad_norm": self.optimizer.grad_norm,
             "tokens": tokens,
@@ -218,11 +221,13 @@ class Loop:
 
     def summary(self, record: Record) -> Record:
         """A line of the log: means since the last one, totals since the start."""
-        steps, loss, tokens, seconds = (self.progress["since"][name] for name in SINCE)
+        since = self.progress["since"]
+        steps, loss, tokens, seconds = (since[name] for name in SINCE)
         self.progress["since"] = dict.fromkeys(SINCE, 0)
         return {
             **record,
             "loss": loss / steps,
+            **{name: since[name] / steps for name in self.measured},
             "tokens": self.progress["tokens"],
             "tokens_per_second": tokens / seconds,
             "seconds": self.progress["seconds"],

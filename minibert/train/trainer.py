@@ -37,8 +37,9 @@ from minibert.errors import UserError
 from minibert.kernels.cross_entropy import cross_entropy
 from minibert.kernels.op import Array
 from minibert.model.bert import BertForMaskedLM
+from minibert.model.electra_pair import ElectraPair
 from minibert.model.packing import IGNORE, Packed, pack
-from minibert.model.tensor import no_grad
+from minibert.model.tensor import Tensor, no_grad
 from minibert.train.config import TrainingConfig
 from minibert.train.graphed import GraphedSteps
 from minibert.train.loop import Loop, Record, demand_finite, shares
@@ -84,7 +85,7 @@ class Trainer(Loop):
     config: TrainingConfig
 
     def __init__(
-        self, model: BertForMaskedLM, data: Data, config: TrainingConfig, output: str | Path,
+        self, model: BertForMaskedLM | ElectraPair, data: Data, config: TrainingConfig, output: str | Path,
         options: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         check_vocabulary(data.tokenizer, model.config.vocab_size)
@@ -105,7 +106,9 @@ class Trainer(Loop):
         held_out = Batches(data.held_out, config.tokens_per_batch, config.seed ^ 0x5EED, rule)
         count = min(held_out.steps_in_epoch(0), -(-config.eval_tokens // config.tokens_per_batch))
         self.held_out = [held_out.batch(i) for i in range(count)]
-        self.graphed = GraphedSteps(model, self.optimizer, config.tokens_per_batch) if config.graph else None
+        self.graphed = None
+        if config.graph and isinstance(model, BertForMaskedLM):
+            self.graphed = GraphedSteps(model, self.optimizer, config.tokens_per_batch)
         self.made: dict[int, tuple[PackedBatch, Packed]] = {}  # batches of this step and, early, of the next, by pass
 
     @property
@@ -144,7 +147,7 @@ class Trainer(Loop):
     def forward_backward(self) -> tuple[float, int]:
         """Gradients and loss of the step's batches as if they were one batch; and their tokens.
 
-        The loss of a head is a mean, so a pass counts by what it is the mean of: predicted tokens, or sentence pairs.
+        The loss of a head is a mean, so a pass counts by what it is the mean of: predicted tokens, or `second_count`.
         """
         passes = self.config.gradient_accumulation_steps
         self.model.train()
@@ -152,19 +155,27 @@ class Trainer(Loop):
         numbers = range(self.step * passes, (self.step + 1) * passes)
         batches = [self.packed(number)[0] for number in numbers]
         predicted = shares([int((batch.labels != IGNORE).sum()) for batch in batches])
-        pairs = shares([len(batch.cu_seqlens) - 1 for batch in batches])
-        loss = 0.0
-        for number, share, share_of_pairs in zip(numbers, predicted, pairs, strict=True):
+        second = shares([self.second_count(batch) for batch in batches])
+        loss, self.measured = 0.0, {}
+        for number, share, second_share in zip(numbers, predicted, second, strict=True):
             batch, packed = self.packed(number)
             self.model.step = number  # names the dropout masks
-            out = self.model(packed, return_dict=True)
-            mean = out.loss
-            if batch.next_sentence_label is not None:
-                mean = mean + out.next_sentence_loss(batch.next_sentence_label) * (share_of_pairs / share)
+            mean = self.mean_of(batch, packed, share, second_share)
             mean.backward(np.asarray(share))
             self.prepare(number + 1)
             loss += mean.item() * share
         return loss, sum(len(batch.input_ids) for batch in batches)
+
+    def second_count(self, batch: PackedBatch) -> int:
+        """What the loss of the second head is the mean of."""
+        return len(batch.cu_seqlens) - 1
+
+    def mean_of(self, batch: PackedBatch, packed: Packed, share: float, second_share: float) -> Tensor:
+        """The loss of a pass, whose two heads have these shares of the step: for the first head's mean."""
+        out = self.model(packed, return_dict=True)
+        if batch.next_sentence_label is None:
+            return out.loss
+        return out.loss + out.next_sentence_loss(batch.next_sentence_label) * (second_share / share)
 
     def packed(self, number: int) -> tuple[PackedBatch, Packed]:
         """The batch of a pass as the model takes it, kept until its step is done."""
