@@ -136,7 +136,7 @@ def task_inputs(
     def make_model(backend: Backend, dtype: str) -> Any:
         if folder is not None:
             return load_model(task, folder, backend, dtype, seed)[0]
-        return task.architecture(with_labels, backend, dtype, seed)
+        return task.model_class(with_labels)(with_labels, backend, dtype, seed)
 
     with_labels = replace(config, **task.labels())
     return Inputs(with_labels, make_model, make_batches, kind, how)

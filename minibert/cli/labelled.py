@@ -70,7 +70,7 @@ class Labelled(NamedTuple):
 
 
 def labelled(
-    task: Annotated[str, typer.Option(help=f"What the step trains: {', '.join((MLM, *TASKS))}.")] = MLM,
+    task: Annotated[str, typer.Option(help=f"What the step trains: {', '.join((*UNLABELLED, *TASKS))}.")] = MLM,
     train: Annotated[
         Path | None,
         typer.Option(

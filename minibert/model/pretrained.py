@@ -58,10 +58,11 @@ class PreTrained(Module):
         if not isinstance(config, BertConfig):
             raise _no_config(config)
         if config.model_type != self.config_class.model_type:
-            raise UserError(
-                f"{type(self).__name__}: expected the config of a model_type {self.config_class.model_type!r}, got "
-                f"{config.model_type!r}; the classes for that begin with {config.model_type.capitalize()}"
-            )
+            own, other = (kind.model_type for kind in (self.config_class, config))
+            name = type(self).__name__
+            named = name.startswith(own.capitalize())
+            mend = f": take {name.replace(own.capitalize(), other.capitalize(), 1)}, if there is one" * named
+            raise UserError(f"{name}: expected a config of model_type {own!r}, got {other!r}{mend}")
         if not isinstance(backend, str | Backend):
             raise UserError(f"backend: expected a name such as 'numba' or a Backend, got {reprlib.repr(backend)}")
         if not isinstance(seed, int) or not 0 <= seed < 2**32:

@@ -23,6 +23,10 @@ from minibert.data.tokenizer_config import is_text
 from minibert.errors import UserError, warn
 from minibert.kernels.softmax import softmax
 from minibert.model.bert import HEAD_ROWS, BertForMaskedLM
+from minibert.model.checkpoint import read_config
+from minibert.model.config import ElectraConfig
+from minibert.model.electra import ElectraForMaskedLM
+from minibert.model.electra_pair import GENERATOR
 from minibert.model.matching import named
 from minibert.model.tensor import apply, no_grad
 
@@ -35,12 +39,18 @@ def load_masked_lm(folder: str | Path, backend: Any = "numba", dtype: str = "flo
     """The model in a folder. Raises UserError where a weight is missing: `from_pretrained` would draw it at random."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*(missing|unexpected): ")  # other heads are of no use here
-        model, info = BertForMaskedLM.from_pretrained(folder, backend, dtype, output_loading_info=True)
+        kind = ElectraForMaskedLM if isinstance(read_config(folder), ElectraConfig) else BertForMaskedLM
+        model, info = kind.from_pretrained(folder, backend, dtype, output_loading_info=True)
     missing = sorted(info["missing_keys"])
-    if any(name.startswith("cls.predictions") for name in missing):
+    if any(name.startswith(("cls.predictions", "generator_")) for name in missing):
+        beside = Path(folder) / GENERATOR
         raise UserError(
-            f"{folder} holds no masked-language-model head ({named(missing)}): name the folder of a model that was "
-            "pretrained, and saved with its head, as BertForMaskedLM"
+            f"{folder} holds no masked-language-model head ({named(missing)}): name "
+            + (
+                f"its generator, {beside}"
+                if beside.is_dir()
+                else f"the folder of a model that was pretrained, and saved with its head, as {kind.__name__}"
+            )
         )
     if missing:
         raise UserError(f"{folder}: weights are missing: {named(missing)}: get the whole model")

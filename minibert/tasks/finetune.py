@@ -56,7 +56,9 @@ PEFT_SETTINGS = {  # which of them heed what
     "num_virtual_tokens": ("prefix",),
 }
 LAYER = re.compile(r"\.layer\.(\d+)\.")
-LEFT_BEHIND = re.compile(r"cls\.|(bert\.)?pooler\.")  # what pretraining leaves, and some tasks have no use for
+# What pretraining leaves, and some tasks have no use for.
+LEFT_BEHIND = re.compile(r"cls\.|(bert\.)?pooler\.|discriminator_predictions\.|generator_")
+EMBEDDINGS = re.compile(r"(\w+\.)?embeddings(_project)?\.")
 FROZEN = re.compile(r"(embeddings)|layers:(\d+)(?:-(\d+))?")
 
 
@@ -107,14 +109,15 @@ def load_model(
     if isinstance(task, Embed):
         return task.load(folder, backend, dtype, seed), set()
     config = read_config(folder)
-    known = architecture_of(config) == task.architecture.__name__
+    kind = task.model_class(config)
+    known = architecture_of(config) == kind.__name__
     kept = known and (not task.names or label_names(config) == task.names)
     if not has_weights(folder):
         raise UserError(f"no weights in {folder}: expected a pretrained model, such as `minibert pretrain` writes")
-    model, report = task.architecture.load_folder(
+    model, report = kind.load_folder(
         folder, backend, dtype, seed, ignore_mismatched_sizes=known and not kept, **task.labels()
     )
-    head = f"{task.architecture.head}."
+    head = f"{kind.head}."
     LoadReport(
         tuple(name for name in report.missing_keys if not name.startswith(head)),
         tuple(name for name in report.unexpected_keys if not LEFT_BEHIND.match(name)),
@@ -335,7 +338,7 @@ def freeze(model: PreTrained, what: str) -> None:
         for name, parameter in model.named_parameters():
             layer = LAYER.search(name)
             inside = layer is not None and first <= int(layer[1]) <= last
-            if name.startswith(("bert.embeddings.", "embeddings.")) if found[1] else inside:
+            if EMBEDDINGS.match(name) if found[1] else inside:
                 parameter.requires_grad = False
 
 
@@ -350,7 +353,7 @@ def layerwise_groups(model: PreTrained, weight_decay: float, decay: float) -> li
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         layer = LAYER.search(name)
-        depth = int(layer[1]) + 1 if layer else 0 if "embeddings." in name else top
+        depth = int(layer[1]) + 1 if layer else 0 if EMBEDDINGS.match(name) else top
         matrix = len(parameter.declared_shape) > 1
         group = {"params": [], "weight_decay": weight_decay * matrix, "lr_scale": decay ** (top - depth)}
         groups.setdefault((depth, matrix), group)["params"].append(parameter)
@@ -382,7 +385,7 @@ def split_examples(count: int, share: float, seed: int) -> tuple[np.ndarray, np.
 def names_for(examples: Any, folder: str | Path, task: type[Task]) -> Sequence[str]:
     """The labels of the model in a folder, where it is of this task and has all that the examples have; else theirs."""
     config, own = read_config(folder), own_names(examples)
-    if architecture_of(config) != task.architecture.__name__:
+    if architecture_of(config) != task.model_class(config).__name__:
         return own
     names = label_names(config)
     if getattr(examples, "problem_type", None) == REGRESSION:

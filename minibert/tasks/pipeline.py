@@ -146,12 +146,12 @@ def fine_tuned(
         raise UserError(
             f"{folder} holds {architecture_of(config) or 'a model without a name'}: expected a fine-tuned model, as "
             "`minibert finetune` writes, with BertForSequenceClassification, BertForTokenClassification or "
-            "BertForQuestionAnswering in its config.json (masks are filled by `minibert fill-mask`, vectors made by "
-            "`minibert embed`)"
+            "BertForQuestionAnswering, or ELECTRA's of these, in its config.json (masks are filled by `minibert "
+            "fill-mask`, vectors made by `minibert embed`)"
         )
     tokenizer = load_tokenizer(folder)
     if not (Path(folder) / ADAPTER).is_file():
-        model, info = task.architecture.from_pretrained(folder, backend, dtype, output_loading_info=True)
+        model, info = task.model_class(config).from_pretrained(folder, backend, dtype, output_loading_info=True)
         if info["missing_keys"]:
             raise UserError(f"{folder} lacks {', '.join(sorted(info['missing_keys']))}: fine-tune it first")
         return Pipeline(task, model, tokenizer, max_seq_length)
@@ -161,5 +161,7 @@ def fine_tuned(
         raise UserError(f"{folder} holds an adapter of the model {beside}, which is not there: name its folder as base")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a head that is missing there: it is in the adapter, or that is refused
-        model = task.architecture.from_pretrained(beside, backend, dtype, config=config, ignore_mismatched_sizes=True)
+        model = task.model_class(config).from_pretrained(
+            beside, backend, dtype, config=config, ignore_mismatched_sizes=True
+        )
     return Pipeline(task, load_peft_model(model, folder), tokenizer, max_seq_length)

@@ -15,7 +15,12 @@ from tokenizers import Tokenizer
 
 from minibert.data import Sequences
 from minibert.errors import UserError
-from minibert.model.config import BertConfig
+from minibert.model.config import BertConfig, ElectraConfig
+from minibert.model.electra import (
+    ElectraForQuestionAnswering,
+    ElectraForSequenceClassification,
+    ElectraForTokenClassification,
+)
 from minibert.model.heads import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -41,6 +46,12 @@ from minibert.tasks.metrics import (
 from minibert.tasks.questions import QuestionExamples
 from minibert.tasks.tags import is_entity_tag, word_tags
 from minibert.tasks.words import WordExamples
+
+ON_ELECTRA: dict[type[BertWithClassifier], type[BertWithClassifier]] = {
+    BertForSequenceClassification: ElectraForSequenceClassification,
+    BertForTokenClassification: ElectraForTokenClassification,
+    BertForQuestionAnswering: ElectraForQuestionAnswering,
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,11 @@ class Task:
 
     def __init__(self, names: Sequence[str] = (), problem_type: str | None = None) -> None:
         self.names, self.problem_type = list(names), problem_type
+
+    @classmethod
+    def model_class(cls, config: BertConfig) -> type[BertWithClassifier]:
+        """The model for the task, on the encoder of a config."""
+        return ON_ELECTRA[cls.architecture] if config.model_type == ElectraConfig.model_type else cls.architecture
 
     def labels(self) -> dict[str, Any]:
         """Fields of the model's config that belong to the task."""
@@ -287,12 +303,12 @@ def task_of(config: BertConfig, architecture: str) -> Task | None:
     Raises UserError where the labels do not fit what they are for.
     """
     names = label_names(config)
-    if architecture == BertForSequenceClassification.__name__:
+    if architecture == Classify.model_class(config).__name__:
         kind = config.problem_type or (REGRESSION if len(names) == 1 else SINGLE)
         if kind != MULTI and (kind == REGRESSION) != (len(names) == 1):
             expected = "a single label" if kind == REGRESSION else "two labels or more"
             raise UserError(f"config: expected {expected} with problem_type {kind}, got {len(names)}")
         return Classify(names, kind)
-    if architecture == BertForTokenClassification.__name__:
+    if architecture == Tag.model_class(config).__name__:
         return Tag(names)
-    return Answer() if architecture == BertForQuestionAnswering.__name__ else None
+    return Answer() if architecture == Answer.model_class(config).__name__ else None

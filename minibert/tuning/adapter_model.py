@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from minibert.errors import UserError, path_of, warn
 from minibert.model.bert import BertSelfOutput
 from minibert.model.checkpoint import AnyPath, read_arrays, read_json, write_arrays, write_atomically
+from minibert.model.config import BertConfig
 from minibert.model.matching import Arrays
 from minibert.model.pretrained import PreTrained
 from minibert.tuning.bottleneck import BnConfig, Bottleneck, DoubleSeqBnConfig, SeqBnConfig
@@ -31,6 +32,11 @@ class AdapterModel(TunedModel):
     peft_config: BnConfig
 
     def __init__(self, model: PreTrained, config: BnConfig, *, loaded: bool = False) -> None:
+        if model.config.model_type != BertConfig.model_type:
+            raise UserError(
+                f"bottleneck adapters: expected a BERT, got model_type {model.config.model_type!r}, for which their "
+                "files are not written: take lora, say"
+            )
         super().__init__(model, config)
         heads = {head for heads in HEADS.values() for head in heads}
         self.freeze({name for name, _ in model.named_parameters() if name.split(".")[0] in heads})

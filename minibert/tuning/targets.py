@@ -59,7 +59,8 @@ def _refuse_tied(model: Any, names: Iterable[str]) -> None:
     if not (model.has_decoder and model.config.tie_word_embeddings):
         return
     for name in names:
-        if name.split(".")[-1] in ("word_embeddings", "embeddings", "bert") or name in ("cls", "cls.predictions"):
+        holds = name.split(".")[-1] in ("word_embeddings", "embeddings", model.base_model_prefix)
+        if holds or name in ("cls", "cls.predictions", "generator_lm_head"):
             raise UserError(
                 f"modules_to_save: {name} holds the word embedding, which is also the decoder: make the model with "
                 "tie_word_embeddings=False to train one of them alone"

@@ -97,10 +97,10 @@ def test_dropout_is_drawn_by_step(cls: Any) -> None:
 
 def test_a_bert_and_an_electra_are_told_apart(tmp_path: Path) -> None:
     bert = mb.BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(mb.UserError, match=r"expected the config of a model_type 'electra', got 'bert'; .* Bert"):
+    with pytest.raises(mb.UserError, match="config of model_type 'electra', got 'bert': take BertForMaskedLM"):
         mb.ElectraForMaskedLM(bert, "numpy")
     mb.ElectraForMaskedLM(CONFIG, "numpy").save_pretrained(tmp_path)
-    with pytest.raises(mb.UserError, match=r"expected the config of a model_type 'bert', got 'electra'; .* Electra"):
+    with pytest.raises(mb.UserError, match="config of model_type 'bert', got 'electra': take ElectraForMaskedLM"):
         mb.BertForMaskedLM.from_pretrained(tmp_path, "numpy")
     with pytest.raises(mb.UserError, match="embedding_size to be 1 or more, got 0"):
         replace(CONFIG, embedding_size=0)

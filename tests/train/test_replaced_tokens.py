@@ -61,14 +61,14 @@ def test_both_losses_fall_and_are_logged(data: Data, tmp_path: Path) -> None:
     first, last = (line for line in log_of(tmp_path) if "eval_loss" in line)
     assert first["eval_mlm_loss"] == pytest.approx(np.log(8000), abs=0.2)
     assert first["eval_rtd_loss"] == pytest.approx(np.log(2), abs=0.05)
-    assert last["eval_mlm_loss"] < first["eval_mlm_loss"] - 0.5
+    assert last["eval_mlm_loss"] < first["eval_mlm_loss"] - 0.3
     assert last["eval_rtd_loss"] < first["eval_rtd_loss"] - 0.1 and last["eval_rtd_accuracy"] > 0.75
     for line in (first, last):
         assert line["eval_loss"] == pytest.approx(line["eval_mlm_loss"] + 50 * line["eval_rtd_loss"])
         assert 0.1 < line["eval_replaced"] < 0.16, "of the 15 % that are masked"
     for step in steps:
         assert step["loss"] == pytest.approx(step["mlm_loss"] + 50 * step["rtd_loss"], rel=1e-6)
-    logged = [line for line in log_of(tmp_path) if "loss" in line][0]
+    logged = next(line for line in log_of(tmp_path) if "loss" in line)
     for name in ("loss", *MEASURED):
         assert logged[name] == pytest.approx(np.mean([step[name] for step in steps[:3]]))
 
@@ -82,9 +82,8 @@ def test_backends_agree(data: Data, tmp_path: Path) -> None:
 
 def test_passes_count_by_their_masked_tokens_and_by_all(data: Data, tmp_path: Path) -> None:
     config = replace(CONFIG, gradient_accumulation_steps=2, tokens_per_batch=120)
-    run = trainer(
-        data, tmp_path, "numpy", config, replace(TINY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0)
-    )
+    quiet = replace(TINY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    run = trainer(data, tmp_path, "numpy", config, quiet)
     loss, tokens = run.forward_backward()
     gradient = np.concatenate([group.grad for group in run.optimizer.groups])
     batches = [run.batches.batch(number) for number in range(2)]
