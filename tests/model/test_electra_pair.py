@@ -14,6 +14,7 @@ from minibert.kernels import OPS
 from minibert.kernels.philox import Stream
 from minibert.model.electra_pair import ElectraPair, corrupt, generator_of
 from minibert.model.packing import pack
+from minibert.train.optim import parameter_groups
 
 CONFIG = mb.ElectraConfig(
     vocab_size=61, embedding_size=12, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
@@ -122,6 +123,26 @@ def test_backends_draw_and_judge_alike() -> None:
     np.testing.assert_array_equal(outs[0].replaced, outs[1].replaced)
     assert outs[0].loss.item() == pytest.approx(outs[1].loss.item(), rel=1e-6)
     assert outs[0].accuracy == outs[1].accuracy
+
+
+def test_the_discriminator_learns_which_tokens_are_not_the_texts() -> None:
+    """A text by heart, under new masks and draws at each step: far better than giving all the same chance."""
+    sizes = {"hidden_size": 64, "embedding_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    pair = pair_of("numba", initializer_range=0.02, **sizes).train()
+    optimizer = mb.AdamW(parameter_groups(pair, 0.0), lr=3e-3, max_grad_norm=1.0)
+    rng, losses, shares = np.random.default_rng(4), [], []
+    for _ in range(150):
+        masked = rng.random(TEXT.shape) < 0.2
+        masked[0, 0] = True
+        out = pair(np.where(masked, 4, TEXT), labels=np.where(masked, TEXT, -100))
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        losses.append(out.judged.loss.item())
+        shares.append(out.replaced.mean())
+    share = np.mean(shares[-50:])
+    guessing = -share * np.log(share) - (1 - share) * np.log(1 - share)
+    assert np.mean(losses[-50:]) < 0.75 * guessing
 
 
 def test_a_batch_in_which_nothing_is_masked_is_refused() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import minibert as mb
+from minibert.model.electra_pair import ElectraPair
 from tests.model.test_parity import Case, gradient_deviations, skip_unless_it_runs, tensors, weights
 
 pytestmark = pytest.mark.parity
@@ -120,3 +121,34 @@ def test_folders_go_there_and_back(architecture: str, name: str, tmp_path: Any) 
     assert not any(info.values()) and back.config.embedding_size == CASES[name].more["embedding_size"]
     expected, got = weights(reference), weights(back)
     assert expected.keys() == got.keys() and all((got[n] == expected[n]).all() for n in expected)
+
+
+def test_a_pair_has_transformers_losses_and_gradients() -> None:
+    """Both of transformers' models on the same draws, with one table of embeddings."""
+    import torch
+
+    case = CASES["narrow embeddings"]
+    batch = {k: v for k, v in case.batch().items() if k in ("input_ids", "attention_mask", "token_type_ids")}
+    labels, real = case.batch()["labels"], batch["attention_mask"] == 1
+    judge, guess = (theirs(case, name, "float64") for name in ("ElectraForPreTraining", "ElectraForMaskedLM"))
+    config = mb.ElectraConfig.from_dict(case.config())
+    pair = ElectraPair(config, config, "numpy", "float64")
+    pair.generator.load_state_dict(weights(guess))
+    pair.discriminator.load_state_dict(weights(judge))
+    guess.electra.embeddings = judge.electra.embeddings
+    guess.generator_lm_head.weight = judge.electra.embeddings.word_embeddings.weight
+    out = pair(**batch, labels=labels)
+    out.loss.backward()
+    seen = dict(batch)
+    seen["input_ids"] = batch["input_ids"].copy()
+    seen["input_ids"][real] = out.judged._batch.packed.input_ids
+    text = np.where(labels >= 0, labels, batch["input_ids"])
+    replaced = torch.from_numpy((seen["input_ids"] != text)[real].astype(np.float64))
+    judged = torch.nn.functional.binary_cross_entropy_with_logits(judge(**tensors(seen)).logits[real], replaced)
+    loss = guess(**tensors(batch), labels=tensors({"labels": labels})["labels"]).loss + 50 * judged
+    loss.backward()
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-12)
+    halves = (("discriminator", judge), ("generator", guess))
+    gradients = {f"{half}.{n}": p.grad.numpy() for half, model in halves for n, p in model.named_parameters()}
+    own = dict(pair.named_parameters())
+    assert max(gradient_deviations(pair, {n: gradients[n] for n in own}, least=1e-2).values()) < 1e-9
