@@ -81,6 +81,15 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def test_a_step_of_an_electras_two_halves_is_compared_too(run: Run, tmp_path: Path) -> None:
+    code, out, err = run(
+        "compare", "--task", "rtd", *SMALL, "--steps", 2, "--backends", "numpy,numba", "--json", tmp_path / "found.json"
+    )
+    assert code == 0 and "PASS" in out, err
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {"gumbel", "binary_cross_entropy", "linear_cross_entropy"} <= {row["op"] for row in found["ops"]}
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_every_op_of_the_step_is_judged_on_every_backend(task: str, run: Run, tmp_path: Path) -> None:
     file = tmp_path / "facts.json"
