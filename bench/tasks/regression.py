@@ -6,11 +6,15 @@ rating, seconds, share of peak and memory of MiniLM fine-tuned by minibert and b
 
 from __future__ import annotations
 
-from bench.tasks import data
+from bench.tasks import texts
 from bench.tasks.run import Task, command
 from bench.timing import harness
+from minibert.tasks.task import Classify
 
-TASK = Task("regression", "Fine-tune on VADER's movie snippets, ours beside transformers and torch.", data.VADER)
+TASK = Task(
+    "regression", "Fine-tune on VADER's movie snippets, ours beside transformers and torch.",
+    {"vader": texts.VADER}, Classify.of, ("pearson",),
+)  # fmt: skip
 bench = command(TASK)
 
 if __name__ == "__main__":

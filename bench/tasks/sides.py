@@ -6,9 +6,9 @@ timed. That of minibert lays its batch together too, as its trainer does; the ot
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +22,11 @@ from minibert import backends
 from minibert.backends import Backend
 from minibert.data.batching import pack as lay_together
 from minibert.model.config import BertConfig
+from minibert.model.packing import IGNORE
+from minibert.tasks.batches import targets_of
 from minibert.tasks.evaluation import batch_of, in_order, predict
 from minibert.tasks.finetune import FineTuning, FineTuningConfig
-from minibert.tasks.task import Classify, Prepared
+from minibert.tasks.task import Answer, Prepared, Task
 from minibert.train.optim import linear_schedule
 
 LORA = " lora"  # ends the names of sides that train low-rank updates
@@ -35,7 +37,7 @@ OPPONENTS = ("torch", "peft lora")
 class Given:
     """What every side is given; the order of batches comes with the steps."""
 
-    task: Classify
+    task: Task
     train: Prepared
     test: Prepared
     tokenizer: Tokenizer
@@ -95,7 +97,7 @@ class OurTuning:
         return float(loss.item()), norm
 
     def outputs(self) -> np.ndarray:
-        """The logits of the rows to be judged by, (S, K)."""
+        """The logits of the rows to be judged by, (S, K), or of their tokens, (N, K)."""
         return predict(self.given.task, self.run.model, self.given.test)
 
 
@@ -130,19 +132,35 @@ class TorchTuning:
 
     def inputs(self, part: Prepared, chosen: np.ndarray) -> dict[str, Any]:
         """Padded to the longest of the batch."""
-        assert part.targets is not None
-        labels = self.torch.from_numpy(part.targets[chosen])
-        return {**tensors(batch(self.given.model, part, chosen)), "labels": labels}
+        laid = batch(self.given.model, part, chosen)
+        kinds = laid.padded["token_type_ids"]
+        beside = {**({"token_type_ids": kinds} if kinds.any() else {}), **labels(self.given.task, part, chosen, laid)}
+        return {**tensors(laid), **{name: self.torch.from_numpy(array) for name, array in beside.items()}}
 
     def prepare(self, step: Step) -> tuple[float, dict[str, Any]]:
         return step.learning_rate, self.inputs(self.given.train, step.chosen)
+
+    def loss(self, inputs: dict[str, Any]) -> Any:
+        """transformers' own; of answers over real tokens alone, as ours: its own has the padding in the softmax."""
+        if not isinstance(self.given.task, Answer):
+            return self.model(**inputs).loss
+        out = self.model(**{name: array for name, array in inputs.items() if not name.endswith("positions")})
+        pad = self.real(inputs).logical_not()
+        entropy = self.torch.nn.functional.cross_entropy
+        ends = ((out.start_logits, "start_positions"), (out.end_logits, "end_positions"))
+        start, end = (entropy(logits.masked_fill(pad, -math.inf), inputs[name]) for logits, name in ends)
+        return (start + end) / 2
+
+    def real(self, inputs: dict[str, Any]) -> Any:
+        """(B, T): False on padding."""
+        return inputs.get("attention_mask", self.torch.ones_like(inputs["input_ids"])) != 0
 
     def step(self, prepared: tuple[float, dict[str, Any]]) -> float:
         """One update; the loss."""
         learning_rate, inputs = prepared
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = self.model(**inputs).loss
+        loss = self.loss(inputs)
         loss.backward()
         self.torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
@@ -152,7 +170,7 @@ class TorchTuning:
     def quiet(self, step: Step) -> tuple[float, float]:
         """Loss and gradient norm of a batch without dropout; nothing is updated."""
         self.model.eval()
-        loss = self.model(**self.prepare(step)[1]).loss
+        loss = self.loss(self.prepare(step)[1])
         loss.backward()
         norm = self.torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.optimizer.zero_grad(set_to_none=True)
@@ -160,14 +178,17 @@ class TorchTuning:
         return float(loss.detach()), float(norm)
 
     def outputs(self) -> np.ndarray:
-        """The logits of the rows to be judged by, (S, K)."""
+        """As those of minibert."""
         self.model.eval()
+        found = []
         with self.torch.inference_mode():
-            return np.concatenate([self.model(**inputs).logits.numpy() for inputs in self.test_inputs()])
-
-    def test_inputs(self) -> Iterator[dict[str, Any]]:
-        for chosen in in_order(self.given.test.lengths, self.config.tokens_per_batch):
-            yield self.inputs(self.given.test, chosen)
+            for chosen in in_order(self.given.test.lengths, self.config.tokens_per_batch):
+                inputs = self.inputs(self.given.test, chosen)
+                out = self.model(**inputs)
+                ends = isinstance(self.given.task, Answer)
+                logits = self.torch.stack([out.start_logits, out.end_logits], dim=-1) if ends else out.logits
+                found.append((logits[self.real(inputs)] if self.given.task.of_tokens else logits).numpy())
+        return np.concatenate(found)
 
 
 def low_rank(name: str) -> bool:
@@ -186,6 +207,18 @@ def make_side(name: str, given: Given, config: FineTuningConfig, place: Backend)
         return TorchTuning(name, given, config, folder)
 
 
+def labels(task: Task, part: Prepared, chosen: np.ndarray, laid: Batch) -> dict[str, np.ndarray]:
+    """The targets of some examples as transformers' model of this task takes them."""
+    targets = targets_of(task, part, chosen)
+    if isinstance(task, Answer):
+        return {"start_positions": targets[:, 0], "end_positions": targets[:, 1]}
+    if not task.of_tokens:
+        return {"labels": targets}
+    padded = np.full(laid.real.shape, IGNORE, np.int64)
+    padded[laid.real] = targets
+    return {"labels": padded}
+
+
 def batch(config: BertConfig, part: Prepared, chosen: np.ndarray) -> Batch:
     """The examples of these numbers, packed and padded."""
     return Batch(config, lay_together(part.sequences, chosen))
@@ -197,7 +230,9 @@ def step_flops(name: str, given: Given, step: Step) -> int:
     The backward of a layer has two products for each of its forward. Of a frozen one it has one: the weights have no
     gradient. What the low-rank updates add, a hundredth, is left out; so is that the first layer needs less.
     """
-    c, labels = given.model.hidden_size, given.model.num_labels
-    head = 2 * len(step.chosen) * (c * c + c * labels)
-    encoder = work(given.model, batch(given.model, given.train, step.chosen), name in OPPONENTS, "no")
+    c, outputs, laid = given.model.hidden_size, given.model.num_labels, batch(given.model, given.train, step.chosen)
+    padded = name in OPPONENTS
+    tokens = laid.real.size if padded else int(laid.lengths.sum())
+    head = 2 * (tokens * c * outputs if given.task.of_tokens else len(step.chosen) * (c * c + c * outputs))
+    encoder = work(given.model, laid, padded, "no")
     return (2 if low_rank(name) else 3) * (encoder + head)

