@@ -15,7 +15,7 @@ from minibert.tasks.task import Answer
 
 TASK = Task(
     "answering", "Fine-tune on questions made from a dictionary, ours beside transformers and torch.",
-    {"wordnet": dictionary.WORDNET}, lambda examples: Answer(), ("exact_match", "f1"), 2e-4,
+    {"wordnet": dictionary.WORDNET}, lambda examples, folder: Answer(), ("exact_match", "f1"), 2e-4,
 )  # fmt: skip
 bench = command(TASK)
 

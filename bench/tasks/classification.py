@@ -8,13 +8,12 @@ news of the BBC, five topics, long texts (bbc); on the 6046 mails of SpamAssassi
 from __future__ import annotations
 
 from bench.tasks import texts
-from bench.tasks.run import Task, command
+from bench.tasks.run import Task, classify, command
 from bench.timing import harness
-from minibert.tasks.task import Classify
 
 TASK = Task(
     "classification", "Fine-tune on questions, news or mails, ours beside transformers and torch.",
-    {"trec": texts.TREC, "bbc": texts.BBC, "spam": texts.SPAM}, Classify.of, ("accuracy",),
+    {"trec": texts.TREC, "bbc": texts.BBC, "spam": texts.SPAM}, classify, ("accuracy",),
 )  # fmt: skip
 bench = command(TASK)
 

@@ -63,9 +63,10 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def fetched(published: Published) -> Path:
+def fetched(published: Published, option: str = "--data") -> Path:
     """The file that is kept, from the user's cache folder or, the first time, from the indexes.
 
+    `option` is that by which a user who has the file may give it; empty where there is none.
     Raises UserError where it cannot be had, or an archive is not the one that is meant.
     """
     name = "".join(archive.sha256[:12] for archive in published.archives)
@@ -75,10 +76,8 @@ def fetched(published: Published) -> Path:
             contents = [download(archive) for archive in published.archives]
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"cannot fetch {published.source} into {path.parent}: {error}; give the file {published.file} of it "
-                "by --data"
-            ) from None
+            otherwise = f"; give the file {published.file} of it by {option}" if option else ""
+            raise UserError(f"cannot fetch {published.source} into {path.parent}: {error}{otherwise}") from None
         content = published.keep(*contents)
         write_atomically(path, lambda temporary: temporary.write_bytes(content))
     return path

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.tasks.sides import Given, Step, make_side
+from bench.tasks.given import Given, Step
+from bench.tasks.sides import make_side
 from bench.timing.batches import random_weights
 from minibert import backends
 from minibert.backends import Backend

@@ -8,13 +8,12 @@ with torch, beside a linear model on TF-IDF.
 from __future__ import annotations
 
 from bench.tasks import texts
-from bench.tasks.run import Task, command
+from bench.tasks.run import Task, classify, command
 from bench.timing import harness
-from minibert.tasks.task import Classify
 
 TASK = Task(
     "multilabel", "Fine-tune on the tags of Debian's packages, ours beside transformers and torch.",
-    {"debian": texts.DEBIAN_TAGS}, Classify.of, ("f1_micro", "f1_macro"), 3e-4,
+    {"debian": texts.DEBIAN_TAGS}, classify, ("f1_micro", "f1_macro"), 3e-4,
 )  # fmt: skip
 bench = command(TASK)
 

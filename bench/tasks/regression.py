@@ -7,13 +7,12 @@ rating, seconds, share of peak and memory of MiniLM fine-tuned by minibert and b
 from __future__ import annotations
 
 from bench.tasks import texts
-from bench.tasks.run import Task, command
+from bench.tasks.run import Task, classify, command
 from bench.timing import harness
-from minibert.tasks.task import Classify
 
 TASK = Task(
     "regression", "Fine-tune on VADER's movie snippets, ours beside transformers and torch.",
-    {"vader": texts.VADER}, Classify.of, ("pearson",),
+    {"vader": texts.VADER}, classify, ("pearson",),
 )  # fmt: skip
 bench = command(TASK)
 

