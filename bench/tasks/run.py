@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -43,6 +44,15 @@ FIRST = 5  # steps of each side that are not timed: they compile, and allocate
 Progress = Callable[[str], None]
 
 
+def packaged_model(train: Any, empty: Path) -> Path:
+    """The folder of the installed MiniLM, found without importing it."""
+    spec = importlib.util.find_spec(MODEL)
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(place) / "model" / "model.safetensors").is_file():
+            return Path(place) / "model"
+    raise UserError(f"--model: expected a folder, as {MODEL} is not installed: {pip_install('--no-deps', REQUIREMENT)}")
+
+
 class Task(NamedTuple):
     """What a command measures."""
 
@@ -53,6 +63,8 @@ class Task(NamedTuple):
     metrics: tuple[str, ...]  # that are shown
     learning_rate: float = 5e-5
     beside: Callable[[Tuned, Tokenizer, int], Beside] | None = None  # what else it is judged by, cut at so many tokens
+    model: Callable[[Any, Path], Path] = packaged_model  # by the examples to train on and an empty folder: that of one
+    floor_by: str = "word"  # what the linear model counts: words, or each char
     others: tuple[str, ...] = ("torch", "transformers")  # libraries to compare with
     needs: tuple[str, ...] = ("[parity]",)  # what brings them
 
@@ -84,17 +96,34 @@ def run(task: Task, options: Options) -> int:
             raise UserError(f"{library} is not installed, to compare with: {pip_install(*task.needs)}")
     scikit_learn()
     rate = task.learning_rate if options.learning_rate is None else options.learning_rate
-    options = replace(options, length=options.length or published.length, learning_rate=rate)
-    folder, threads = options.model or packaged_model(), options.threads or harness.cores()
+    threads, length = options.threads or harness.cores(), options.length or published.length
+    options = replace(options, length=length, learning_rate=rate, threads=threads)
     place, *others = harness.cpu_backends(options.backend, threads)
     if others:
         raise UserError(f"--backend: expected one, got {options.backend}")
     path = options.file or fetched(published)
     examples = examples_in(published, path)
-    train, test = split(examples, options.small, options.rows)
-    tuned, tokenizer = task.tuned(examples, folder), load_tokenizer(folder)
-    assert options.length is not None
-    parts = [tuned.prepare(part, tokenizer, options.length) for part in (train, test)]
+    parts = split(examples, options.small, options.rows)
+    data = {"set": published.file, "package": published.source, "sha256": sha256(path),
+            "train": len(parts[0]), "test": len(parts[1])}  # fmt: skip
+    with tempfile.TemporaryDirectory() as empty:
+        folder = options.model or task.model(parts[0], Path(empty))
+        tuned, tokenizer = task.tuned(examples, folder), load_tokenizer(folder)
+        prepared = [tuned.prepare(part, tokenizer, length) for part in parts]
+        document = {
+            "bench": "tasks", "task": task.name, "command": said, "command_options": vars_of(options), "data": data,
+            **measured(task, options, place, folder, tuned, tokenizer, *prepared),
+        }  # fmt: skip
+    return tables.report(document, options.json_file)
+
+
+def measured(
+    task: Task, options: Options, place: Backend, folder: Path, tuned: Tuned, tokenizer: Tokenizer, train: Prepared,
+    test: Prepared,
+) -> dict[str, Any]:  # fmt: skip
+    """What is found of the model in a folder, seed by seed."""
+    assert options.length is not None and options.threads is not None
+    threads = options.threads
     beside = task.beside and task.beside(tuned, tokenizer, options.length)
     load, about = quiet.Load(), harness.fingerprint([place], threads)
     about["versions"] |= harness.versions_of(BESIDE)
@@ -104,7 +133,7 @@ def run(task: Task, options: Options) -> int:
         seed = int(name.split()[1])
         model, new = load_model(tuned, folder, place, seed=seed)
         config = model.config if options.dropout is None else without(model.config, options.dropout)
-        given = Given(tuned, *parts, tokenizer, config, model.state_dict(), new, threads, beside)
+        given = Given(tuned, train, test, tokenizer, config, model.state_dict(), new, threads, beside)
         del model
         facts = measure(options, given, place, seed, progress)
         if seed == 0 and options.times and not tuned.in_batch:
@@ -116,30 +145,18 @@ def run(task: Task, options: Options) -> int:
     found, peaks = harness.between_peaks(names, one, notes) if options.times else (each(names, one), None)
     rates = {f"{who} ({name})": facts["seconds_per_flop"][who] for name, facts in found.items() for who in
              facts.get("seconds_per_flop", {})}  # fmt: skip
-    document = {
-        "bench": "tasks", "task": task.name, "command": said, "command_options": vars_of(options), **about,
-        "data": {"set": published.file, "package": published.source, "sha256": sha256(path), "train": len(train),
-                 "test": len(test), "sequences": [len(part.sequences) for part in parts],
-                 "notes": [note for part in parts for note in part.notes]},
-        "metrics": list(task.metrics), "floor": floor(tuned, *parts), "peaks": peaks, "measures": found,
+    return {
+        **about, "sequences": {"train": len(train.sequences), "test": len(test.sequences)},
+        "notes": [*train.notes, *test.notes], "metrics": list(task.metrics),
+        "floor": floor(tuned, train, test, task.floor_by), "peaks": peaks, "measures": found,
         "disturbance": load.disturbance(threads, rates),
     }  # fmt: skip
-    return tables.report(document, options.json_file)
 
 
 def each(names: Sequence[str], one: Callable[[str, Progress], dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Run each, and time nothing."""
     with notes.status("") as status:
         return {name: one(name, lambda text, name=name: status.update(f"{name}: {text}")) for name in names}  # type: ignore[misc]
-
-
-def packaged_model() -> Path:
-    """The folder of the installed MiniLM, found without importing it."""
-    spec = importlib.util.find_spec(MODEL)
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(place) / "model" / "model.safetensors").is_file():
-            return Path(place) / "model"
-    raise UserError(f"--model: expected a folder, as {MODEL} is not installed: {pip_install('--no-deps', REQUIREMENT)}")
 
 
 def without(config: BertConfig, rate: float) -> BertConfig:
@@ -227,8 +244,10 @@ def train(
     return losses
 
 
-def floor(task: Tuned, train: Prepared, test: Prepared) -> dict[str, float | None]:
-    """The metrics of a linear model on TF-IDF of words and pairs of words: what fine-tuning of texts has to beat."""
+def floor(task: Tuned, train: Prepared, test: Prepared, by: str) -> dict[str, float | None]:
+    """The metrics of a linear model on TF-IDF of words, or of each char, and pairs of them: what fine-tuning of texts
+    has to beat.
+    """
     if not isinstance(task, Classify):
         return {}
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -236,7 +255,7 @@ def floor(task: Tuned, train: Prepared, test: Prepared) -> dict[str, float | Non
     from sklearn.multiclass import OneVsRestClassifier
     from sklearn.svm import LinearSVC
 
-    words = TfidfVectorizer(ngram_range=(1, 2))
+    words = TfidfVectorizer(analyzer=by, ngram_range=(1, 2))
     given, asked = words.fit_transform(train.examples.texts), words.transform(test.examples.texts)
     models = {REGRESSION: Ridge(), MULTI: OneVsRestClassifier(LinearSVC())}
     found = models.get(str(task.problem_type), LinearSVC()).fit(given, train.targets).predict(asked)

