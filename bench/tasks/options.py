@@ -57,7 +57,8 @@ class Options:
             "num_train_epochs": self.epochs, "per_device_train_batch_size": self.batch,
             "max_seq_length": self.length, "seed": seed,
         }  # fmt: skip
-        full = FineTuningConfig(learning_rate=self.learning_rate or 0.0, **common)
+        assert self.learning_rate is not None  # the task's own, if no other was asked for
+        full = FineTuningConfig(learning_rate=self.learning_rate, **common)
         lora = FineTuningConfig(learning_rate=self.lora_learning_rate, peft="lora", **common)
         return {name: lora if low_rank(name) else full for name in names}
 

@@ -50,7 +50,7 @@ WORDS = ("war", "peace", "the", "senate", "trade", "states", "of", "people", "pe
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random encoder over the vocabulary that ships; examples of each form, 150 each, beside it."""
+    """A random encoder over the vocabulary that ships; examples of each form beside it."""
     folder = tmp_path_factory.mktemp("model")
     config = replace(CONFIG, vocab_size=8000, max_position_embeddings=128)
     mb.BertModel(config, "numpy", seed=3).save_pretrained(folder)
@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tags.jsonl").write_bytes(texts.as_lines(zip(written, tags, strict=True)))
     tweets = ("\n".join(f"{word}\t{'B-x' if word == 'war' else 'O'}" for word in text.split()) for text in written)
     (folder / "tweets.txt").write_text("\n\n".join(tweets), encoding="utf-8")
-    entries = [(f"head {n}", " ".join(rng.choice(WORDS, 9))) for n in range(150 * 6)]
+    entries = [(f"head {n}", " ".join(rng.choice(WORDS, 9))) for n in range(70 * 6)]
     (folder / "dictionary.json").write_bytes(dictionary.squad(entries))
     reviews = (("很好看的书" if n % 2 else "一点也不好") + chr(0x4E00 + n) for n in range(150))
     labels = ("pos" if n % 2 else "neg" for n in range(150))
