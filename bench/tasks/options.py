@@ -25,7 +25,7 @@ class Options:
     model: Annotated[Path | None, typer.Option(help=f"Folder of the pretrained model; default: {REQUIREMENT}.")] = None
     set: Annotated[str, typer.Option(help="Which data; default: the first that the command names.")] = ""
     file: Annotated[Path | None, typer.Option("--data", help="Their file; default: fetched, and kept.")] = None
-    rows: Annotated[int | None, typer.Option(min=1, help="To train on, at most; default: all.")] = None
+    rows: Annotated[int | None, typer.Option(min=1, help="To train on, the first so many; default: all.")] = None
     seeds: Annotated[int, typer.Option(min=1, help="Runs: of head, order and dropout.")] = 3
     small: Annotated[bool, typer.Option("--small", help="A few hundred rows and one seed: no figures, but a test.")] = (
         False

