@@ -262,9 +262,7 @@ def floor(task: Tuned, train: Prepared, test: Prepared, by: str) -> dict[str, fl
     given, asked = words.fit_transform(train.examples.texts), words.transform(test.examples.texts)
     models = {REGRESSION: Ridge(), MULTI: OneVsRestClassifier(LinearSVC())}
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Label .* is present in all"
-        )  # none of the few rows that are trained on has it
+        warnings.filterwarnings("ignore", "Label .* is present in all")  # as sklearn says of a label that no row has
         found = models.get(str(task.problem_type), LinearSVC()).fit(given, train.targets).predict(asked)
     if task.problem_type == REGRESSION:
         outputs = found[:, None]
