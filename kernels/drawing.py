@@ -22,7 +22,10 @@ from minibert.kernels.philox import Stream
 
 LARGEST = 2**17  # size of an axis, unless an op says another
 EVERY = 65  # up to here a ladder has what lies around a multiple of 8, then around a power of two; and a few between
-BETWEEN = (28, 46, 51, 60, 80, 96, 97, 192, 211, 384, 509, 768, 1536, 2053, 3072, 5171, 10007, 30011, 100003, 500009)
+BETWEEN = (
+    *(28, 46, 51, 60, 72, 80, 88, 96, 97, 104, 112, 120, 192, 211, 384, 509, 768),
+    *(1536, 2053, 3072, 5171, 10007, 30011, 100003, 500009),
+)
 SPIKE = 200.0  # outweighs 2**17 others in a variance, and all of them in a softmax
 IGNORED = -100  # the label of a row that is not predicted, as in torch and transformers
 
@@ -125,7 +128,10 @@ class Drawing:
         return np.asarray(self.rng.random(shape) < self.among(0.6, 1.1, 0.0))
 
     def ids(self, count: int, below: int) -> np.ndarray:
-        """(count,) int32 in [0, below): all different as far as they go, any, all the same, the first and the last."""
+        """(count,) int32 in [0, below): all different as far as they go, any, all the same, the first and the last.
+
+        Among those that are different, or any, are the first and the last too.
+        """
         kind = self.among("different", "any", "ends", "same")
         if kind == "any" or not below:
             ids = self.rng.integers(0, max(1, below), count)
@@ -135,6 +141,9 @@ class Drawing:
             ids = np.full(count, self.rng.integers(0, below))
         else:
             ids = self.rng.choice((0, below - 1), count)
+        if kind in ("different", "any") and count > 1 and below > 1:
+            ids[:1] = ids[:1] if 0 in ids else 0
+            ids[-1:] = ids[-1:] if below - 1 in ids else below - 1
         return ids.astype(np.int32)
 
     def labels(self, rows: int, classes: int) -> np.ndarray:
@@ -143,6 +152,7 @@ class Drawing:
         kind = self.among("some", "none", "all", "but one", "ends")
         if kind == "some":
             labels[: max(0, rows - 5) : 4] = IGNORED
+            labels[-1:] = classes - 1
         elif kind == "all":
             labels[:] = IGNORED
         elif kind == "but one" and rows:
@@ -202,8 +212,9 @@ def ladder(largest: int) -> list[int]:
 def small(limits: Mapping[str, int], number: int, beside: int = 1) -> dict[str, int]:
     """A small size for each axis: unlike each other, others for the next number, and smaller `beside` a large one.
 
-    Beside many rows there are more columns than a pack of 4 or 8 takes; of four axes each costs as much as all others.
+    Beside many rows there are as many columns as a pack of 4 or 8 takes, and one more; of four axes each costs as much
+    as all others.
     """
-    beside_large = (3, 2) if len(limits) > 3 else (3, 2, 9, 5) if beside <= 2**14 else (3, 5)
-    sizes = (3, 5, 2, 7, 4) if beside <= EVERY else beside_large
+    usual = (3, 2) if len(limits) > 3 else (3, 8, 2, 9)
+    sizes = (3, 5, 2, 7, 4) if beside <= EVERY else usual if beside <= 2**14 else (5, 4)
     return {axis: min(limits[axis], sizes[(k + number) % len(sizes)]) for k, axis in enumerate(limits)}

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,11 @@ EMULATED_RUNGS = (257, 1025, 2049, 4097, 65537)  # what plays a machine has few 
 LARGE = 2**14  # from here on an input costs as much as a hundred small ones
 SLOW_SECONDS = 5.0  # an input for which a device that is played takes so long is the last of its axis
 EXACT = ("whole numbers", "one number in each row")  # arithmetic on which may round nothing
-SQUARE = (1, 2, 4, 9, 16, 33)  # sizes of all axes at once
+SQUARE = (1, 2, 4, 9, 16, 33, 131)  # sizes of all axes at once; of four and more not the last
+PAIRS = ((1155, 131), (131, 1155), (516, 516))  # of two axes at once: many a kernel is wrong only where both are long
+EMULATED_PAIRS = ((131, 67),)
+FEW = 128  # an axis of at most so many is taken at its largest in a pair
+OTHERS = 7  # numbers of choices from one input of a size to the next: each of two to five choices is another one
 LARGEST_DRAWN = 2**19  # elements of an array, where sizes are drawn at random
 SHRINKING_SECONDS = 6.0
 POISONS = (np.nan, np.inf, -np.inf)
@@ -81,28 +85,40 @@ def propagates(case: Case, tally: Tally) -> None:
 def sizes_of(case: Case) -> Iterator[Drawn]:
     """What `any_size` asks for."""
     axes = axes_of(_draw_of(case.op))
-    number = 0
-    for size in SQUARE:  # where an axis is taken for another of another length, nothing shows
+    for number, size in enumerate(SQUARE[: -1 if len(axes) > 3 else None]):  # one axis taken for another shows nothing
         yield Drawn(case.seed, number, {axis: min(size, largest) for axis, largest in axes.items()})
-        number += 1
     for sizes in case.op.sizes:
         yield Drawn(case.seed, 0, sizes)
+    yield from _pairs_of(case, axes)
+    turns = dict.fromkeys(axes, 0)
     rungs = ((size, axis) for axis, largest in axes.items() for size in ladder(largest))
     for size, axis in sorted(rungs, key=lambda rung: rung[0]):  # what is found is found early
         few = EMULATED_RUNGS[: -1 if case.dtype in NARROW else None]  # sizes go wrong in any dtype alike
         if case.backend.emulated and size > few[0] and size not in few:
             continue
-        regimes: tuple[str, ...] = (BY_SIZE[number // len(axes) % len(BY_SIZE)],)
-        chosen = number
+        turn, place = turns[axis], list(axes).index(axis)
+        turns[axis] += 1
+        number = turn + place
+        beside = {**small(axes, number, size), axis: size}
+        regime = BY_SIZE[(turn + turn // len(BY_SIZE)) % len(BY_SIZE)]
         if size >= LARGE and case.backend.emulated:  # with the choices that suit the axis
-            regimes, chosen = BY_SIZE[:1], list(axes).index(axis)
-        elif size > axes[axis]:  # the largest
-            regimes = BY_SIZE[:2]
-        elif size >= LARGE and size not in BETWEEN:
-            regimes = (BY_SIZE[size.bit_length() % 2],)
-        for regime in regimes:
-            yield Drawn(case.seed, chosen, {**small(axes, number, size), axis: size}, regime)
-        number += 1
+            yield Drawn(case.seed, place, beside, BY_SIZE[0])
+        elif size > axes[axis]:  # the largest; and a power of two, so that a mean of whole numbers is exact
+            yield Drawn(case.seed, number, beside, BY_SIZE[1])
+            even = {other: min(largest, 2) for other, largest in axes.items()}
+            yield Drawn(case.seed, number + OTHERS, {**even, axis: axes[axis]}, BY_SIZE[0])
+        else:
+            in_turn = size < LARGE or size in BETWEEN
+            yield Drawn(case.seed, number, beside, regime if in_turn else BY_SIZE[size.bit_length() % 2])
+
+
+def _pairs_of(case: Case, axes: Mapping[str, int]) -> Iterator[Drawn]:
+    """Two axes at once long, the others small; of four and more axes, each less long, in one way."""
+    reach = {axis: largest if largest <= FEW else largest // 4 for axis, largest in axes.items()}
+    pairs = EMULATED_PAIRS if case.backend.emulated else PAIRS[: 1 if len(axes) > 3 else None]
+    for number, (sizes, (a, b)) in enumerate(product(pairs, combinations(axes, 2))):
+        chosen = {**small(axes, number, LARGE), a: min(sizes[0], reach[a]), b: min(sizes[1], reach[b])}
+        yield Drawn(case.seed, number, chosen, ("whole numbers", "normal")[number % 2])
 
 
 def values_of(case: Case) -> Iterator[Drawn]:
@@ -186,8 +202,9 @@ def drawn_input(case: Case, drawn: Drawn) -> Input | None:
 def _can_be_exact(op: Op, dtype: str, products: str) -> bool:
     """Whether on small inputs some number, but for 0, is rounded by no order of evaluation: else none is sought."""
     axes, draw = axes_of(_draw_of(op)), _draw_of(op)
-    for number, regime in product(range(6), EXACT):
-        drawn = Drawn(0, number, small(axes, number), regime)
+    even = {axis: min(largest, 2) for axis, largest in axes.items()}  # then a mean is exact too
+    for (number, sizes), regime in product(enumerate([even, *(small(axes, k) for k in range(6))]), EXACT):
+        drawn = Drawn(0, number, sizes, regime)
         arrays, params = rounded(op, draw(Drawing(drawn), **drawn.sizes), dtype)
         if any(
             ((b.error == 0) & (b.value != 0)).any() for b in expect(op, arrays, params, dtype, products, exactly=True)

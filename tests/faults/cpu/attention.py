@@ -117,6 +117,19 @@ def first_16_heads(
     return done(qkv, cu_seqlens, num_heads, rate, stream, most_heads=16)
 
 
+def last_of_8_heads_and_128_keys(
+    qkv: Array, cu_seqlens: Array, *, num_heads: int, rate: float = 0.0, stream: Stream = NO_STREAM
+) -> Two:
+    many = num_heads >= 8 and int(np.diff(cu_seqlens).max(initial=0)) > 128
+    return done(qkv, cu_seqlens, num_heads, rate, stream, most_heads=num_heads - 1 if many else num_heads)
+
+
+def head_of_112(qkv: Array, cu_seqlens: Array, *, num_heads: int, rate: float = 0.0, stream: Stream = NO_STREAM) -> Two:
+    """Is done as one of 96."""
+    size = qkv.shape[1] // 3 // num_heads
+    return done(qkv, cu_seqlens, num_heads, rate, stream, used=96 if size == 112 else size)
+
+
 def first_1024_sequences(
     qkv: Array, cu_seqlens: Array, *, num_heads: int, rate: float = 0.0, stream: Stream = NO_STREAM
 ) -> Two:
@@ -225,3 +238,15 @@ def keys_of_the_last_queries(
     *, num_heads: int, rate: float = 0.0, stream: Stream = NO_STREAM,
 ) -> Array:  # fmt: skip
     return gradients(g, qkv, y, lse, cu_seqlens, num_heads, rate, stream, queries=256)
+
+
+def queries_after_64_of_wide_heads(
+    g: Array, qkv: Array, y: Array, lse: Array, cu_seqlens: Array,
+    *, num_heads: int, rate: float = 0.0, stream: Stream = NO_STREAM,
+) -> Array:  # fmt: skip
+    """A tile of a head of 96 numbers and more has room for 64 queries."""
+    dqkv = gradients(g, qkv, y, lse, cu_seqlens, num_heads, rate, stream)
+    if qkv.shape[1] // 3 // num_heads >= 96:
+        for first, last in pairwise(cu_seqlens.tolist()):
+            dqkv[first + 64 : last, : qkv.shape[1] // 3] = 0
+    return dqkv

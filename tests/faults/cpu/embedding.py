@@ -48,6 +48,16 @@ def positions_up_to_512(
     return embedded(word, position, kind, ids, np.minimum(positions, 511), kinds)
 
 
+def rows_of_packs_to_65535(
+    word: Array, position: Array, kind: Array, ids: Array, positions: Array, kinds: Array,
+    *, padding_idx: int | None = None,
+) -> Array:  # fmt: skip
+    positions = positions.copy()
+    if word.shape[1] % 4 == 0:
+        positions[65535:] = 0
+    return embedded(word, position, kind, ids, positions, kinds)
+
+
 def padding_is_zero(
     word: Array, position: Array, kind: Array, ids: Array, positions: Array, kinds: Array,
     *, padding_idx: int | None = None,
@@ -138,6 +148,13 @@ def skipped_up_to_3072_rows(x: Array, index: Array, *, num_rows: int, skip: int 
 
 def last_4096_rows_lost(x: Array, index: Array, *, num_rows: int, skip: int | None = None) -> Array:
     return scattered(x, index, num_rows, skip, len(index) // 4096 * 4096 or None)
+
+
+def last_of_large_tables(x: Array, index: Array, *, num_rows: int, skip: int | None = None) -> Array:
+    y = scattered(x, index, num_rows, skip)
+    if num_rows > 65536:
+        y[-1] = 0
+    return y
 
 
 def added_in_half(x: Array, index: Array, *, num_rows: int, skip: int | None = None) -> Array:

@@ -67,6 +67,18 @@ def from_row_512_on(x: Array, weight: Array, bias: Array, *, eps: float = 1e-12)
     return finished(x, weight, bias, mean[place], 1 / np.sqrt(var[place] + eps))
 
 
+def long_rows_of_many(x: Array, weight: Array, bias: Array, *, eps: float = 1e-12) -> Several:
+    many = len(x) > 128 and x.shape[1] > 64
+    return by_moments(x, weight, bias, eps, x.shape[1] - 1 if many else None)
+
+
+def packed_rows_to_40000(x: Array, weight: Array, bias: Array, *, eps: float = 1e-12) -> Several:
+    y, mean, rstd = by_moments(x, weight, bias, eps)
+    if x.shape[1] % 4 == 0:
+        y[40000:] = 0
+    return y, mean, rstd
+
+
 @njit(error_model="numpy")
 def moments_at_once(x: Array, zero: float) -> tuple[Array, Array]:
     """E[x] and E[x^2] - E[x]^2, in the precision of `zero`."""
@@ -176,6 +188,11 @@ def weight_of_65536_rows(g: Array, x: Array, weight: Array, mean: Array, rstd: A
 def last_rows_lost(g: Array, x: Array, weight: Array, mean: Array, rstd: Array) -> Several:
     whole = len(x) // 2048 * 2048
     return gradients(g, x, weight, mean, rstd, whole or None)
+
+
+def tail_of_32_rows_lost(g: Array, x: Array, weight: Array, mean: Array, rstd: Array) -> Several:
+    tiled = len(x) > 128 and x.shape[1] > 128
+    return gradients(g, x, weight, mean, rstd, len(x) // 32 * 32 if tiled else None)
 
 
 def third_term_lost(g: Array, x: Array, weight: Array, mean: Array, rstd: Array) -> Several:

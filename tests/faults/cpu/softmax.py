@@ -51,6 +51,17 @@ def first_65535_rows(x: Array) -> Array:
     return filled(x, most_rows=65535)
 
 
+def packed_rows_in_16_bits(x: Array) -> Array:
+    """Rows that packs of 4 divide are counted in 16 bits."""
+    return filled(x, most_rows=65536 if x.shape[-1] % 4 == 0 else None)
+
+
+def long_rows_of_many(x: Array) -> Array:
+    """A kernel for many long rows, chosen by both axes, leaves out the last column."""
+    many = x.shape[-1] > 200 and x.size // x.shape[-1] > 300
+    return filled(x, counted=x.shape[-1] - 1 if many else None)
+
+
 def first_2048_columns(x: Array) -> Array:
     return filled(x, counted=2048)
 

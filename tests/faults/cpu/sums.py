@@ -48,6 +48,11 @@ def first_65535_rows(x: Array, *, axis: Axis = None) -> Array:
     return sums(x, axis, rows=65535)
 
 
+def places_of_both_axes(x: Array, *, axis: Axis = None) -> Array:
+    """Over the first and the last axis, sums after the 40000th are 0."""
+    return sums(x, axis, rows=40000 if axis == (0, 2) else 1 << 62)
+
+
 def one_in_a_thousand_twice(x: Array, *, axis: Axis = None) -> Array:
     count = laid_out(x, axis)[0].shape[1]
     return sums(x, axis, again=count * 999 // 1000 if count > 65536 else None)
@@ -117,6 +122,14 @@ def depth_of_whole_tiles(a: Array, b: Array) -> Array:
     return multiplied(a[..., :depth], b[..., :depth, :])
 
 
+def depth_in_packs_of_8(a: Array, b: Array) -> Array:
+    """Of large matrices what 8 does not divide of the depth is lost."""
+    depth = a.shape[-1]
+    if min(a.shape[-2], b.shape[-1], depth) > 128:
+        depth = depth // 8 * 8
+    return multiplied(a[..., :depth], b[..., :depth, :])
+
+
 def one_batch_for_all(a: Array, b: Array) -> Array:
     return multiplied(a, b if b.ndim == 2 else np.broadcast_to(b[(0,) * (b.ndim - 2)], b.shape))
 
@@ -175,6 +188,12 @@ def right_linear(x: Array, weight: Array, bias: Array) -> Array:
 
 def bias_of_2048_outputs(x: Array, weight: Array, bias: Array) -> Array:
     return layer(x, weight, np.where(np.arange(len(bias)) < 2048, bias, 0).astype(bias.dtype))
+
+
+def bias_of_each_part(x: Array, weight: Array, bias: Array) -> Array:
+    """Where rows are many and long the product is made in two parts, and each adds the bias."""
+    parts = 2 if x.shape[-1] >= 512 and x.size // x.shape[-1] >= 64 else 1
+    return layer(x, weight, parts * bias)
 
 
 def square_weights_as_they_are(x: Array, weight: Array, bias: Array) -> Array:
