@@ -1,8 +1,8 @@
 """Demands on inputs that are drawn from what an op says of its axes and values (`minibert.kernels.drawing`).
 
-Any size: one axis at a time goes up a ladder, the others stay small. Any values: each regime, in one array and in all.
-What is asked is what the formula answers: where NumPy's evaluation of it in the same dtype is not finite, an input is
-left out. One that fails is made smaller before it is told.
+Any size: two axes at once are long, and one at a time goes up a ladder, the others small. Any values: each regime, in
+one array and in all. What is asked is what the formula answers: where NumPy's evaluation of it in the same dtype is not
+finite, an input is left out. One that fails is made smaller before it is told.
 """
 
 from __future__ import annotations

@@ -159,10 +159,10 @@ def test_a_kernel_is_checked_in_the_dtype_that_it_is_written_for(
         assert refused(NUMPY, OPS["gelu"], dtypes) == expected
 
 
-def test_what_no_single_axis_shows_is_found_by_going_on() -> None:
+def test_what_lies_between_the_sizes_is_found_by_going_on() -> None:
     def softmax(x: np.ndarray) -> np.ndarray:
         y = honest("softmax", x)
-        return np.zeros_like(y) if y.ndim == 2 and len(y) > 40 and y.shape[1] > 40 else y
+        return np.zeros_like(y) if y.ndim == 2 and 40 < len(y) < 130 and 40 < y.shape[1] < 130 else y
 
     assert checked("softmax", softmax, "any_size").ok
     with NUMPY.using({OPS["softmax"]: softmax}):
