@@ -31,7 +31,7 @@ EMULATED_RUNGS = (257, 1025, 2049, 4097, 65537)  # what plays a machine has few 
 LARGE = 2**14  # from here on an input costs as much as a hundred small ones
 SLOW_SECONDS = 5.0  # an input for which a device that is played takes so long is the last of its axis
 EXACT = ("whole numbers", "one number in each row")  # arithmetic on which may round nothing
-SQUARE = (1, 2, 4, 9, 16, 33, 131)  # sizes of all axes at once; of four and more not the last
+SQUARE = (1, 2, 4, 9, 16, 33, 131)  # sizes of all axes at once; of four and more, and emulated, not the last
 PAIRS = ((1155, 131), (131, 1155), (516, 516))  # of two axes at once: many a kernel is wrong only where both are long
 EMULATED_PAIRS = ((131, 67),)
 FEW = 128  # an axis of at most so many is taken at its largest in a pair
@@ -85,7 +85,8 @@ def propagates(case: Case, tally: Tally) -> None:
 def sizes_of(case: Case) -> Iterator[Drawn]:
     """What `any_size` asks for."""
     axes = axes_of(_draw_of(case.op))
-    for number, size in enumerate(SQUARE[: -1 if len(axes) > 3 else None]):  # one axis taken for another shows nothing
+    small_only = len(axes) > 3 or case.backend.emulated
+    for number, size in enumerate(SQUARE[: -1 if small_only else None]):  # one axis taken for another shows nothing
         yield Drawn(case.seed, number, {axis: min(size, largest) for axis, largest in axes.items()})
     for sizes in case.op.sizes:
         yield Drawn(case.seed, 0, sizes)
