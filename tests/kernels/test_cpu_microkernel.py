@@ -196,6 +196,7 @@ def multiply_adds(assembly: str, dtype: Any) -> set[int]:
     """How many there are in each loop that has any; all on full vectors, and none of the sums goes through memory."""
     width, kind = {64: "z", 32: "y", 16: "x"}[VECTOR_BYTES], "s" if dtype is np.float32 else "d"
     packed, register = re.compile(rf"vfmadd\d+p{kind}\s.*%{width}mm\d+$"), r"%[xyz]mm\d+"
+    frame = "%rsp|%rbp" if re.search(r"%rsp, %rbp$", assembly, re.MULTILINE) else "%rsp"  # else %rbp is like any other
     counts = set()
     for loop in loops(assembly):
         found = [line for line in loop if "fmadd" in line]
@@ -203,7 +204,7 @@ def multiply_adds(assembly: str, dtype: Any) -> set[int]:
             counts.add(len(found))
             assert [line for line in found if not packed.match(line)] == [], "not packed"
             assert [line for line in loop if re.search(rf"{register}, .*\(", line)] == [], "a vector is stored"
-            assert [line for line in loop if re.search(rf"\(%r[sb]p\).*{register}", line)] == [], (
+            assert [line for line in loop if re.search(rf"\((?:{frame})\).*{register}", line)] == [], (
                 "spilt before the loop"
             )
     return counts
