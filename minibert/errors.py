@@ -14,6 +14,10 @@ class UserError(ValueError):
     """Bad input. The message says what was expected, what came and what to do."""
 
 
+class WriteError(UserError):
+    """Something could not be written: no mistake of who asked, so the exit code is 1."""
+
+
 def path_of(given: Any, expected: str) -> Path:
     """A path that was given. Raises UserError for what is none."""
     if not isinstance(given, str | os.PathLike):

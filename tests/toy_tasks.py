@@ -22,6 +22,7 @@ from minibert.tasks.finetune import FineTuning, FineTuningConfig, load_model, na
 from minibert.tasks.questions import read_questions
 from minibert.tasks.task import Answer, Classify, Tag, Task
 from minibert.tasks.words import read_words
+from minibert.train.checkpoint import STATE, checkpoints
 from minibert.train.log import read_log
 
 GOOD, BAD = ["good", "fine", "happy", "sweet", "bright", "warm"], ["bad", "poor", "sad", "sour", "dark", "cold"]
@@ -130,8 +131,8 @@ class Scripted(FineTuning):
         figures = {"eval_loss": loss, "eval_accuracy": accuracy, "eval_matthews_correlation": None}
         return {"epoch": round(self.epoch, 4), **figures}
 
-    def save_best(self) -> None:
-        super().save_best()
+    def save_best(self, folder: Path) -> None:
+        super().save_best(folder)
         self.kept = [*getattr(self, "kept", []), round(self.epoch)]
 
 
@@ -153,6 +154,11 @@ def stopping(run: FineTuning, step: int) -> Iterator[tuple[str, dict[str, Any]]]
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
     return read_arrays(folder / "model.safetensors")[0]
+
+
+def state_file(folder: Path) -> Path:
+    """That of the newest checkpoint in the output of a run."""
+    return checkpoints(folder)[0] / STATE
 
 
 def the_log(folder: Path) -> list[dict[str, Any]]:

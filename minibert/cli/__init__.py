@@ -13,7 +13,7 @@ import typer
 
 from minibert import __version__
 from minibert.backends import BackendUnavailable
-from minibert.errors import UserError, pip_install
+from minibert.errors import UserError, WriteError, pip_install
 
 # A wrong option or argument, in whichever library this release of typer raises it from: click, or its own copy of it.
 UsageMistake: Any = typer.BadParameter.__mro__[2]
@@ -65,7 +65,7 @@ def register_commands() -> None:
 
 
 def main() -> None:
-    """Run a command. A user's mistake is one line on stderr and exit code 2; an interrupt is exit code 130."""
+    """Run a command. A mistake is one line on stderr and exit code 2; what cannot be written, 1; an interrupt, 130."""
     register_commands()
     from minibert.cli.options import refuse_repeated
 
@@ -88,5 +88,5 @@ def main() -> None:
         sys.exit(130)
     except MISTAKES as error:
         print(f"error: {in_one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, WriteError) else 2)
     sys.exit(status if isinstance(status, int) else 0)

@@ -55,7 +55,10 @@ TASKS = (*STEPS, "embed")
 DEFAULT = FineTuningConfig()
 DEFAULT_OPTIONS = {"validation_split": 0.1, "dtype": "float32", "deterministic": False, "tensorboard": False}
 # What may change when a run is resumed: nothing here enters the arithmetic of a step.
-CHANGEABLE = {"logging_steps", "save_steps", "checkpoint_activations", "early_stopping_patience", "tokens_per_batch"}
+CHANGEABLE = {
+    "logging_steps", "save_steps", "save_total_limit", "checkpoint_activations", "early_stopping_patience",
+    "tokens_per_batch",
+}  # fmt: skip
 MOVABLE = {"model", "train", "validation", "test", "group_column", "backend", "tensorboard", "wandb"}
 PATHS = ("model", "train", "validation", "test")
 OPTIONS = (
@@ -138,7 +141,8 @@ def finetune(
     target_modules: str = setting("target_modules", "Linear layers with an update, by ends of names; or all-linear."),
     num_virtual_tokens: int = setting("num_virtual_tokens", "Of a prefix."),
     logging_steps: int = setting("logging_steps", "Steps from line to line of the log."),
-    save_steps: int = setting("save_steps", "Steps from one saved state to the next."),
+    save_steps: int = setting("save_steps", "Steps between checkpoints; there is one for each new best model too."),
+    save_total_limit: int = setting("save_total_limit", "Checkpoints kept, the newest."),
     checkpoint_activations: bool = typer.Option(None, "--checkpoint-activations", help="Less memory, more time."),
     tensorboard: bool = TENSORBOARD,
     wandb: str = WANDB,

@@ -52,7 +52,7 @@ from minibert.train.weights_and_biases import wandb_library
 
 DEFAULT = TrainingConfig()
 # What may change when a run is resumed: nothing here enters the arithmetic of a step, but max_steps by the schedule.
-CHANGEABLE = {"max_steps", "logging_steps", "eval_steps", "save_steps", "checkpoint_activations"}
+CHANGEABLE = {"max_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "checkpoint_activations"}
 MOVABLE = {
     "texts",
     "backend",
@@ -120,6 +120,7 @@ def pretrain(
     logging_steps: int = setting("logging_steps", "Steps between lines of the log.", "--log-every"),
     eval_steps: int = setting("eval_steps", "Steps between evaluations.", "--eval-every"),
     save_steps: int = setting("save_steps", "Steps between checkpoints.", "--save-every"),
+    save_total_limit: int = setting("save_total_limit", "Checkpoints kept, the newest.", "--keep"),
     tensorboard: bool = TENSORBOARD,
     wandb: str = WANDB,
     graph: bool = typer.Option(None, "--graph", help="Replay steps as CUDA graphs (cupy, emulator)."),
@@ -203,8 +204,8 @@ def make_trainer(
     if state is None:
         model, tokenizer = new_model(documents, training, place, options)
     else:
-        tokenizer = load_tokenizer(output)
-        model = untrained(read_config(output), training, place, options["dtype"], output)
+        tokenizer = load_tokenizer(state.folder)
+        model = untrained(read_config(state.folder), training, place, options["dtype"], state.folder)
     trainer = trainer_of(model, prepare(documents, tokenizer, training), training, output, options)
     if state is not None:
         trainer.resume(state)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from minibert.backends import Backend
-from minibert.data import SHUFFLE_STREAM, check_vocabulary
+from minibert.data import SHUFFLE_STREAM, check_vocabulary, save_tokenizer
 from minibert.data.masking import shuffled
 from minibert.errors import UserError
 from minibert.kernels.philox import Stream
@@ -37,6 +38,7 @@ from minibert.tasks.evaluation import batch_of, evaluate, figure_names, predict
 from minibert.tasks.examples import REGRESSION
 from minibert.tasks.labels import LabelIds
 from minibert.tasks.task import Classify, Prepared, Task, architecture_of, label_names, most_tokens, own_names
+from minibert.train.checkpoint import model_files
 from minibert.train.config import OptimizationConfig
 from minibert.train.loop import Loop, Record, State
 from minibert.train.optim import AdamW, parameter_groups
@@ -271,7 +273,7 @@ class FineTuning(Loop):
         return {"epoch": round(self.epoch, 4), "eval_loss": loss, **prefixed("eval", scores.figures)}
 
     def evaluate_and_log(self) -> Record:
-        """As `Loop.evaluate_and_log`; the best model so far is written, and the run may end early.
+        """As `Loop.evaluate_and_log`; whether it is the best so far is noted, and the run may end early.
 
         The untrained model, whose head may have guessed well, is kept until there is another.
         """
@@ -280,7 +282,6 @@ class FineTuning(Loop):
         best = self.progress["best"]
         if best is None or best["step"] == 0 or self.rank(found) > self.rank(best):
             self.progress |= {"best": found, "evaluations_since": 0}
-            self.save_best()
         else:
             self.progress["evaluations_since"] += 1
         self.end_early()
@@ -309,16 +310,32 @@ class FineTuning(Loop):
         super().resume(state)
         self.end_early()
 
-    def save_best(self) -> None:
-        """The model at the top of the folder; of a tuned one the adapter, and the config with its labels."""
-        self.task.save(self.model, self.tokenizer, self.output, self.config.max_seq_length)
+    def save_due(self) -> bool:
+        """After each evaluation that found a better model: the next update changes it."""
+        return self.best_is_now
+
+    @property
+    def best_is_now(self) -> bool:
+        return self.progress["best"]["step"] == self.step
+
+    def save_model(self, folder: Path) -> None:
+        """The best model so far, which may be that of the checkpoint before."""
+        if self.best_is_now:
+            self.save_best(folder)
+            return
+        assert self.saved is not None
+        for name in model_files(self.saved):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.saved / name, folder / name)
+
+    def save_best(self, folder: Path) -> None:
+        """The model as it is, and its tokenizer; of a tuned one the adapter, and the config with its labels."""
+        save_tokenizer(self.tokenizer, folder, self.model.config.max_position_embeddings)
+        self.task.save(self.model, self.tokenizer, folder, self.config.max_seq_length)
         if isinstance(self.model, TunedModel):
             model = self.model.model
             beside = replace(model.config, others={**model.config.others, "_name_or_path": self.base})
-            write_config(self.output, beside, type(model).__name__, model.place.dtype)
-
-    def save_model(self) -> None:
-        """Nothing: the best model is written when it is found."""
+            write_config(folder, beside, type(model).__name__, model.place.dtype)
 
 
 def lower_is_better(metric: str) -> bool:

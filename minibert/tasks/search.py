@@ -28,9 +28,11 @@ import numpy as np
 from minibert.errors import UserError, pip_install
 from minibert.tasks.finetune import FineTuning, FineTuningConfig, lower_is_better
 from minibert.tasks.space import Space
+from minibert.train.checkpoint import STATE, checkpoints, is_resumable, read_state, refuse_to_overwrite, remove
 from minibert.train.guard import NonFiniteError
+from minibert.train.lock import locked
 from minibert.train.log import read_log
-from minibert.train.loop import STATE, Kind, Record, read_state, refuse_to_overwrite
+from minibert.train.loop import Kind, Record
 
 STUDY = "study.journal"  # Optuna's file: a line for each thing that happened
 LOCK = "study.lock"
@@ -199,6 +201,8 @@ class Search:
                 folder = self.folder_of(each.number)
                 if each.state.is_finished() and folder.is_dir():
                     of_best = best is not None and each.number == best.number
+                    for checkpoint in checkpoints(folder):
+                        remove(checkpoint)
                     for path in [folder / STATE] if of_best else folder.rglob("*.safetensors"):
                         path.unlink(missing_ok=True)
 
@@ -212,7 +216,7 @@ class Trial:
         self.number: int = trial.number
         self.folder = search.folder_of(self.number)
         self.state = "RUNNING"  # then COMPLETE, PRUNED or FAIL; RUNNING it stays where it was stopped
-        if not (self.folder / STATE).is_file():  # left before there was anything to go on with
+        if not is_resumable(self.folder):  # left before there was anything to go on with
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def follow(self, run: FineTuning) -> Iterator[tuple[Kind, Record]]:
@@ -222,7 +226,7 @@ class Trial:
         (`run.stop`), the trial is left for later.
         """
         try:
-            if (self.folder / STATE).is_file():
+            if is_resumable(self.folder):
                 run.resume(read_state(self.folder, FineTuningConfig))
                 for record in read_log(self.folder):
                     self.report(record)
@@ -266,18 +270,3 @@ class Trial:
     def end(self, state: Literal["COMPLETE", "PRUNED", "FAIL"], value: float | None = None) -> None:
         self.state = state
         self.search.finish(self, state, value)
-
-
-def locked(path: Path, wait: bool) -> int | None:
-    """A lock on a file, held until the number is closed or the process ends; None where another holds it."""
-    try:
-        from fcntl import LOCK_EX, LOCK_NB, flock
-    except ImportError:
-        raise UserError("a search needs file locks, of Linux or macOS: run it on one of them") from None
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        flock(file, LOCK_EX if wait else LOCK_EX | LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        return None
-    return file

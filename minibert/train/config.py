@@ -31,6 +31,7 @@ class OptimizationConfig:
     max_grad_norm: float = 1.0  # as BERT
     logging_steps: int = 10
     save_steps: int = 500
+    save_total_limit: int = 2  # checkpoints kept: where the newest is damaged, there is one before it
     checkpoint_activations: bool = False  # backward computes each layer again: memory for a third more time
     seed: int = 0  # of weights, order, masks and dropout
 
@@ -44,7 +45,9 @@ class OptimizationConfig:
             elif type(value) not in kinds:
                 told = getattr(expected, "__name__", str(expected))
                 raise UserError(f"expected {name} to be {told}, got {value!r}")
-        self._at_least_1("gradient_accumulation_steps", "max_seq_length", "logging_steps", "save_steps")
+        self._at_least_1(
+            "gradient_accumulation_steps", "max_seq_length", "logging_steps", "save_steps", "save_total_limit"
+        )
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
             self._require(getattr(self, name) > 0, name, "above 0")
         for name in ("adam_beta1", "adam_beta2"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minibert.errors import UserError
+from minibert.model.checkpoint import write_atomically
 
 LOG = "training_log.jsonl"
 Record = dict[str, Any]
@@ -50,7 +51,7 @@ def forget_after(folder: Path, step: int) -> None:
     if path.is_file():
         kept = b"".join(line for line, record in lines(path) if record["step"] <= step)
         if kept != path.read_bytes():
-            path.write_bytes(kept)
+            write_atomically(path, lambda file: file.write_bytes(kept))
 
 
 def lines(path: Path) -> Iterator[tuple[bytes, Record]]:

@@ -8,27 +8,44 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from minibert.data import save_tokenizer
-from minibert.errors import UserError
-from minibert.model.checkpoint import read_arrays, write_arrays
-from minibert.train.config import OptimizationConfig, TrainingConfig
+from minibert.errors import UserError, WriteError
+from minibert.kernels.op import holds_floats
+from minibert.model.checkpoint import sync, write_arrays
+from minibert.train.checkpoint import (
+    STATE,
+    State,
+    alone,
+    checkpoints,
+    keep_only,
+    megabytes,
+    publish,
+    read_state,
+    refuse_to_overwrite,
+    remove_partial,
+    require_room,
+    step_of,
+    write_checkpoint,
+)
+from minibert.train.config import OptimizationConfig
 from minibert.train.guard import FirstNonFinite, NonFiniteError
 from minibert.train.log import LOG, Record, add_line, forget_after
 from minibert.train.optim import AdamW, linear_schedule
-from minibert.train.tensorboard import EventFile
+from minibert.train.tensorboard import PREFIX, EventFile
 from minibert.train.weights_and_biases import wandb_library, write_offline_run
 from minibert.tuning.tuned import TunedModel
 
-STATE = "trainer_state.safetensors"
 FORMAT = 1  # of the state: states without one are older
 SINCE = ("steps", "loss", "tokens", "seconds")  # sums since the last line of the log
 
@@ -45,48 +62,10 @@ def shares(counts: Sequence[int]) -> list[float]:
     return [count / sum(counts) for count in counts]
 
 
-class State(NamedTuple):
-    """A run as it was saved: its config, what else was asked for (`options`), how far it came, weights and moments."""
-
-    config: Any  # of the kind that was asked for
-    options: dict[str, Any]
-    progress: dict[str, Any]
-    arrays: dict[str, np.ndarray]
-
-
-def read_state(folder: str | Path, kind: type[OptimizationConfig] = TrainingConfig) -> State:
-    """The state in `folder`, of a run with such a config. Raises UserError where there is none that can be read."""
-    path = Path(folder) / STATE
-    if not path.is_file():
-        raise UserError(f"nothing to resume in {folder}: expected {STATE} there, as a run writes it into its --output")
-    arrays, metadata = read_arrays(path)
-    try:
-        about = json.loads(metadata["trainer_state"])
-        config = about["config"]
-        strange = config.keys() - {field.name for field in fields(kind)}
-        if strange:
-            raise TypeError(f"its setting {min(strange)} is another command's or another version's")
-        if "format" not in about and config["warmup_steps"] == 0:
-            config["warmup_steps"] = None  # before there was a format, 0 said "not given"
-        return State(kind(**config), about["options"], about["progress"], arrays)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no state of such a run ({error}): begin a new run") from None
-
-
-def refuse_to_overwrite(output: Path) -> None:
-    """Raise UserError for a folder that holds something already: a run begins in one of its own."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file: name a folder for the output")
-    if output.is_dir() and any(output.iterdir()):
-        resumable = (output / STATE).exists()
-        mend = "go on with the run in it by --resume (Trainer.resume), or name another" if resumable else "name another"
-        raise UserError(f"the output folder {output} is not empty: {mend}")
-
-
 class Loop:
     """One run, whose results are written into the folder `output` as it goes.
 
-    There: the model, as `from_pretrained` reads it; its tokenizer; `training_log.jsonl`; and the state to resume from.
+    There: the model, as `from_pretrained` reads it; its tokenizer; `training_log.jsonl`; and checkpoints.
     `options` is kept in the state for whoever resumes; the loop itself heeds "tensorboard": event files beside the log,
     and "wandb", a project's name: the log as an offline run of it, written at the end.
     A subclass says what a step computes (`forward_backward`), when and how the model is evaluated (`eval_due`,
@@ -106,7 +85,9 @@ class Loop:
         if self.options.get("wandb"):
             wandb_library()  # told now, not at the end
         self.events: EventFile | None = None
-        self.owns_output = False  # what is in the folder was written, or resumed from, by this trainer
+        self.saved: Path | None = None  # where this run was last written, or resumed from
+        self.broken: tuple[str, ...] = ()  # checkpoints that were passed over then
+        self.resumed = False  # and has not gone on yet
         self.measured: dict[str, float] = {}  # what else the last step found, under its names in the log
         self.stop = False  # set it, from a signal handler say, and the run ends after the step
         # How far the run came, and sums since the last line of the log: plain numbers, saved as they are.
@@ -129,6 +110,10 @@ class Loop:
         """Whether the model is evaluated after this step."""
         raise NotImplementedError
 
+    def save_due(self) -> bool:
+        """Whether there is a checkpoint after this step, beside those of each `save_steps`."""
+        return False
+
     @property
     def fingerprint(self) -> int:
         """A checksum of the data: a run goes on with those it began with."""
@@ -137,11 +122,25 @@ class Loop:
     # ------------------------------------------------------------------------------------------------------- the loop
 
     def run(self) -> Iterator[tuple[Kind, Record]]:
-        """Train to the end, or until `stop`; the state is saved first and last. Yields all that comes."""
+        """Train to the end, or until `stop`; the state is saved first and last. Yields all that comes.
+
+        Raises WriteError where something cannot be written: the last checkpoint is whole.
+        """
+        if self.saved is None:
+            refuse_to_overwrite(self.output)
+        with self.writing():
+            self.output.mkdir(parents=True, exist_ok=True)
+        with alone(self.output):
+            yield from self.steps()
+        if project := self.options.get("wandb"):
+            write_offline_run(self.output, project, {**self.options, **asdict(self.config)})
+
+    def steps(self) -> Iterator[tuple[Kind, Record]]:
         config = self.config
-        if self.step == 0:
-            self.begin()
-            yield "eval", self.evaluate_and_log()
+        if self.saved is None or (self.predates_checkpoints and self.step == 0):  # which was saved unevaluated
+            yield "eval", self.begin()
+        else:
+            self.go_on()
         saved = self.step
         while self.step < self.max_steps and not self.stop:
             record = self.train_step()
@@ -150,13 +149,11 @@ class Loop:
                 yield "log", self.log(self.summary(record))
             if self.eval_due() or self.step == self.max_steps:
                 yield "eval", self.evaluate_and_log()
-            if self.step % config.save_steps == 0:
+            if self.step % config.save_steps == 0 or self.save_due():
                 self.save()
                 saved = self.step
         if saved != self.step:
             self.save()
-        if project := self.options.get("wandb"):
-            write_offline_run(self.output, project, {**self.options, **asdict(self.config)})
 
     def train_step(self) -> Record:
         """One update. Raises NonFiniteError, with nothing updated, where loss or gradients are not finite."""
@@ -210,8 +207,8 @@ class Loop:
         except NonFiniteError as first:
             found = str(first)
         return (
-            f"step {self.step + 1}: {error}: {found}. Nothing was updated; try a lower learning rate than "
-            f"{self.optimizer.lr:.3g}, or --resume from the last checkpoint"
+            f"step {self.step + 1}: {error}: {found}. Nothing was updated; begin a run with a lower learning rate than "
+            f"{self.optimizer.lr:.3g}: resumed, this one comes to the same"
         )
 
     def evaluate_and_log(self) -> Record:
@@ -234,53 +231,118 @@ class Loop:
         }
 
     def log(self, record: Record) -> Record:
-        add_line(self.output, record)
-        if self.events is not None:
-            self.events.scalars(record["step"], record)
+        with self.writing():
+            add_line(self.output, record)
+            if self.events is not None:
+                self.events.scalars(record["step"], record)
         return record
 
     def open_events(self, step: int) -> None:
         """Where the options ask for it, log for TensorBoard too, from `step` on."""
         self.events = EventFile(self.output, step) if self.options.get("tensorboard") else None
 
-    def begin(self) -> None:
-        """Write all there is before the first step: what cannot be written shows now, and there is a state."""
-        self.claim_output()
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            save_tokenizer(self.tokenizer, self.output, self.model.config.max_position_embeddings)
-            (self.output / LOG).write_text("", encoding="utf-8")
+    def begin(self) -> Record:
+        """Evaluate what is untrained, and save: what cannot be written shows now."""
+        if self.saved is None:
+            refuse_to_overwrite(self.output)  # another run may have been faster
+        with self.writing():
+            self.require_room()
+            for path in (self.output / LOG, *self.output.glob(f"{PREFIX}*")):
+                path.unlink(missing_ok=True)
+            remove_partial(self.output)
             self.open_events(0)
-        except (OSError, UserError) as error:
-            raise UserError(f"cannot write into {self.output}: {error}; choose another --output") from None
+        record = self.evaluate_and_log()
         self.save()
+        return record
 
-    def claim_output(self) -> None:
-        """Raise UserError where a write would replace what is not of this run."""
-        if not self.owns_output:
-            refuse_to_overwrite(self.output)
-        self.owns_output = True
+    def go_on(self) -> None:
+        """Make the folder what it was when the state that is resumed was saved."""
+        for path in checkpoints(self.output):
+            if step_of(path) > self.step and path.name not in self.broken:
+                raise UserError(f"{self.output}: another run has gone on to {path.name} meanwhile: resume that")
+        if not self.resumed:
+            return
+        assert self.saved is not None
+        with self.writing():
+            remove_partial(self.output)
+            if self.predates_checkpoints:
+                forget_after(self.output, self.step)
+            else:
+                publish(self.saved, self.output)
+            if self.step < self.max_steps:
+                self.require_room()
+            self.open_events(self.step + 1)
+        if self.predates_checkpoints:
+            self.save()
+        self.resumed = False
+
+    @property
+    def predates_checkpoints(self) -> bool:
+        """Whether the run was resumed from the one state that runs had at the top of their folder."""
+        return self.saved == self.output
+
+    def require_room(self) -> None:
+        """Raise WriteError where the checkpoints of the run will not find room."""
+        missing = max(1, self.config.save_total_limit + 1 - len(checkpoints(self.output)))
+        whole, model = self.sizes()
+        require_room(self.output, missing * whole + 2 * model)
+
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of a checkpoint, and of the model in it."""
+        model = sum(parameter.data.nbytes for parameter in self.model.parameters())
+        return 2 * model + sum(array.nbytes for array in self.optimizer.state_dict().values()), model
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Tell what cannot be written in one line, with the room that is needed and what is safe."""
+        try:
+            yield
+        except WriteError:
+            raise
+        except (OSError, UserError) as error:
+            whole = checkpoints(self.output)
+            last = f"{whole[0].name} is whole: --resume goes on from there" if whole else "there is no checkpoint"
+            raise WriteError(
+                f"step {self.step}: cannot write into {self.output}: {error}; a checkpoint needs "
+                f"{megabytes(sum(self.sizes()))} of room; {last}"
+            ) from None
 
     def save(self) -> None:
-        """Write the model and, in one file that replaces the last one whole, all that resuming needs."""
-        self.claim_output()
+        """Write a checkpoint, make the top of the folder agree with it, and remove those that are too many."""
+        weights = {f"model.{name}": array for name, array in self.model.state_dict().items()}
+        moments = {f"optimizer.{name}": array for name, array in self.optimizer.state_dict().items()}
+        for name, array in {**weights, **moments}.items():
+            if holds_floats(array) and not np.isfinite(array).all():
+                raise NonFiniteError(
+                    f"step {self.step}: {name} is not finite after the update, and is not saved; begin a run with a "
+                    f"lower learning rate than {self.optimizer.lr:.3g}: resumed, this one comes to the same"
+                )
         about = {
             "format": FORMAT,
             "config": asdict(self.config),
             "options": self.options,
             "progress": {**self.progress, "fingerprint": self.fingerprint},
         }
-        weights = {f"model.{name}": array for name, array in self.model.state_dict().items()}
-        moments = {f"optimizer.{name}": array for name, array in self.optimizer.state_dict().items()}
-        write_arrays(self.output / STATE, {**weights, **moments}, {"trainer_state": json.dumps(about)})
-        self.save_model()
 
-    def save_model(self) -> None:
-        """The model as it is now, at the top of the folder."""
-        self.model.save_pretrained(self.output)
+        def fill(folder: Path) -> None:
+            write_arrays(folder / STATE, {**weights, **moments}, {"trainer_state": json.dumps(about)})
+            sync(self.output / LOG)
+            shutil.copyfile(self.output / LOG, folder / LOG)
+            self.save_model(folder)
+
+        with self.writing():
+            self.saved = write_checkpoint(self.output, self.step, fill)
+            publish(self.saved, self.output)
+            (self.output / STATE).unlink(missing_ok=True)  # of a run from before there were checkpoints
+            keep_only(self.output, self.saved, self.config.save_total_limit)
+
+    def save_model(self, folder: Path) -> None:
+        """The files for the top of the output, as they are after this step: the model and its tokenizer."""
+        save_tokenizer(self.tokenizer, folder, self.model.config.max_position_embeddings)
+        self.model.save_pretrained(folder)
 
     def resume(self, state: State) -> None:
-        """Go on from a state. Raises UserError where it belongs to another model or text, or the log is damaged."""
+        """Go on from a state. Raises UserError where it belongs to another model or text."""
         progress = dict(state.progress)
         if progress.pop("fingerprint") != self.fingerprint:
             raise UserError("the text, its tokens or its split are not those this run began with: give the same text")
@@ -291,6 +353,7 @@ class Loop:
             {name.removeprefix("optimizer."): a for name, a in state.arrays.items() if name.startswith("optimizer.")}
         )
         self.progress = {**progress, "since": dict(progress["since"])}
-        forget_after(self.output, self.step)
-        self.owns_output = True
-        self.open_events(self.step + 1)
+        self.saved, self.broken, self.resumed = state.folder, state.broken, True
+
+
+__all__ = ["LOG", "STATE", "Kind", "Loop", "Record", "State", "read_state", "refuse_to_overwrite"]

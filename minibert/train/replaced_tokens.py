@@ -9,6 +9,7 @@ The folder has the discriminator at its top, and the generator in its folder `ge
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ class ReplacedTokenTrainer(Trainer):
         total = found["eval_mlm_loss"] + self.config.rtd_weight * found["eval_rtd_loss"]
         return {"eval_loss": total, **found, "unigram_loss": self.unigram_loss}
 
-    def save_model(self) -> None:
+    def save_model(self, folder: Path) -> None:
         """Both halves, each with the tokenizer."""
-        super().save_model()
-        save_tokenizer(self.tokenizer, self.output / GENERATOR, self.model.config.max_position_embeddings)
+        super().save_model(folder)
+        save_tokenizer(self.tokenizer, folder / GENERATOR, self.model.config.max_position_embeddings)

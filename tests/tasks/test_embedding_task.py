@@ -24,7 +24,7 @@ from minibert.tasks import Embed, FineTuning, FineTuningConfig, SentenceTransfor
 from minibert.tasks.embedding_task import positive_ranks, text_numbers, without_repeats
 from minibert.tasks.evaluation import batch_of
 from minibert.tasks.task import Prepared
-from minibert.train.loop import STATE, read_state
+from minibert.train.checkpoint import checkpoints, read_state
 
 LEFT, RIGHT = ([f"{syllable}{end}" for syllable in ("ka", "lo", "mi", "nu", "pe", "ra")] for end in ("sto", "vin"))
 CONFIG = FineTuningConfig(
@@ -244,7 +244,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(backend: str, folder:
     assert [record["loss"] for kind, record in resumed.run() if kind == "step"] == losses[11:]
     arrays = [read_arrays(tmp_path / name / "model.safetensors")[0] for name in ("whole", "stopped")]
     assert all(np.array_equal(values, arrays[1][name]) for name, values in arrays[0].items())
-    assert (tmp_path / "stopped" / STATE).is_file()
+    assert checkpoints(tmp_path / "stopped")
 
 
 def test_the_command_trains_judges_and_goes_on_by_what_it_wrote(

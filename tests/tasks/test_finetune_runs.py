@@ -12,8 +12,8 @@ import pytest
 from minibert.errors import UserError, pip_install
 from minibert.model.checkpoint import read_arrays
 from minibert.tasks.finetune import FineTuningConfig
-from minibert.train.loop import STATE, read_state
-from tests.toy_tasks import CONFIG, SHORT, run_of, scripted, stopping, the_log, weights
+from minibert.train.loop import read_state
+from tests.toy_tasks import CONFIG, SHORT, run_of, scripted, state_file, stopping, the_log, weights
 
 pytest.importorskip("sklearn.metrics", reason=f"needs scikit-learn: {pip_install('[tasks]')}")
 pytest.importorskip("seqeval.metrics", reason=f"needs seqeval: {pip_install('[tasks]')}")
@@ -41,10 +41,10 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not(
     second = run_of("regress", toys, tmp_path / "run", backend, config=SHORT)
     second.resume(read_state(tmp_path / "run", FineTuningConfig))
     list(second.run())
-    for file in (STATE, "model.safetensors"):
-        (one, _), (other, _) = (read_arrays(each / file) for each in (folder, tmp_path / "run"))
+    for place in (state_file, lambda output: output / "model.safetensors"):
+        (one, _), (other, _) = (read_arrays(place(each)) for each in (folder, tmp_path / "run"))
         assert one.keys() == other.keys()
-        assert all(one[name].tobytes() == other[name].tobytes() for name in one), file
+        assert all(one[name].tobytes() == other[name].tobytes() for name in one)
     assert the_log(folder) == the_log(tmp_path / "run")
 
 
@@ -90,7 +90,7 @@ def test_a_run_that_ended_early_goes_on_only_with_more_patience(toys: Path, tmp_
     script = [(0.5, 1), (0.6, 1), (0.5, 1), (0.5, 1), (0.5, 1), (0.9, 1)]
     for patience, stop, end in ((2, 2, 2), (2, 9, 3), (2, 9, 3), (4, 9, 5)):
         run = scripted(toys, tmp_path / "run", script, early_stopping_patience=patience)
-        if (tmp_path / "run" / STATE).exists():
+        if (tmp_path / "run").exists():
             run.resume(read_state(tmp_path / "run", FineTuningConfig))
         list(stopping(run, stop))
         assert run.step == end and run.ended_early == (end == 3)

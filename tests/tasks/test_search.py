@@ -12,7 +12,7 @@ import pytest
 from minibert.errors import UserError, pip_install
 from minibert.tasks.search import STUDY, Search, Trial
 from minibert.tasks.space import SEARCHED, Among, Between, read_space, usual_space
-from minibert.train.loop import STATE
+from minibert.train.checkpoint import checkpoints
 from tests.toy_tasks import CONFIG, SHORT, run_of, scripted, the_log
 
 pytest.importorskip("optuna", reason=f"needs optuna: {pip_install('[search]')}")
@@ -119,7 +119,8 @@ def test_of_losses_the_lowest_is_the_best_and_all_weights_may_be_kept(toys: Path
     for trial, loss in zip(search.trials(7), (5, 4, 3, 2, 1, 6, 7), strict=True):
         assert ran(trial, toys, flat(0.5, loss)).state == "COMPLETE", "not ended early"
     assert search.best is not None and search.best.number == 4
-    assert len(list(tmp_path.rglob(STATE))) == len(list(tmp_path.rglob("model.safetensors"))) == 7
+    trials = [tmp_path / "s" / f"trial-{number}" for number in range(7)]
+    assert all((folder / "model.safetensors").is_file() and checkpoints(folder) for folder in trials)
 
 
 def settings_of(folder: Path, count: int, seed: int = 0, at_once: int = 99) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from minibert.data import SHIPPED_TEXT, SHIPPED_VOCABULARY, load_tokenizer, read
 from minibert.errors import UserError
 from minibert.model.bert import BertForMaskedLM
 from minibert.model.config import BertConfig
+from minibert.train.checkpoint import checkpoints, read_state
 from minibert.train.config import TrainingConfig
-from minibert.train.loop import STATE, read_state
 from minibert.train.trainer import Data, Trainer, prepare
 
 SMALL = BertConfig(
@@ -31,26 +32,30 @@ def trainer(data: Data, folder: Path) -> Trainer:
     return Trainer(BertForMaskedLM(SMALL, "numpy"), data, CONFIG, folder)
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def run_through(run: Trainer) -> None:
     assert sum(kind == "step" for kind, _ in run.run()) == 1
 
 
 def test_a_trainer_replaces_no_run_but_its_own(data: Data, tmp_path: Path) -> None:
-    first = trainer(data, tmp_path)
-    run_through(first)
-    first.save()
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    for write in (run_through, Trainer.begin, Trainer.save):
-        with pytest.raises(UserError, match=r"not empty: go on with the run in it by --resume \(Trainer.resume\)"):
-            write(trainer(data, tmp_path))
-    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    (tmp_path / STATE).unlink()
+    run_through(trainer(data, tmp_path))
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"not empty: go on with the run in it by --resume \(Trainer.resume\)"):
+        run_through(trainer(data, tmp_path))
+    assert before == contents(tmp_path)
+    for checkpoint in checkpoints(tmp_path):
+        shutil.rmtree(checkpoint)
     with pytest.raises(UserError, match="not empty: name another"):
         run_through(trainer(data, tmp_path))
 
 
 def test_a_run_resumed_before_its_first_step_begins(data: Data, tmp_path: Path) -> None:
-    trainer(data, tmp_path).begin()
+    run = trainer(data, tmp_path)
+    run.stop = True
+    assert [kind for kind, _ in run.run()] == ["eval"]
     again = trainer(data, tmp_path)
     again.resume(read_state(tmp_path))
     run_through(again)

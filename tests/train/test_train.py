@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from minibert.model.bert import BertForMaskedLM, BertForPreTraining
 from minibert.model.checkpoint import read_arrays, write_arrays
 from minibert.model.config import BertConfig
 from minibert.model.packing import IGNORE
+from minibert.train.checkpoint import LOCK
 from minibert.train.config import TrainingConfig
 from minibert.train.guard import NonFiniteError
 from minibert.train.loop import LOG, STATE, read_state
@@ -141,7 +143,8 @@ def test_log_and_folder(data: Data, tmp_path: Path) -> None:
     rates = [s["learning_rate"] for s in steps]
     assert max(rates) == CONFIG.learning_rate == rates[3] and rates[0] < rates[1] and rates[-1] < rates[-2]
     assert {path.name for path in tmp_path.iterdir()} == {
-        "config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "tokenizer_config.json", LOG, STATE,
+        "config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "tokenizer_config.json", LOG, LOCK,
+        "checkpoint-6", "checkpoint-12",
     }  # fmt: skip
     told = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert told["model_max_length"] == run.model.config.max_position_embeddings
@@ -272,11 +275,13 @@ def test_without_warmup_the_first_step_is_the_largest(data: Data, tmp_path: Path
 def test_states_from_before_there_was_a_format(data: Data, tmp_path: Path) -> None:
     """Warm-up steps of 0 meant then that none were given."""
     run = trainer(data, tmp_path, replace(CONFIG, warmup_steps=0))
-    run.begin()
-    arrays, metadata = read_arrays(tmp_path / STATE)
+    run.stop = True
+    list(run.run())
+    arrays, metadata = read_arrays(tmp_path / "checkpoint-0" / STATE)
     assert read_state(tmp_path).config.warmup_steps == 0
     about = json.loads(metadata["trainer_state"])
     del about["format"]
+    shutil.rmtree(tmp_path / "checkpoint-0")
     write_arrays(tmp_path / STATE, arrays, {"trainer_state": json.dumps(about)})
     assert read_state(tmp_path).config.warmup_steps is None
 

@@ -13,9 +13,10 @@ from minibert.data import SHIPPED_TEXT, SHIPPED_VOCABULARY, load_tokenizer, read
 from minibert.model.bert import BertForMaskedLM
 from minibert.model.config import BertConfig
 from minibert.train.config import TrainingConfig
-from minibert.train.loop import STATE, read_state
+from minibert.train.loop import read_state
 from minibert.train.trainer import Data, Trainer, prepare
 from minibert.tuning import AdaLoraConfig, DoubleSeqBnConfig, LoraConfig, get_peft_model
+from tests.toy_tasks import state_file
 
 TINY = BertConfig(
     vocab_size=8000, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
@@ -52,7 +53,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(kind: str, data: Data
     for name, values in whole.model.state_dict().items():
         np.testing.assert_array_equal(resumed.model.state_dict()[name], values)
     assert whole.model.base_sha256() == resumed.model.base_sha256() == digest
-    held = {name for name in load_file(tmp_path / "whole" / STATE) if name.startswith("model.")}
+    held = {name for name in load_file(state_file(tmp_path / "whole")) if name.startswith("model.")}
     assert held == {f"model.{name}" for name in whole.model.state_dict()}, "the base is in the state"
     if kind == "adalora":
         assert sum(whole.model.ranks().values()) == 2 * len(whole.model.layers)
