@@ -253,6 +253,7 @@ class Loop:
             self.open_events(0)
         record = self.evaluate_and_log()
         self.save()
+        self.resumed = False
         return record
 
     def go_on(self) -> None:
@@ -263,11 +264,11 @@ class Loop:
         if not self.resumed:
             return
         assert self.saved is not None
+        if self.predates_checkpoints:
+            forget_after(self.output, self.step)
         with self.writing():
             remove_partial(self.output)
-            if self.predates_checkpoints:
-                forget_after(self.output, self.step)
-            else:
+            if not self.predates_checkpoints:
                 publish(self.saved, self.output)
             if self.step < self.max_steps:
                 self.require_room()
@@ -289,7 +290,7 @@ class Loop:
 
     def sizes(self) -> tuple[int, int]:
         """Bytes of a checkpoint, and of the model in it."""
-        model = sum(parameter.data.nbytes for parameter in self.model.parameters())
+        model = sum(array.nbytes for array in self.model.state_dict().values())
         return 2 * model + sum(array.nbytes for array in self.optimizer.state_dict().values()), model
 
     @contextmanager

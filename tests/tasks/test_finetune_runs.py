@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from minibert.errors import UserError, pip_install
 from minibert.model.checkpoint import read_arrays
 from minibert.tasks.finetune import FineTuningConfig
-from minibert.train.loop import read_state
+from minibert.train.checkpoint import STATE, checkpoints, read_state
 from tests.toy_tasks import CONFIG, SHORT, run_of, scripted, state_file, stopping, the_log, weights
 
 pytest.importorskip("sklearn.metrics", reason=f"needs scikit-learn: {pip_install('[tasks]')}")
@@ -98,6 +99,22 @@ def test_a_run_that_ended_early_goes_on_only_with_more_patience(toys: Path, tmp_
     list(whole.run())
     assert all(np.array_equal(a, whole.model.state_dict()[name]) for name, a in run.model.state_dict().items())
     assert run.progress["best"] == {"step": 5, "eval_loss": 1, "eval_accuracy": 0.9}
+
+
+def test_the_best_model_outlives_a_run_from_before_there_were_checkpoints(toys: Path, tmp_path: Path) -> None:
+    """Its one state was at the top, beside the best model."""
+    script = [(0.5, 1), (0.8, 1), (0.6, 1), (0.7, 1)]
+    run = scripted(toys, tmp_path, script)
+    at_step = {record["step"]: run.model.state_dict() for kind, record in stopping(run, 2) if kind == "eval"}
+    state_file(tmp_path).rename(tmp_path / STATE)
+    for checkpoint in checkpoints(tmp_path):
+        shutil.rmtree(checkpoint)
+    again = scripted(toys, tmp_path, script)
+    again.resume(read_state(tmp_path, FineTuningConfig))
+    list(again.run())
+    assert again.step == 3 and not (tmp_path / STATE).exists()
+    for folder in (tmp_path, checkpoints(tmp_path)[0]):
+        assert all(np.array_equal(at_step[1][name], array) for name, array in weights(folder).items())
 
 
 def test_an_error_is_the_better_the_lower(toys: Path, tmp_path: Path) -> None:
