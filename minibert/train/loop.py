@@ -128,8 +128,10 @@ class Loop:
         """
         if self.saved is None:
             refuse_to_overwrite(self.output)
-        with self.writing():
+        try:
             self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write into {self.output}: {error}; choose another --output") from None
         with alone(self.output):
             yield from self.steps()
         if project := self.options.get("wandb"):
@@ -246,10 +248,10 @@ class Loop:
         if self.saved is None:
             refuse_to_overwrite(self.output)  # another run may have been faster
         with self.writing():
+            remove_partial(self.output)
             self.require_room()
             for path in (self.output / LOG, *self.output.glob(f"{PREFIX}*")):
                 path.unlink(missing_ok=True)
-            remove_partial(self.output)
             self.open_events(0)
         record = self.evaluate_and_log()
         self.save()
@@ -301,7 +303,7 @@ class Loop:
         except WriteError:
             raise
         except (OSError, UserError) as error:
-            whole = checkpoints(self.output)
+            whole = [path for path in checkpoints(self.output) if path.name not in self.broken]
             last = f"{whole[0].name} is whole: --resume goes on from there" if whole else "there is no checkpoint"
             raise WriteError(
                 f"step {self.step}: cannot write into {self.output}: {error}; a checkpoint needs "
