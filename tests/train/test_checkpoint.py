@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import shutil
 import signal
@@ -29,7 +30,7 @@ from minibert.cli import main
 from minibert.data import SHIPPED_TEXT, read_documents, train_tokenizer
 from minibert.errors import UserError, WriteError
 from minibert.model.bert import BertForMaskedLM
-from minibert.model.checkpoint import read_arrays
+from minibert.model.checkpoint import read_arrays, write_arrays
 from minibert.train.checkpoint import LOCK, MANIFEST, STATE, checkpoints, read_state
 from minibert.train.config import TrainingConfig
 from minibert.train.guard import NonFiniteError
@@ -285,6 +286,22 @@ def test_a_state_from_before_there_were_checkpoints(data: Data, straight: tuple[
     assert read_state(stopped).folder == stopped
     assert ended(data, stopped) == straight
     assert not (stopped / STATE).exists()
+
+
+def test_states_from_before_there_was_a_format(data: Data, tmp_path: Path) -> None:
+    """Warm-up steps of 0 meant then that none were given."""
+    run = trainer(data, tmp_path, warmup_steps=0)
+    run.stop = True
+    list(run.run())
+    assert read_state(tmp_path).config.warmup_steps == 0
+    arrays, metadata = read_arrays(tmp_path / "checkpoint-0" / STATE)
+    shutil.rmtree(tmp_path / "checkpoint-0")
+    about = json.loads(metadata["trainer_state"])
+    del about["format"]
+    write_arrays(tmp_path / STATE, arrays, {"trainer_state": json.dumps(about)})
+    assert read_state(tmp_path).config.warmup_steps is None
+    again = resumed(data, tmp_path)
+    assert [record["step"] for kind, record in again.run() if kind == "eval"] == [0, 2, 3], "it was saved unevaluated"
 
 
 # ---------------------------------------------------------------------------------------------------- what is not saved

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,13 +25,12 @@ from minibert.errors import UserError
 from minibert.kernels.cpu.jit import jit
 from minibert.kernels.linear import linear_gelu
 from minibert.model.bert import BertForMaskedLM, BertForPreTraining
-from minibert.model.checkpoint import read_arrays, write_arrays
 from minibert.model.config import BertConfig
 from minibert.model.packing import IGNORE
 from minibert.train.checkpoint import LOCK
 from minibert.train.config import TrainingConfig
 from minibert.train.guard import NonFiniteError
-from minibert.train.loop import LOG, STATE, read_state
+from minibert.train.loop import LOG, read_state
 from minibert.train.trainer import Data, Trainer, prepare
 from tests.children import child
 
@@ -270,20 +268,6 @@ def test_numbers_of_numpy_become_pythons() -> None:
 def test_without_warmup_the_first_step_is_the_largest(data: Data, tmp_path: Path) -> None:
     rates = [step["learning_rate"] for step in events(trainer(data, tmp_path, replace(CONFIG, warmup_steps=0)), "step")]
     assert rates[0] == CONFIG.learning_rate and rates == sorted(rates, reverse=True)
-
-
-def test_states_from_before_there_was_a_format(data: Data, tmp_path: Path) -> None:
-    """Warm-up steps of 0 meant then that none were given."""
-    run = trainer(data, tmp_path, replace(CONFIG, warmup_steps=0))
-    run.stop = True
-    list(run.run())
-    arrays, metadata = read_arrays(tmp_path / "checkpoint-0" / STATE)
-    assert read_state(tmp_path).config.warmup_steps == 0
-    about = json.loads(metadata["trainer_state"])
-    del about["format"]
-    shutil.rmtree(tmp_path / "checkpoint-0")
-    write_arrays(tmp_path / STATE, arrays, {"trainer_state": json.dumps(about)})
-    assert read_state(tmp_path).config.warmup_steps is None
 
 
 def test_another_text_cannot_be_resumed(data: Data, tmp_path: Path) -> None:
