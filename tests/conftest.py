@@ -40,7 +40,7 @@ SLOW = frozenset(
         "backends/test_deterministic.py cli/test_watch.py lab/conform/test_conformance.py lab/conform/test_guarded.py",
         "cli/test_search.py::test_processes_share_the_trials_and_what_one_left_another_goes_on_with",
         "page/test_page_browser.py test_docs.py test_fast.py test_wheel.py kernels/test_overlap.py",
-        "kernels/test_regression.py",
+        "kernels/test_regression.py train/test_checkpoint.py::test_a_process_that_is_killed",
         # every mistake that can be made in a formula or a kernel
         "faults/test_faults.py::put lab/conform/test_drawn.py",
         "right_kernels/test_right_kernels.py::test_right_kernels_follow_the_formula",
@@ -48,6 +48,7 @@ SLOW = frozenset(
         "right_kernels/test_right_kernels.py::test_right_cuda_kernels_meet_every_demand",
         "lab/conform/test_check.py::test_backend_meets_what_is_drawn kernels/test_exact.py kernels/test_orders.py",
         "kernels/test_formula_mutation.py kernels/test_mutation.py kernels/test_random_formulas.py",
+        "train/test_checkpoint.py::stopping_at tasks/test_finetune_killed.py",
         # kernels compiled in many ways, or on many threads
         "kernels/test_cpu_microkernel.py kernels/test_cpu_product.py kernels/test_cpu_threads.py",
         "kernels/test_vectorised.py kernels/test_cpu_math.py::test_float32_stays_within_its_ulp_over_all_bit_patterns",
@@ -71,6 +72,12 @@ SLOW_BACKENDS = {"emulator", "cupy"}  # as a test's parameters name them
 # The same inputs on every run; no deadline, since the first call of a kernel compiles it.
 hypothesis.settings.register_profile("minibert", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("minibert")
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits for the disk: what a process has written stays, though it is killed."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 @pytest.fixture(scope="session")

@@ -7,16 +7,13 @@ the process is killed; then the run is resumed, or begun again, and must end as 
 from __future__ import annotations
 
 import errno
-import io
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import minibert.model.checkpoint
-import minibert.train.loop
 from minibert.cli import main
 from minibert.data import SHIPPED_TEXT, read_documents, train_tokenizer
 from minibert.errors import UserError, WriteError
@@ -37,6 +32,7 @@ from minibert.train.guard import NonFiniteError
 from minibert.train.log import LOG, read_log
 from minibert.train.trainer import Data, Trainer, prepare
 from tests.small_steps import TINY
+from tests.stopped_calls import Killed, stopping_at
 
 CONFIG = TrainingConfig(
     max_steps=3, tokens_per_batch=64, max_seq_length=32, eval_tokens=64, logging_steps=1, eval_steps=2, save_steps=1,
@@ -99,46 +95,6 @@ def ended(data: Data, folder: Path) -> tuple[Any, ...]:
 
 
 # ------------------------------------------------------------------------------------------ every call of the system
-
-
-class Killed(BaseException):
-    """From the moment that a process is killed on nothing is written, by no handler and no `finally` either."""
-
-
-CALLS = [
-    (os, "mkdir"), (os, "fsync"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (io, "open"),
-    (shutil, "copyfile"), (minibert.model.checkpoint, "save_file"), (minibert.train.loop, "add_line"),
-]  # fmt: skip
-
-
-@contextmanager
-def stopping_at(number: int, error: BaseException) -> Iterator[list[str]]:
-    """All calls that change the disk, from that number on, end in an error; the first of them leaves a file torn."""
-    calls: list[str] = []
-
-    def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def instead(*arguments: Any, **more: Any) -> Any:
-            if name == "open" and not set("wax+") & set(str(arguments[1] if len(arguments) > 1 else "r")):
-                return call(*arguments, **more)
-            calls.append(name)
-            if len(calls) < number:
-                return call(*arguments, **more)
-            if len(calls) == number and name in ("copyfile", "save_file"):
-                Path(arguments[1]).write_bytes(b"torn")
-            raise error
-
-        return instead
-
-    with pytest.MonkeyPatch.context() as patch:
-        for place, name in CALLS:
-            patch.setattr(place, name, counted(name, getattr(place, name)))
-        yield calls
-
-
-@pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing waits for the disk: what a process has written stays, though it is killed."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def calls_of_a_run(data: Data, folder: Path) -> int:
