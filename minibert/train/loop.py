@@ -338,6 +338,7 @@ class Loop:
             publish(self.saved, self.output)
             (self.output / STATE).unlink(missing_ok=True)  # of a run from before there were checkpoints
             keep_only(self.output, self.saved, self.config.save_total_limit)
+            self.broken = ()
 
     def save_model(self, folder: Path) -> None:
         """The files for the top of the output, as they are after this step: the model and its tokenizer."""
