@@ -22,7 +22,7 @@ from minibert.kernels.drawing import Drawing
 from minibert.kernels.op import Array, BertSize, Op, Run, Sample
 from minibert.kernels.philox import NO_STREAM, Stream, random_words, threshold
 
-MANY_TOKENS = ({"batch": 1010, "length": 65, "heads": 1, "head_size": 1},)  # more than 16 bits count
+MANY_TOKENS = ({"batch": 1400, "length": 47, "heads": 1, "head_size": 1},)  # more than 16 bits count
 
 
 class Span(NamedTuple):
@@ -170,7 +170,7 @@ attention_grad = Op(
     bench=lambda rng, size: _with_gradient(rng, _bench(rng, size)),
     kept=_kept,
     draw=_draw_gradient,
-    sizes=({**MANY_TOKENS[0], "batch": 510},),
+    sizes=({**MANY_TOKENS[0], "batch": 700},),
     wide_inputs=(3,),
 )
 attention = Op(

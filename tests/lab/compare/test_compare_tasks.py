@@ -219,7 +219,7 @@ def test_a_trace_is_of_its_task(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--task", "clasify"], "--task: expected mlm, classify, regress, tag, answer, got 'clasify'"),
+        (["--task", "clasify"], "--task: expected mlm, rtd, classify, regress, tag, answer, got 'clasify'"),
         (["--train", "x.csv"], "--train: labelled examples are for --task classify, regress, tag, answer"),
         (["--task", "tag", "--train", "x.conll", "--text", "y.txt"], "--text: the examples are those of --train"),
         (["--task", "tag", "--token-column", "2"], "--token-column: expected --train FILE with it"),
