@@ -33,6 +33,7 @@ from tests.test_docs import blocks
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 FOLDER = "try"  # in which the walk's author stood: messages name it
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+SHARES = 5  # percent
 FILE_NAME = re.compile(r"`(\w+\.(?:cu|py))`:\s*$")
 
 
@@ -116,6 +117,14 @@ def key_lines(output: str) -> list[str]:
     return found
 
 
+def alike(shown: str, printed: str) -> bool:
+    """The same line; shares of memory traffic are apart by what there was time for."""
+    (line, share), (other, found) = (re.fullmatch(r"(.*?)(\d*)%?", text).groups() for text in (shown, printed))  # type: ignore[union-attr]
+    if not (shown.endswith("%") and printed.endswith("%")):
+        return shown == printed
+    return line == other and abs(int(share) - int(found)) <= SHARES
+
+
 def test_the_walk_has_its_stations() -> None:
     verdicts = [re.search(r"^(PASS|FAIL|error)", step.shown, re.M) for step in STEPS]
     assert [v and v[1] for v in verdicts] == ["FAIL", "PASS", "FAIL", *["PASS"] * 6, "error"]
@@ -129,7 +138,7 @@ def test_a_command_prints_what_the_page_shows(number: int, tmp_path: Path) -> No
     done = run(tmp_path / FOLDER, step)
     expected, printed = key_lines(step.shown), key_lines(done.stdout + done.stderr)
     assert expected
-    missing = [line for line in expected if line not in printed]
+    missing = [line for line in expected if not any(alike(line, other) for other in printed)]
     assert not missing, f"{step.command}\nnot printed: {missing}\nprinted: {printed}"
     status = {"PASS": 0, "FAIL": 1, "error": 2}
     assert done.returncode == next(status[word] for word in status if expected[-1].startswith(word))
