@@ -35,6 +35,7 @@ SQUARE = (1, 2, 4, 9, 16, 33, 131)  # sizes of all axes at once; of four and mor
 PAIRS = ((1155, 131), (131, 1155), (516, 516))  # of two axes at once: many a kernel is wrong only where both are long
 EMULATED_PAIRS = ((131, 67),)
 FEW = 128  # an axis of at most so many is taken at its largest in a pair
+EMULATED_CHOICES = 48  # with the place of a long axis: what suits that axis, and one label, for rows without are quick
 OTHERS = 7  # numbers of choices from one input of a size to the next: each of two to five choices is another one
 LARGEST_DRAWN = 2**19  # elements of an array, where sizes are drawn at random
 SHRINKING_SECONDS = 6.0
@@ -102,8 +103,8 @@ def sizes_of(case: Case) -> Iterator[Drawn]:
         number = turn + place
         beside = {**small(axes, number, size), axis: size}
         regime = BY_SIZE[(turn + turn // len(BY_SIZE)) % len(BY_SIZE)]
-        if size >= LARGE and case.backend.emulated:  # with the choices that suit the axis
-            yield Drawn(case.seed, place, beside, BY_SIZE[0])
+        if size >= LARGE and case.backend.emulated:
+            yield Drawn(case.seed, EMULATED_CHOICES + place, beside, BY_SIZE[0])
         elif size > axes[axis]:  # the largest; and a power of two, so that a mean of whole numbers is exact
             yield Drawn(case.seed, number, beside, BY_SIZE[1])
             even = {other: min(largest, 2) for other, largest in axes.items()}
