@@ -51,7 +51,8 @@ def any_size(case: Case, tally: Tally) -> None:
             continue
         start = time.monotonic()
         judge_drawn(case, tally, drawn)
-        if case.backend.emulated and time.monotonic() - start > SLOW_SECONDS:
+        compiling = drawn.sizes[axis] < EMULATED_RUNGS[0]  # what takes long on so little
+        if case.backend.emulated and not compiling and time.monotonic() - start > SLOW_SECONDS:
             slow[axis] = drawn.sizes[axis]
     tally.left_out = ", ".join(f"more than {size} {axis} (slow)" for axis, size in slow.items())
 
@@ -59,8 +60,7 @@ def any_size(case: Case, tally: Tally) -> None:
 def any_values(case: Case, tally: Tally) -> None:
     """The formula is followed on any values: all negative, equal, far apart, tiny, sorted, tied; ids and labels too."""
     for drawn in values_of(case):
-        judge_drawn(case, tally, drawn)
-        one = drawn_input(case, drawn)
+        one = judge_drawn(case, tally, drawn)
         if one is not None:
             arrays = case.upload(one.arrays)
             no_views_but_the_formulas(case, one, arrays, case.run(arrays, one))
@@ -241,17 +241,18 @@ def _called(overflow: Callable[[str], object]) -> Iterator[None]:
         np.seterrcall(before)
 
 
-def judge_drawn(case: Case, tally: Tally, drawn: Drawn) -> None:
-    """Judge one; where it fails, raise what the smallest that still fails is told by."""
+def judge_drawn(case: Case, tally: Tally, drawn: Drawn) -> Input | None:
+    """Judge one, and give it; where it fails, raise what the smallest that still fails is told by."""
     one = drawn_input(case, drawn)
     if one is None:
-        return
+        return None
     tally.inputs += 1
     try:
         tally.judge(case, one, case.run(case.upload(one.arrays), one))
     except Exception as error:
         smaller = _smallest(case, drawn, error)
         raise smaller or error from error
+    return one
 
 
 def _smallest(case: Case, drawn: Drawn, first: Exception) -> Broken | None:
