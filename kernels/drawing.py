@@ -203,7 +203,7 @@ def drawn_samples(draw: Callable[..., Any], rng: np.random.Generator) -> Iterato
 
 def ladder(largest: int) -> list[int]:
     """Sizes of an axis: 1 to 17, around multiples of 8, around powers of two, and a few between, to the largest."""
-    around = [2**p + k for p in range(7, 21) for k in ((-1, 0, 1) if p < 12 else (1,))]
+    around = [2**p + k for p in (*range(7, 15), 16) for k in ((-1, 0, 1) if p < 9 else (0, 1) if p < 12 else (1,))]
     steps = [8 * n + k for n in range(2, EVERY // 8 + 1) for k in (-1, 0, 1)]
     rungs = {*range(1, 18), *steps, *around, *BETWEEN}
     return sorted({size for size in rungs if size <= largest} | {largest + (largest >= 2**12)})
@@ -215,6 +215,8 @@ def small(limits: Mapping[str, int], number: int, beside: int = 1) -> dict[str, 
     Beside many rows there are as many columns as a pack of 4 or 8 takes, and one more; of four axes each costs as much
     as all others.
     """
-    usual = (3, 2) if len(limits) > 3 else (3, 8, 2, 9)
-    sizes = (3, 5, 2, 7, 4) if beside <= EVERY else usual if beside <= 2**14 else (5, 4)
+    if len(limits) > 3:
+        sizes: tuple[int, ...] = (3, 5, 2, 7, 4) if beside <= 32 else (2, 3, 1)
+    else:
+        sizes = (3, 5, 2, 7, 4) if beside <= EVERY else (3, 8, 2, 9) if beside <= 2**14 else (5, 4)
     return {axis: min(limits[axis], sizes[(k + number) % len(sizes)]) for k, axis in enumerate(limits)}

@@ -11,7 +11,7 @@ dq = ds k, dk = ds' q (Dao et al., "FlashAttention" (2022), appendix B.4).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -53,14 +53,14 @@ def _merge(x: Array) -> Array:
     return x.swapaxes(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2])
 
 
-def _dropped(xp: Any, p: Array, span: Span, width: int, rate: float, stream: Stream) -> Array:
-    """dropout of (H, t, t) scores of one sequence."""
+def _dropout(xp: Any, span: Span, heads: int, width: int, rate: float, stream: Stream) -> Callable[[Array], Array]:
+    """What drops from (H, t, t) scores of one sequence, the same ones each time."""
     if rate == 0:
-        return p
-    heads, t, _ = p.shape
+        return lambda p: p
+    t = span.last - span.first
     words = random_words(stream, t * heads * width, xp, start=span.first * heads * width)
     keep = (words >= xp.uint32(threshold(rate))).reshape(t, heads, width)[:, :, :t].swapaxes(0, 1)
-    return xp.where(keep, p * (1 / (1 - rate)), 0.0)
+    return lambda p: xp.where(keep, p * (1 / (1 - rate)), 0.0)
 
 
 def _parts(qkv: Array, span: Span, heads: int) -> tuple[Array, Array, Array]:
@@ -78,7 +78,7 @@ def _attention(
         top = scores.max(axis=-1, keepdims=True)
         e = xp.exp(scores - top)
         total = e.sum(axis=-1, keepdims=True)
-        ys.append(_merge(xp.stored(_dropped(xp, e / total, span, width, rate, stream)) @ v))
+        ys.append(_merge(xp.stored(_dropout(xp, span, num_heads, width, rate, stream)(e / total)) @ v))
         lses.append((top + xp.log(total))[:, :, 0].swapaxes(0, 1))
     y, lse = xp.concatenate(ys), xp.concatenate(lses)
     return y, lse
@@ -92,10 +92,10 @@ def _attention_grad(
     for span in spans(cu_seqlens):
         q, k, v = _parts(qkv, span, num_heads)
         gy, ys = _split(g, span, num_heads), _split(y, span, num_heads)
-        scale = q.shape[2] ** -0.5
+        scale, dropped = q.shape[2] ** -0.5, _dropout(xp, span, num_heads, width, rate, stream)
         p = xp.exp(q @ k.swapaxes(1, 2) * scale - lse[span.first : span.last].swapaxes(0, 1)[:, :, None])
-        dv = xp.stored(_dropped(xp, p, span, width, rate, stream)).swapaxes(1, 2) @ gy
-        dp = _dropped(xp, gy @ v.swapaxes(1, 2), span, width, rate, stream)
+        dv = xp.stored(dropped(p)).swapaxes(1, 2) @ gy
+        dp = dropped(gy @ v.swapaxes(1, 2))
         ds = xp.stored(p * (dp - (gy * ys).sum(axis=-1, keepdims=True)) * scale)
         rows.append(xp.concatenate([_merge(ds @ k), _merge(ds.swapaxes(1, 2) @ q), _merge(dv)], axis=1))
     dqkv = xp.concatenate(rows)
@@ -170,7 +170,7 @@ attention_grad = Op(
     bench=lambda rng, size: _with_gradient(rng, _bench(rng, size)),
     kept=_kept,
     draw=_draw_gradient,
-    sizes=({**MANY_TOKENS[0], "batch": 700},),
+    sizes=({**MANY_TOKENS[0], "batch": 510, "length": 65},),
     wide_inputs=(3,),
 )
 attention = Op(

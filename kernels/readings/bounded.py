@@ -28,7 +28,7 @@ down. They are not where terms are all equal, or sorted so that the small ones c
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -80,8 +80,11 @@ class Bounded(Reading):
     late = property(lambda self: self.parts[5])
 
     def each(self, move: Callable[[np.ndarray], np.ndarray]) -> Self:
-        moved = {id(part): move(part) for part in self.parts}  # `likely` is `error` itself until something is summed
-        return type(self)(*(moved[id(part)] for part in self.parts))
+        value, error, likely, terms, adds, late = self.parts
+        moved = move(error)  # `likely` is `error` itself until something is summed
+        return type(self)(
+            move(value), moved, moved if likely is error else move(likely), move(terms), move(adds), move(late)
+        )
 
     def erring(self, more: Both, terms: np.ndarray | None = None, adds: np.ndarray | None = None) -> Self:
         """These numbers with so much more error."""
@@ -127,6 +130,12 @@ class Bounded(Reading):
         """
         product = np.minimum(np.asarray(count, np.float64), LONGEST_CHAIN) * cls.precision.roundoff
         return np.where(product < 1, product / np.where(product < 1, 1 - product, 1), np.inf)
+
+    @classmethod
+    @lru_cache(maxsize=256)
+    def roundings_of_all(cls, count: int) -> Both:
+        """`roundings` where all sums have as many terms."""
+        return cls.roundings(np.asarray(count))
 
     @classmethod
     def roundings(cls, count: Any) -> Both:
@@ -216,7 +225,7 @@ class Bounded(Reading):
             (self, other),
             size,
             terms,
-            self.roundings(k),
+            self.roundings_of_all(k),
             tiny=float(k),
             late=k,
         )
@@ -228,7 +237,7 @@ class Bounded(Reading):
         value, size, terms = total(self.value), total(abs(self.value)), total(self.terms)
         count = self.size // max(1, value.size)
         after = max(0, count - 1)
-        return self.made(value, total, (self,), size, terms, self.roundings(after), late=after)
+        return self.made(value, total, (self,), size, terms, self.roundings_of_all(after), late=after)
 
     def segment_sum(self, ids: np.ndarray, count: int) -> Self:
         def total(part: np.ndarray) -> np.ndarray:

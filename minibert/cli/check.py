@@ -8,14 +8,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from minibert.backends import MOST_THREADS, Backend, spec_of
+from minibert.backends import MOST_THREADS, Backend, get, spec_of
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
 from minibert.cli.emulator import (
@@ -44,13 +44,14 @@ from minibert.kernels import OPS, Op
 from minibert.lab.conform.case import Case
 from minibert.lab.conform.check import CHECKS, CheckResult, check, find_op, gradient_verdict, planned, refused
 from minibert.lab.conform.drawn import any_size
-from minibert.lab.conform.guarded import begin_guarded, not_tried
+from minibert.lab.conform.guarded import Verdict, begin_guarded, not_tried, remember, trial
 from minibert.lab.conform.own_kernels import HELP, given_again, load_kernels, refuse_untriable
 
 ALLOW_HELP = (
     "`--allow poor`: a kernel does not fail that is right by its bound and has more error than sensible orders of "
     "evaluation reach."
 )
+MOST_PARTS = 2  # of an op on a backend, in other processes
 MOST_PERCENT = 1e6  # above it only the power of ten tells a person anything
 
 
@@ -100,7 +101,17 @@ def check_command(
     for place in compared:  # before the emulator is compiled
         for each in dtypes or ():
             place.require_dtype(each)
-    asked = Asked(dtypes, seed, allow == "poor", threads, products, schedules, sanitize)
+    asked = Asked(
+        [op.name for op in ops],
+        [*map(spec_of, compared)],
+        dtypes,
+        seed,
+        allow == "poor",
+        threads,
+        products,
+        schedules,
+        sanitize,
+    )
     with ExitStack() as stack:
         status = notes.status("checking")
         if not gdb:  # which has the terminal
@@ -109,8 +120,8 @@ def check_command(
         stack.enter_context(show_compiling(status.update))
         for place in compared:
             stack.enter_context(place.using(kernels))
-        parts = parts_of(ops, compared, dtypes)
-        shared = in_jobs(parts, asked.results, asked.there, (1 if alone else usual_jobs()) if jobs is None else jobs)
+        usual = 1 if alone else usual_jobs()
+        shared = in_jobs(asked, min(jobs or usual, MOST_PARTS * len(ops) * len(compared)))
         drawn = check(ops, compared, dtypes, seed, allow == "poor", 60 * thorough, only=())
         for result in chain(shared, drawn):
             if isinstance(result, dict):
@@ -151,6 +162,8 @@ class Part(NamedTuple):
 class Asked:
     """How each part is to be checked, in whatever process."""
 
+    ops: Sequence[str]
+    backends: Sequence[str]
     dtypes: Sequence[str] | None
     seed: int
     allow_poor: bool
@@ -159,35 +172,45 @@ class Asked:
     schedules: str | None
     sanitize: bool
 
-    def results(self, part: Part) -> Iterator[Any]:
+    def parts(self) -> list[Part]:
+        """One for each op and backend; two where sizes are drawn, which takes longest, as long as all else."""
+        quick: list[Part] = []
+        long: list[Part] = []
+        beside: list[Part] = []  # others begin later, and at the end
+        for op, backend in product(self.ops, self.backends):
+            names = dict.fromkeys(name for name, _ in planned(get(backend), OPS[op], self.dtypes))
+            of_sizes = tuple(name for name in names if name == any_size.__name__)
+            long += [Part(op, backend, of_sizes)] if of_sizes else []
+            rest = beside if of_sizes else quick
+            rest.append(Part(op, backend, tuple(name for name in names if name not in of_sizes)))
+        return quick + long + beside
+
+    def begin(self) -> None:
+        chosen_backends(",".join(self.backends), self.threads)
+
+    def here(self, part: Part) -> Iterator[Any]:
         yield from check([part.op], [part.backend], self.dtypes, self.seed, self.allow_poor, only=part.demands)
 
-    def there(self, part: Part) -> list[Any]:
+    def known(self, part: Part) -> list[tuple[str, Verdict]]:
+        """What the kernel of a part did in a process of its own, by dtype."""
+        op, place = OPS[part.op], get(part.backend)
+        dtypes = dict.fromkeys(dtype for _, dtype in planned(place, op, self.dtypes))
+        return [(dtype, trial(Case(op, place, dtype, self.seed))) for dtype in dtypes]
+
+    def there(self, part: Part, known: list[tuple[str, Verdict]]) -> list[Any]:
         """The results in a process that knows nothing of the command; and what the emulator noted, if it was that."""
         places = chosen_backends(part.backend, self.threads)
-        begin_guarded(places)
+        for dtype, verdict in known:
+            remember(Case(OPS[part.op], places[0], dtype, self.seed), verdict)
         set_products(places, self.products)
         emulates = places[0].emulated
         with emulator_options(places, self.schedules if emulates else None, self.sanitize or not emulates) as emulator:
-            results = list(self.results(part))
+            results = list(self.here(part))
             if emulator is None:
                 return results
             noted = dict(emulator.emulator.notes)
             emulator.emulator.notes.clear()  # they are told once, by who asked
             return [*results, noted]
-
-
-def parts_of(ops: Sequence[Op], places: Sequence[Backend], dtypes: Sequence[str] | None) -> list[Part]:
-    """Two for each op and backend: what takes longest by itself, at the end, where other processes begin."""
-    first: list[Part] = []
-    last: list[Part] = []
-    for op in ops:
-        for place in places:
-            names = dict.fromkeys(name for name, _ in planned(place, op, dtypes))
-            of_sizes = tuple(name for name in names if name == any_size.__name__)
-            first.append(Part(op.name, spec_of(place), tuple(name for name in names if name not in of_sizes)))
-            last += [Part(op.name, spec_of(place), of_sizes)] if of_sizes else []
-    return first + last[::-1]
 
 
 def _place_in_plan(result: CheckResult, ops: Sequence[Op], places: Sequence[Backend]) -> tuple[int, ...]:

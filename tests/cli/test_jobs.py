@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -15,27 +15,54 @@ from minibert.cli.jobs import in_jobs
 from minibert.errors import UserError
 
 
-def by_whom(part: int) -> list[tuple[int, int]]:
-    time.sleep(0.02)
-    return [(part, os.getpid())]
+class ByWhom:
+    """Each part is done by a process, which says its number."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def parts(self) -> Sequence[int]:
+        return range(self.count)
+
+    def begin(self) -> None:
+        pass
+
+    def here(self, part: int) -> Iterator[tuple[int, int]]:
+        time.sleep(0.2)
+        yield part, os.getpid()
+
+    def known(self, part: int) -> int:
+        return os.getpid()
+
+    def there(self, part: int, known: int) -> list[tuple[int, int]]:
+        time.sleep(0.02)
+        assert known != os.getpid()
+        return [(part, os.getpid())]
 
 
-def one_at_a_time(part: int) -> Iterator[tuple[int, int]]:
-    time.sleep(0.2)
-    yield part, os.getpid()
+class Mistaken(ByWhom):
+    def there(self, part: int, known: int) -> list[tuple[int, int]]:
+        raise UserError(f"part {part} is wrong")
 
 
-def mistaken(part: int) -> list[tuple[int, int]]:
-    raise UserError(f"part {part} is wrong")
+class Unknown(ByWhom):
+    def known(self, part: int) -> int:
+        raise UserError(f"nothing is known of part {part}")
 
 
-def killed(part: int) -> list[tuple[int, int]]:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return []
+class Killed(ByWhom):
+    def there(self, part: int, known: int) -> list[tuple[int, int]]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return []
+
+
+class KilledAtOnce(ByWhom):
+    def begin(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_each_part_is_done_once_and_other_processes_do_some() -> None:
-    found = list(in_jobs(range(40), one_at_a_time, by_whom, jobs=2))
+    found = list(in_jobs(ByWhom(40), jobs=2))
     assert Counter(part for part, _ in found) == Counter(range(40))
     here, there = ({part for part, who in found if (who == os.getpid()) == mine} for mine in (True, False))
     assert there  # from the end
@@ -43,18 +70,23 @@ def test_each_part_is_done_once_and_other_processes_do_some() -> None:
 
 
 def test_one_job_is_this_process() -> None:
-    found = list(in_jobs(range(3), one_at_a_time, killed, jobs=1))
+    found = list(in_jobs(Killed(3), jobs=1))
     assert found == [(part, os.getpid()) for part in range(3)]
 
 
-def test_a_mistake_in_another_process_is_told() -> None:
-    with pytest.raises(UserError, match="part 9 is wrong"):
-        list(in_jobs(range(10), one_at_a_time, mistaken, jobs=2))
-
-
-def test_a_process_that_is_killed_is_told() -> None:
-    with pytest.raises(UserError, match="--jobs 1"):
-        list(in_jobs(range(10), one_at_a_time, killed, jobs=2))
+@pytest.mark.parametrize(
+    ("work", "told"),
+    [
+        (Mistaken(10), "part 9 is wrong"),
+        (Unknown(10), "nothing is known of part 9"),
+        (Killed(10), "--jobs 1"),
+        (KilledAtOnce(10), "--jobs 1"),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_what_goes_wrong_there_is_told(work: ByWhom, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        list(in_jobs(work, jobs=2))
 
 
 def test_a_check_in_jobs_tells_what_one_process_tells(

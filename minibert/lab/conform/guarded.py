@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -66,16 +67,25 @@ def trial(case: Case) -> Verdict:
 
     What it did to that process in one dtype, it is not asked to do again in another.
     """
-    trials = _trials(case.op, case.backend, case.backend.kernel(case.op))
-    if case not in trials:
-        harm = next((verdict for verdict in trials.values() if verdict.harmful), None)
-        trials[case] = harm or (Verdict() if not_tried(case) else _Trial(case).verdict())
-    return trials[case]
+    with _one_at_a_time:
+        trials = _trials(case.op, case.backend, case.backend.kernel(case.op))
+        if case not in trials:
+            harm = next((verdict for verdict in trials.values() if verdict.harmful), None)
+            trials[case] = harm or (Verdict() if not_tried(case) else _Trial(case).verdict())
+        return trials[case]
+
+
+def remember(case: Case, verdict: Verdict) -> None:
+    """Have it for what a trial finds: somebody else has tried this kernel."""
+    _trials(case.op, case.backend, case.backend.kernel(case.op))[case] = verdict
 
 
 @lru_cache(maxsize=64)
 def _trials(op: Op, backend: Backend, kernel: Kernel | None) -> dict[Case, Verdict]:
     return {}
+
+
+_one_at_a_time = Lock()
 
 
 def begin_guarded(places: Iterable[Backend]) -> None:
