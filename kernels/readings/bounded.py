@@ -40,6 +40,7 @@ from minibert.kernels.readings.reading import Reading, ReadingModule
 # What a library function may commit, in units of the unit roundoff (half an ulp), relative to its result.
 ALLOWANCE = {"exp": 4, "log": 4, "sqrt": 1, "tanh": 8, "erf": 8}
 
+ROUNDINGS_OF_COUNT = 32  # log s of up to 10^6 numbers is less than 14, and log may commit 4 u of that
 LONGEST_CHAIN = 2**20  # additions one after the other, each with its rounding
 LAMBDA = 4.0  # float32 sums one after the other of up to 2^17 random numbers, of one sign or both, reach 1.3
 
@@ -57,6 +58,7 @@ class Bounded(Reading):
     """value, error, likely, S, adds, late; `bounded_module` sets `precision`, `storage` and `operand_roundoff`."""
 
     width = 6
+    counts = False  # whether each element is exp(0), which is 1 to the last bit
     precision: Precision
     storage: Precision | None  # in which results, and what the formula calls `stored`, are kept
     operand_roundoff: float  # of the operands of a product, on tensor cores
@@ -231,12 +233,15 @@ class Bounded(Reading):
         )
 
     def sum(self, axis: Any = None, keepdims: Any = False) -> Self:
+        """Of exp(0) it is a count, in which nothing is rounded; its logarithm, in an exponent, is: exp(x - log s)."""
+
         def total(part: np.ndarray) -> np.ndarray:
             return np.asarray(part.sum(axis=axis, keepdims=keepdims))
 
         value, size, terms = total(self.value), total(abs(self.value)), total(self.terms)
         count = self.size // max(1, value.size)
         after = max(0, count - 1)
+        after = min(after, ROUNDINGS_OF_COUNT) if self.counts else after
         return self.made(value, total, (self,), size, terms, self.roundings_of_all(after), late=after)
 
     def segment_sum(self, ids: np.ndarray, count: int) -> Self:
@@ -285,7 +290,11 @@ class Bounded(Reading):
             return np.where(e < 1, value * np.expm1(e), np.exp(self.value + e) - value)
 
         again = np.where(value > 0, self.precision.roundoff * np.abs(self.value), 0.0)
-        return self._function(value, value, inherited, ALLOWANCE["exp"], again)
+        # nothing but 0 came together in what this is of
+        counts = not self.terms.any() and bool((self.error < self.precision.roundoff / 2).all())
+        result = self._function(value, value, inherited, 0 if counts else ALLOWANCE["exp"], again)
+        result.counts = counts
+        return result
 
     def log(self) -> Self:
         def inherited(e: np.ndarray) -> np.ndarray:

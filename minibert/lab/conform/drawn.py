@@ -33,7 +33,8 @@ LARGE = 2**14  # from here on an input costs as much as a hundred small ones
 SLOW_SECONDS = 5.0  # an input for which a device that is played takes so long is the last of its axis
 EXACT = ("whole numbers", "one number in each row")  # arithmetic on which may round nothing
 SQUARE = (1, 2, 4, 9, 16, 33, 131)  # sizes of all axes at once; of four and more, and emulated, not the last
-PAIRS = ((1155, 131), (131, 1155), (516, 516))  # of two axes at once: many a kernel is wrong only where both are long
+PAIRS = ((1155, 131), (131, 1155), (516, 516), (517, 515))  # many a kernel is wrong only where two axes are long
+MOST_PAIRS = {2: 4, 3: 3}  # by the number of axes
 EMULATED_PAIRS = ((131, 67),)
 FEW = 128  # an axis of at most so many is taken at its largest in a pair
 EMULATED_CHOICES = 48  # with the place of a long axis: what suits that axis, and one label, for rows without are quick
@@ -109,7 +110,9 @@ def sizes_of(case: Case) -> Iterator[Drawn]:
         elif size > axes[axis]:  # the largest; and a power of two, so that a mean of whole numbers is exact
             yield Drawn(case.seed, number, beside, BY_SIZE[1])
             even = {other: min(largest, 2) for other, largest in axes.items()}
-            yield Drawn(case.seed, number + OTHERS, {**even, axis: axes[axis]}, BY_SIZE[0])
+            # of what is not exact, zeros may be: a softmax of them counts
+            exactly = _can_be_exact(case.op, case.dtype, case.backend.product_mode)
+            yield Drawn(case.seed, number + OTHERS, {**even, axis: axes[axis]}, BY_SIZE[0] if exactly else "zeros")
         else:
             in_turn = size < LARGE or size in BETWEEN
             yield Drawn(case.seed, number, beside, regime if in_turn else BY_SIZE[size.bit_length() % 2])
@@ -118,7 +121,7 @@ def sizes_of(case: Case) -> Iterator[Drawn]:
 def _pairs_of(case: Case, axes: Mapping[str, int]) -> Iterator[Drawn]:
     """Two axes at once long, the others small; of four and more axes, each less long, in one way."""
     reach = {axis: largest if largest <= FEW else largest // 4 for axis, largest in axes.items()}
-    pairs = EMULATED_PAIRS if case.backend.emulated else PAIRS[: 1 if len(axes) > 3 else None]
+    pairs = EMULATED_PAIRS if case.backend.emulated else PAIRS[: MOST_PAIRS.get(len(axes), 1)]
     for number, (sizes, (a, b)) in enumerate(product(pairs, combinations(axes, 2))):
         chosen = {**small(axes, number, LARGE), a: min(sizes[0], reach[a]), b: min(sizes[1], reach[b])}
         yield Drawn(case.seed, number, chosen, ("whole numbers", "normal")[number % 2])
