@@ -216,7 +216,7 @@ def small(limits: Mapping[str, int], number: int, beside: int = 1) -> dict[str, 
     as all others.
     """
     if len(limits) > 3:
-        sizes: tuple[int, ...] = (3, 5, 2, 7, 4) if beside <= 32 else (2, 3, 1)
+        sizes: tuple[int, ...] = (3, 5, 2, 7, 4) if beside <= 32 else (2, 3, 1) if beside <= 2**14 else (5, 4)
     else:
         sizes = (3, 5, 2, 7, 4) if beside <= EVERY else (3, 8, 2, 9) if beside <= 2**14 else (5, 4)
     return {axis: min(limits[axis], sizes[(k + number) % len(sizes)]) for k, axis in enumerate(limits)}

@@ -170,7 +170,7 @@ attention_grad = Op(
     bench=lambda rng, size: _with_gradient(rng, _bench(rng, size)),
     kept=_kept,
     draw=_draw_gradient,
-    sizes=({**MANY_TOKENS[0], "batch": 510, "length": 65},),
+    sizes=({**MANY_TOKENS[0], "batch": 700},),
     wide_inputs=(3,),
 )
 attention = Op(

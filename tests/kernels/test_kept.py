@@ -12,7 +12,7 @@ import pytest
 from minibert import backends
 from minibert.kernels import OPS
 from minibert.kernels.array_module import numpy_module
-from minibert.kernels.attention import _dropped, _merge, _parts, _split, mask_width, spans
+from minibert.kernels.attention import _dropout, _merge, _parts, _split, mask_width, spans
 from minibert.kernels.dropout import dropout_formula
 from minibert.kernels.op import Op, outputs
 from minibert.kernels.readings import bound, exact
@@ -51,8 +51,9 @@ def attention_grad(
         scores = q @ k.swapaxes(1, 2) * scale
         e = np.exp(scores - scores.max(axis=-1, keepdims=True))
         p = e / e.sum(axis=-1, keepdims=True)
-        dp = _dropped(numpy_module, gy @ v.swapaxes(1, 2), span, width, rate, stream)
-        dv = _dropped(numpy_module, p, span, width, rate, stream).swapaxes(1, 2) @ gy
+        dropped = _dropout(numpy_module, span, num_heads, width, rate, stream)
+        dp = dropped(gy @ v.swapaxes(1, 2))
+        dv = dropped(p).swapaxes(1, 2) @ gy
         ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True)) * scale
         rows.append(np.concatenate([_merge(ds @ k), _merge(ds.swapaxes(1, 2) @ q), _merge(dv)], axis=1))
     return np.concatenate(rows)

@@ -91,8 +91,8 @@ def sizes_of(case: Case) -> Iterator[Drawn]:
     small_only = len(axes) > 3 or case.backend.emulated
     for number, size in enumerate(SQUARE[: -1 if small_only else None]):  # one axis taken for another shows nothing
         yield Drawn(case.seed, number, {axis: min(size, largest) for axis, largest in axes.items()})
-    for sizes in case.op.sizes:
-        yield Drawn(case.seed, 0, sizes)
+    for number, sizes in enumerate(case.op.sizes[: 1 if case.backend.emulated else None]):
+        yield Drawn(case.seed, number, sizes)
     yield from _pairs_of(case, axes)
     turns = dict.fromkeys(axes, 0)
     rungs = ((size, axis) for axis, largest in axes.items() for size in ladder(largest))
