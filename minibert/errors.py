@@ -13,9 +13,13 @@ DISTRIBUTION = "minibert-lab"  # on the package index `minibert` is somebody els
 class UserError(ValueError):
     """Bad input. The message says what was expected, what came and what to do."""
 
+    exit_code = 2  # of a command that it ends
+
 
 class WriteError(UserError):
-    """Something could not be written: no mistake of who asked, so the exit code is 1."""
+    """Something could not be written: no mistake of who asked."""
+
+    exit_code = 1
 
 
 def path_of(given: Any, expected: str) -> Path:

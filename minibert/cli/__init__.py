@@ -13,7 +13,7 @@ import typer
 
 from minibert import __version__
 from minibert.backends import BackendUnavailable
-from minibert.errors import UserError, WriteError, pip_install
+from minibert.errors import UserError, pip_install
 
 # A wrong option or argument, in whichever library this release of typer raises it from: click, or its own copy of it.
 UsageMistake: Any = typer.BadParameter.__mro__[2]
@@ -88,5 +88,5 @@ def main() -> None:
         sys.exit(130)
     except MISTAKES as error:
         print(f"error: {in_one_line(error)}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, WriteError) else 2)
+        sys.exit(getattr(error, "exit_code", 2))
     sys.exit(status if isinstance(status, int) else 0)

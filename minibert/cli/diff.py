@@ -18,7 +18,7 @@ from minibert.cli import app, sides
 from minibert.cli.compiling import show_compiling
 from minibert.cli.diff_report import MEANINGS, facts, recorded_facts, summary, table, verdict
 from minibert.cli.drift_report import DRIFT_MEANINGS, drift_facts, drift_tables, drift_verdict
-from minibert.cli.inputs import Inputs, step_inputs
+from minibert.cli.inputs import Inputs, failed_inputs, step_inputs
 from minibert.cli.labelled import MLM, labelled
 from minibert.cli.legend import ULP_HELP, show
 from minibert.cli.options import console, machine, notes, refuse_unwritable, takes_options_of
@@ -44,6 +44,11 @@ def diff_command(
     text: sides.Text = None,
     tokens: sides.Tokens = 1024,
     max_seq_length: sides.MaxSeqLength = 128,
+    again: Path | None = typer.Option(
+        None,
+        metavar="FOLDER",
+        help="The step that a run kept there as it stopped at NaN: its weights, batch, dtype, seed and task.",
+    ),
     step: int = typer.Option(1, min=1, help="Which step on one batch is compared; those before it run unseen."),
     steps: int = typer.Option(1, min=1, help="Train so many steps, each side on its own results, and compare all."),
     dtype: sides.Dtype = "float32",
@@ -71,12 +76,19 @@ def diff_command(
         raise UserError("--record runs side A alone: leave out B and its options")
     if steps > 1 and (step > 1 or record_file is not None or every):
         raise UserError("--steps compares every step from the first: leave out --step, --record and --all")
+    inputs = None
+    if again is not None:
+        if steps > 1 or step > 1:
+            raise UserError("--again is about one step: leave out --step and --steps")
+        inputs, failed = failed_inputs(again)
+        config, dtype, seed, text = str(again), failed.dtype, failed.seed, None
+        tokens, max_seq_length = len(failed.batch["input_ids"]), int(failed.batch["position_ids"].max()) + 1
     first = sides.side(a, dtype)
     if b is None and record_file is None and not (kernels or b_threads or b_dtype is not None):
         raise UserError("expected two sides, as in `minibert diff numpy numba`, or --kernel, --b-threads or --b-dtype")
     second = sides.second_side(a, b, dtype, b_dtype, kernels, b_threads)
     sides.fit(first, second, products)
-    inputs = step_inputs(config, text, tokens, max_seq_length, seed, steps, labelled(**of_examples))
+    inputs = inputs or step_inputs(config, text, tokens, max_seq_length, seed, steps, labelled(**of_examples))
     what = ", ".join((config, *([inputs.task] if inputs.how else []), dtype, f"seed {seed}"))
     if steps > 1:
         status = _drift(first, second, inputs, steps, what, json_file, ulp)

@@ -35,11 +35,12 @@ from minibert.model import checkpoint
 from minibert.model.bert import BertForMaskedLM
 from minibert.model.config import NAMED, BertConfig, ElectraConfig
 from minibert.model.electra_pair import ElectraPair, generator_of
-from minibert.tasks.batches import TaskBatches
+from minibert.tasks.batches import TaskBatch, TaskBatches
 from minibert.tasks.finetune import load_model
 from minibert.tasks.from_text import examples_of_text
 from minibert.tasks.task import architecture_of, task_of
 from minibert.train.config import TrainingConfig
+from minibert.train.failed_step import FailedStep, read_failed_step
 
 SEPARATOR_HELP = (
     f"What separates the documents of a file: {TWO_BLANK_LINES}; {BLANK_LINE}, with a sentence a line, as Google's "
@@ -51,12 +52,22 @@ GENERATOR_SIZE = TrainingConfig().generator_size
 CHARACTERS = 12  # that are read for a token of a batch, which is 4 to 5 characters of English
 
 
+class One(NamedTuple):
+    """Batches of which there is one."""
+
+    first: PackedBatch
+
+    def batch(self, step: int) -> PackedBatch:
+        """The same at each step."""
+        return self.first
+
+
 class Inputs(NamedTuple):
     """How the model and the batch of a step are made."""
 
     config: BertConfig
     make_model: Callable[[Backend, str], Any]  # on a backend, in a dtype
-    make_batches: Callable[[], Batches]
+    make_batches: Callable[[], Batches | One]
     task: str = MLM
     how: str = ""  # where the examples of another task come from, and their labels
 
@@ -109,6 +120,30 @@ def step_inputs(
         return BertForMaskedLM(model_config, backend, dtype, seed)
 
     return Inputs(model_config, make_model, make_batches, labelled.task)
+
+
+def failed_inputs(folder: Path) -> tuple[Inputs, FailedStep]:
+    """Those of a step that a run kept as it stopped at NaN. Raises UserError where the folder holds none."""
+    step = read_failed_step(folder)
+    config = checkpoint.read_config(folder)
+    task = None if step.task in UNLABELLED else task_of(config, architecture_of(config))
+    if task is None and step.task not in UNLABELLED:
+        raise UserError(f"{folder} holds a step of the task {step.task!r}, and no model of it: get the folder anew")
+    try:
+        batch = PackedBatch(**step.batch) if task is None else TaskBatch(**step.batch, task=task)
+    except TypeError:
+        raise UserError(f"{folder}: its batch is another version's: run the training again with this one") from None
+
+    def make_model(backend: Backend, dtype: str) -> Any:
+        if task is not None:
+            model = load_model(task, folder, backend, dtype, step.seed)[0]
+        else:
+            kind = ElectraPair if step.task == RTD else BertForMaskedLM
+            model = kind.from_pretrained(folder, backend, dtype, step.seed)
+        model.step = step.number
+        return model
+
+    return Inputs(config, make_model, lambda: One(batch), step.task), step
 
 
 def task_inputs(

@@ -174,6 +174,7 @@ def pretrain(
     documents = read_documents(options["texts"] or [SHIPPED_TEXT], options["document_separator"])
 
     trainer = make_trainer(state, documents, training, place, options, output)
+    trainer.kernels = kernel
     say_views(options, output)
     if trainer.step >= training.max_steps:
         say(f"all {training.max_steps} steps were done before: --steps makes the run longer")

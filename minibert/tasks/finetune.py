@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 
 from minibert.backends import Backend
 from minibert.data import SHUFFLE_STREAM, check_vocabulary, save_tokenizer
+from minibert.data.batching import pack as packed_sequences
 from minibert.data.masking import shuffled
 from minibert.errors import UserError
 from minibert.kernels.philox import Stream
@@ -33,13 +34,24 @@ from minibert.model.checkpoint import has_weights, read_config, write_config
 from minibert.model.matching import LoadReport
 from minibert.model.packing import Packed
 from minibert.model.pretrained import PreTrained
+from minibert.tasks.batches import targets_of
 from minibert.tasks.embedding_task import Embed
 from minibert.tasks.evaluation import batch_of, evaluate, figure_names, predict
 from minibert.tasks.examples import REGRESSION
 from minibert.tasks.labels import LabelIds
-from minibert.tasks.task import Classify, Prepared, Task, architecture_of, label_names, most_tokens, own_names
+from minibert.tasks.task import (
+    Classify,
+    Prepared,
+    Task,
+    architecture_of,
+    label_names,
+    most_tokens,
+    own_names,
+    task_of,
+)
 from minibert.train.checkpoint import model_files
 from minibert.train.config import OptimizationConfig
+from minibert.train.failed_step import FailedStep
 from minibert.train.loop import Loop, Record, State
 from minibert.train.optim import AdamW, parameter_groups
 from minibert.tuning import (
@@ -242,15 +254,29 @@ class FineTuning(Loop):
         passes = [self.batch(self.train, chosen[start : start + size]) for start in range(0, len(chosen), size)]
         weights = [self.weight(targets) for _, targets in passes]
         total, loss = sum(weights), 0.0
-        for number, ((packed, targets), weight) in enumerate(zip(passes, weights, strict=True)):
+        first = self.step * self.config.gradient_accumulation_steps
+        for number, ((packed, targets), weight) in enumerate(zip(passes, weights, strict=True), first):
             if not weight:
                 continue
-            self.model.step = self.step * self.config.gradient_accumulation_steps + number  # names the dropout masks
+            self.model.step = self.number = number  # names the dropout masks
             _, mean = self.task.forward(self.model, packed, targets, self.class_weights)
             assert mean is not None
             mean.backward(np.asarray(weight / total))
             loss += mean.item() * weight / total
         return loss, sum(len(packed.input_ids) for packed, _ in passes)
+
+    def failed_step(self) -> FailedStep | None:
+        kind = task_of(self.model.config, type(self.model).__name__)
+        if kind is None or isinstance(self.model, TunedModel) or self.class_weights is not None:
+            return None
+        size = self.config.per_device_train_batch_size
+        start = size * (self.number - self.step * self.config.gradient_accumulation_steps)
+        chosen = self.chosen(self.step)[start : start + size]
+        flat = packed_sequences(self.train.sequences, self.train.sequences_of(chosen))
+        batch = {**vars(flat), "labels": targets_of(self.task, self.train, chosen)}
+        arrays = {name: array for name, array in batch.items() if array is not None}
+        name = "regress" if kind.problem_type == REGRESSION else type(kind).__name__.lower()
+        return FailedStep(arrays, name, self.model.place.dtype, self.config.seed, self.number)
 
     def weight(self, targets: np.ndarray) -> float:
         """What the mean loss of a pass is the mean of; with class weights, their sum."""

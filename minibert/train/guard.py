@@ -14,6 +14,8 @@ from minibert.kernels.op import Array, Op, holds_floats, input_name, output_name
 class NonFiniteError(UserError):
     """Training stopped, with nothing updated, because a number is no longer finite. The message names the op."""
 
+    exit_code = 1
+
 
 class FirstNonFinite:
     """A watcher that stops at the first op whose output holds NaN or infinity."""

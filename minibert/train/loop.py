@@ -39,6 +39,7 @@ from minibert.train.checkpoint import (
     write_checkpoint,
 )
 from minibert.train.config import OptimizationConfig
+from minibert.train.failed_step import FailedStep, command, write_failed_step
 from minibert.train.guard import FirstNonFinite, NonFiniteError
 from minibert.train.log import LOG, Record, add_line, forget_after
 from minibert.train.optim import AdamW, linear_schedule
@@ -89,6 +90,8 @@ class Loop:
         self.broken: tuple[str, ...] = ()  # checkpoints that were passed over then
         self.resumed = False  # and has not gone on yet
         self.measured: dict[str, float] = {}  # what else the last step found, under its names in the log
+        self.kernels: Sequence[str] = ()  # of one's own, as --kernel takes them: named where a step is to be seen again
+        self.number = 0  # of the pass that is computed, or was last
         self.stop = False  # set it, from a signal handler say, and the run ends after the step
         # How far the run came, and sums since the last line of the log: plain numbers, saved as they are.
         self.progress: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "since": dict.fromkeys(SINCE, 0)}
@@ -210,8 +213,23 @@ class Loop:
             found = str(first)
         return (
             f"step {self.step + 1}: {error}: {found}. Nothing was updated; begin a run with a lower learning rate than "
-            f"{self.optimizer.lr:.3g}: resumed, this one comes to the same"
+            f"{self.optimizer.lr:.3g}: resumed, this one comes to the same{self.seen_again()}"
         )
+
+    def failed_step(self) -> FailedStep | None:
+        """The pass that is computed, or was last, where `minibert diff` has models and tasks of its kind."""
+        return None
+
+    def seen_again(self) -> str:
+        """Keep what it takes to see the step again next to the run: how, as the end of a message."""
+        failed, folder = self.failed_step(), self.output / f"nonfinite-{self.step + 1}"
+        if failed is None:
+            return ""
+        try:
+            write_failed_step(folder, self.model, failed)
+        except (OSError, UserError) as error:
+            return f". The step could not be kept: {error}"
+        return f". To see it again: {command(folder, self.model.backend, self.kernels)}"
 
     def evaluate_and_log(self) -> Record:
         return self.log({"step": self.step, **self.evaluate()})

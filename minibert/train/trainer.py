@@ -41,6 +41,7 @@ from minibert.model.electra_pair import ElectraPair
 from minibert.model.packing import IGNORE, Packed, pack
 from minibert.model.tensor import Tensor, no_grad
 from minibert.train.config import TrainingConfig
+from minibert.train.failed_step import FailedStep
 from minibert.train.graphed import GraphedSteps
 from minibert.train.loop import Loop, Record, demand_finite, shares
 from minibert.train.optim import AdamW, parameter_groups
@@ -159,12 +160,18 @@ class Trainer(Loop):
         loss, self.measured = 0.0, {}
         for number, share, second_share in zip(numbers, predicted, second, strict=True):
             batch, packed = self.packed(number)
-            self.model.step = number  # names the dropout masks
+            self.model.step = self.number = number  # names the dropout masks
             mean = self.mean_of(batch, packed, share, second_share)
             mean.backward(np.asarray(share))
             self.prepare(number + 1)
             loss += mean.item() * share
         return loss, sum(len(batch.input_ids) for batch in batches)
+
+    def failed_step(self) -> FailedStep | None:
+        if self.config.next_sentence:  # whose loss a batch of `minibert diff` has not
+            return None
+        batch = {name: array for name, array in vars(self.packed(self.number)[0]).items() if array is not None}
+        return FailedStep(batch, self.config.objective, self.model.place.dtype, self.config.seed, self.number)
 
     def second_count(self, batch: PackedBatch) -> int:
         """What the loss of the second head is the mean of."""

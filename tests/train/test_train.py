@@ -357,7 +357,7 @@ def test_command_takes_a_kernel_and_the_shipped_text(
     with pytest.raises(SystemExit) as stopped:
         main()
     said = capsys.readouterr()
-    assert stopped.value.code == 2
+    assert stopped.value.code == 1
     assert "no TEXT given" in said.out and "first in op square_norm" in said.err and len(said.err.splitlines()) == 1
 
 
