@@ -24,6 +24,7 @@ from minibert.cli.running import (
     fastest_or,
     follow,
     merged,
+    require_memory,
     resumed,
     say,
     say_views,
@@ -50,6 +51,7 @@ from minibert.tasks.picture import draw_confusion_matrix, figure_library
 from minibert.tasks.pipeline import fine_tuned
 from minibert.tasks.task import Classify, Prepared, Task
 from minibert.train.loop import Record, read_state, refuse_to_overwrite
+from minibert.train.memory import Memory, Passes, predict
 
 TASKS = (*STEPS, "embed")
 DEFAULT = FineTuningConfig()
@@ -254,6 +256,7 @@ def make_run(
         held_out = prepared(task, kind, Path(options["validation"]), columns, tokenizer, config.max_seq_length)
     model, new = load_model(task, folder, place, options["dtype"], config.seed)
     run = FineTuning(model, task, train, held_out, tokenizer, config, output, options, new=new, base=str(folder))
+    refuse_too_large(run)
     trained = model.num_parameters(only_trainable=True)
     said = f"{len(task.names)} labels: {', '.join(task.names[:12])}{' ...' if len(task.names) > 12 else ''}"
     headed = embed.description(train) if embed else "a new head" if new else "with its head"
@@ -269,6 +272,32 @@ def make_run(
     for note in train.notes:
         say(f"note: {note}")
     return run
+
+
+def refuse_too_large(run: FineTuning) -> None:
+    """Raise UserError where a step would not find room in memory."""
+    config, model = run.config, run.model
+    size, lengths = config.per_device_train_batch_size, run.train.lengths
+    tokens = max(int(lengths[rows[i : i + size]].sum()) for rows in run.batches(0) for i in range(0, len(rows), size))
+    counts = model.num_parameters(), model.num_parameters(only_trainable=True)
+
+    def predicted(passes: Passes) -> Memory | None:
+        return predict(model.config, passes, model.backend.name, run.options["dtype"], *counts)
+
+    def flags(found: Passes) -> str:
+        passes = found.accumulated // config.gradient_accumulation_steps
+        recompute = " --checkpoint-activations" if found.recompute else ""
+        return (
+            f"--per-device-train-batch-size {max(1, size // passes)} "
+            f"--gradient-accumulation-steps {found.accumulated}{recompute}"
+        )
+
+    passes = Passes(
+        tokens, config.gradient_accumulation_steps, 0, config.checkpoint_activations,
+        min(config.tokens_per_batch, int(run.validation.lengths.sum())),
+    )  # fmt: skip
+    whole = run.task.in_batch  # the examples of a pass are told apart from each other
+    require_memory(predicted, passes, tokens if whole else max(int(lengths.max()), -(-tokens // size)), flags)
 
 
 def prepared(

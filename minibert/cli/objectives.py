@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minibert.backends import Backend
-from minibert.cli.running import say
+from minibert.cli.running import require_memory, say
 from minibert.errors import UserError
 from minibert.model.bert import BertForMaskedLM, BertForPreTraining
 from minibert.model.checkpoint import read_config
@@ -15,6 +15,7 @@ from minibert.model.config import NAMED, BertConfig, ElectraConfig
 from minibert.model.electra_pair import GENERATOR, ElectraPair, generator_of
 from minibert.train.config import TrainingConfig
 from minibert.train.loop import Record
+from minibert.train.memory import Memory, Passes, parameters_of, predict
 from minibert.train.replaced_tokens import ReplacedTokenTrainer
 from minibert.train.trainer import Data, Trainer
 
@@ -43,15 +44,42 @@ def config_for(training: TrainingConfig, folder: Path | None, size: str) -> Bert
     return config
 
 
+def refuse_too_large(
+    config: BertConfig, training: TrainingConfig, place: Backend, dtype: str, folder: Path | None
+) -> None:
+    """Raise UserError where the model and a step of its training would not find room in memory: before there is one."""
+
+    def predicted(passes: Passes) -> Memory | None:
+        if not isinstance(config, ElectraConfig):
+            return predict(config, passes, place.name, dtype, parameters_of(config))
+        other = _generator(config, training, folder)
+        halves = [predict(each, passes, place.name, dtype, parameters_of(each)) for each in (config, other)]
+        return None if halves[0] is None or halves[1] is None else halves[0] + halves[1]
+
+    share = training.mlm_probability * training.tokens_per_batch
+    passes = Passes(
+        training.tokens_per_batch, training.gradient_accumulation_steps, round(share), training.checkpoint_activations
+    )
+
+    def flags(found: Passes) -> str:
+        recompute = " --checkpoint-activations" if found.recompute else ""
+        return f"--tokens-per-batch {found.tokens} --gradient-accumulation-steps {found.accumulated}{recompute}"
+
+    require_memory(predicted, passes, training.max_seq_length, flags)
+
+
 def untrained(
     config: BertConfig, training: TrainingConfig, place: Backend, dtype: str, folder: Path | None
 ) -> BertForMaskedLM | ElectraPair:
     """A model of a config; or a pair, whose generator's config the folder may hold."""
     if not isinstance(config, ElectraConfig):
         return _masked_lm(training)(config, place, dtype, training.seed)
+    return ElectraPair(config, _generator(config, training, folder), place, dtype, training.seed)
+
+
+def _generator(config: ElectraConfig, training: TrainingConfig, folder: Path | None) -> BertConfig:
     beside = folder / GENERATOR if folder is not None and (folder / GENERATOR).is_dir() else None
-    generator = generator_of(config, training.generator_size) if beside is None else read_config(beside)
-    return ElectraPair(config, generator, place, dtype, training.seed)
+    return generator_of(config, training.generator_size) if beside is None else read_config(beside)
 
 
 def pretrained(folder: Path, training: TrainingConfig, place: Backend, dtype: str) -> BertForMaskedLM | ElectraPair:

@@ -14,7 +14,15 @@ from minibert import backends
 from minibert.backends import MOST_THREADS, Backend
 from minibert.cli import app
 from minibert.cli.inputs import SEPARATOR_HELP
-from minibert.cli.objectives import config_for, pretrained, refuse_generator_options, trainer_of, untrained, words_of
+from minibert.cli.objectives import (
+    config_for,
+    pretrained,
+    refuse_generator_options,
+    refuse_too_large,
+    trainer_of,
+    untrained,
+    words_of,
+)
 from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP, PRODUCTS_HELP, set_products
 from minibert.cli.running import (
     TENSORBOARD,
@@ -206,6 +214,7 @@ def make_trainer(
         model, tokenizer = new_model(documents, training, place, options)
     else:
         tokenizer = load_tokenizer(state.folder)
+        refuse_too_large(read_config(state.folder), training, place, options["dtype"], state.folder)
         model = untrained(read_config(state.folder), training, place, options["dtype"], state.folder)
     trainer = trainer_of(model, prepare(documents, tokenizer, training), training, output, options)
     if state is not None:
@@ -248,6 +257,7 @@ def new_model(
     if folder is None:
         bert = replace(bert, vocab_size=vocabulary_size(tokenizer), pad_token_id=special_ids(tokenizer).pad)
     check_vocabulary(tokenizer, bert.vocab_size)
+    refuse_too_large(bert, training, place, dtype, folder)
     if folder is None or not has_weights(folder):
         return untrained(bert, training, place, dtype, folder), tokenizer
     if options["layers"] is not None or options["hidden"] is not None:

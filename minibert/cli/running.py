@@ -16,12 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from minibert import backends
 from minibert.backends import Backend, BackendUnavailable
 from minibert.cli.compiling import show_compiling
-from minibert.cli.options import console, notes
+from minibert.cli.options import console, notes, plain_table
 from minibert.errors import UserError
 from minibert.kernels import Op
 from minibert.lab.conform.own_kernels import TriedKernel, refuse_uncalled
+from minibert.train.checkpoint import megabytes
 from minibert.train.config import OptimizationConfig
 from minibert.train.loop import Loop, Record
+from minibert.train.memory import Memory, Passes, available, smaller
 from minibert.train.weights_and_biases import FOLDER as OFFLINE_RUNS
 
 TENSORBOARD = typer.Option(
@@ -85,6 +87,32 @@ def refuse_changes(stored: Mapping[str, Any], given: Mapping[str, Any], changeab
             raise UserError(
                 f"--resume: the run began with {name} {stored.get(name)}, got {value}: leave it out, or begin anew"
             )
+
+
+def require_memory(
+    predicted: Callable[[Passes], Memory | None], passes: Passes, least: int, flags: Callable[[Passes], str]
+) -> None:
+    """Raise UserError, after a table, where a run would take more memory than there is.
+
+    `least`: tokens that a pass has to hold. `flags`: those of a command line that ask for such passes.
+    """
+    memory, free = predicted(passes), available()
+    if memory is None or free is None or memory.total <= free:
+        return
+
+    def fits(tried: Passes) -> bool:
+        less = predicted(tried)
+        return less is not None and less.total <= free
+
+    table = plain_table("memory", "MB")
+    for name, size in (*memory.rows(), ("free", megabytes(free))):
+        table.add_row(name, size.removesuffix(" MB"))
+    notes.print(table)
+    found = smaller(passes, least, fits)
+    mend = "take a smaller model" if found is None else f"the same updates fit with {flags(found)}"
+    raise UserError(
+        f"the run would take about {megabytes(memory.total)} of memory, and {megabytes(free)} are free: {mend}"
+    )
 
 
 @contextmanager

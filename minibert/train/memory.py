@@ -1,0 +1,133 @@
+"""What memory a run will take, told from shapes before anything is allocated; and what the machine has.
+
+A run holds weights, gradients and two moments. On top of these comes the greatest of what its phases take, one after
+the other: the layers' backward pass, the head's products, the optimiser, and writing a checkpoint. What each of them
+holds was counted with `tracemalloc`; `tests/train/test_memory.py` compares with whole runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minibert.model.bert import HEAD_ROWS
+from minibert.model.config import BertConfig
+from minibert.train.checkpoint import megabytes
+
+CGROUP = (  # files with the limit of a container and what it has taken, in the two versions of the system's interface
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+
+
+class Costs(NamedTuple):
+    """What a backend makes beside what backward reads, in arrays of a kind."""
+
+    hidden: float  # (N, I) in a layer
+    channels: float  # (N, C) there, of a backward pass
+    logits: float  # (M, V) in the head
+    weights: float  # of the trained parameters' size, in the optimiser
+
+
+COSTS = {"numba": Costs(2, 1.75, 1.1, 0), "numpy": Costs(4, 2, 5.2, 6)}
+
+
+class Passes(NamedTuple):
+    """The shape of a step's passes, each of which is freed before the next one."""
+
+    tokens: int  # of the longest
+    accumulated: int = 1
+    predicted: int = 0  # masked positions, of which a language model's head makes logits
+    recompute: bool = False  # layers are computed again in backward
+    evaluated: int = 0  # tokens of a pass in evaluation
+
+    def halved(self) -> Passes:
+        """Twice as many of half the size."""
+        tokens, accumulated = -(-self.tokens // 2), 2 * self.accumulated
+        return self._replace(tokens=tokens, accumulated=accumulated, predicted=-(-self.predicted // 2))
+
+
+class Memory(NamedTuple):
+    """Bytes by what they are for: a row of the table each."""
+
+    weights: int
+    gradients_and_moments: int
+    kept_for_backward: int
+    passing: int  # the most that a phase takes beyond that
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+    def __add__(self, other: Any) -> Memory:
+        return Memory(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What is shown, in MB."""
+        named = zip((name.replace("_", " ") for name in self._fields), self, strict=True)
+        return [(name, megabytes(size)) for name, size in (*named, ("together", self.total))]
+
+
+def predict(
+    config: BertConfig, passes: Passes, backend: str, dtype: str, parameters: int, trained: int | None = None
+) -> Memory | None:
+    """What a run takes on a CPU's backend, beside the program itself; None for backends that nobody has counted.
+
+    `trained` is how many of the parameters are: all, where it is not given.
+    """
+    if backend not in COSTS:
+        return None
+    costs, width = COSTS[backend], 8 if dtype == "float64" else 4
+    trained = parameters if trained is None else trained
+    n, m = passes.tokens, min(passes.predicted, HEAD_ROWS)
+    c, i, layers, v = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size
+    of_layer = n * (i + 6 * c)
+    kept = 3 * n * c + layers * (n * c if passes.recompute else of_layer)
+    backward = n * max(costs.hidden * i + costs.channels * c, 10 * c if backend == "numpy" else 0)
+    if passes.recompute:
+        backward += of_layer + 3 * n * c
+    head = m * (costs.logits * v + 7 * c)
+    evaluation = passes.evaluated * (costs.hidden * i + (costs.channels + 1) * c)
+    saving = 2 * parameters + 2 * trained  # what is written is copied
+    most = max(kept + max(backward, head), costs.weights * trained, evaluation, saving)
+    return Memory(*(int(width * count) for count in (parameters, 3 * trained, kept, most - kept)))
+
+
+def parameters_of(config: BertConfig) -> int:
+    """How many parameters a masked language model of this config has, before there is one: to about 1 %."""
+    c, i, e, v = config.hidden_size, config.intermediate_size, config.embedding_size, config.vocab_size
+    embeddings = (v + config.max_position_embeddings + config.type_vocab_size + 2) * e + (c * e if c != e else 0)
+    layers = config.num_hidden_layers * (4 * c * c + 2 * c * i + 9 * c + i)
+    return embeddings + layers + c * e + v + 3 * e
+
+
+def smaller(passes: Passes, least: int, fits: Callable[[Passes], bool]) -> Passes | None:
+    """Passes of the same step that fit: shorter ones first, which cost little time; then with recomputation too."""
+    for recompute in dict.fromkeys((passes.recompute, True)):
+        tried = passes._replace(recompute=recompute)
+        while tried.tokens >= least:
+            if fits(tried):
+                return tried
+            tried = tried.halved()
+    return None
+
+
+def available() -> int | None:
+    """Bytes that this process may still take; None where the system does not say (it is not Linux)."""
+    try:
+        import resource  # where there is one, as on Linux
+
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        found = [1024 * int(lines["MemAvailable"].split()[0])]
+        group = Path("/sys/fs/cgroup")
+        for limit, used in CGROUP:
+            if (group / limit).is_file() and (most := (group / limit).read_text().strip()) != "max":
+                found.append(int(most) - int((group / used).read_text()))
+        most_addresses = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if most_addresses != resource.RLIM_INFINITY:
+            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            found.append(most_addresses - taken)
+    except (ImportError, OSError, KeyError, ValueError):
+        return None
+    return max(0, min(found))

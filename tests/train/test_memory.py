@@ -1,0 +1,184 @@
+"""What memory a run takes is told before it: within 15 % of what is measured, and refused with what would fit.
+
+Some configurations are small and always tried; `MINIBERT_ALL_MEMORY=1 pytest tests/train/test_memory.py -s` tries all
+of them and prints the worst.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import tracemalloc
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from minibert.cli import running
+from minibert.data import SHIPPED_TEXT, read_documents, train_tokenizer
+from minibert.model.bert import BertForMaskedLM
+from minibert.model.config import NAMED, BertConfig, ElectraConfig
+from minibert.model.electra import ElectraForMaskedLM, ElectraForPreTraining
+from minibert.train.config import TrainingConfig
+from minibert.train.memory import Passes, available, parameters_of, predict, smaller
+from minibert.train.trainer import Data, Trainer, prepare
+from tests.toy_tasks import FILES, command, make
+
+ALLOWED = 0.15
+
+
+class Run(NamedTuple):
+    """What is trained, for two steps, evaluated and saved."""
+
+    backend: str
+    layers: int
+    channels: int
+    inner: int
+    vocabulary: int
+    tokens: int
+    recompute: bool = False
+    dtype: str = "float32"
+
+
+SMALL = [
+    Run("numpy", 2, 64, 256, 500, 1024),
+    Run("numpy", 1, 128, 256, 3000, 512),
+    Run("numpy", 4, 64, 256, 500, 1024, recompute=True),
+    Run("numba", 2, 64, 256, 500, 1024),
+]
+ALL = [
+    *SMALL,
+    Run("numba", 4, 128, 512, 1000, 1024),
+    Run("numba", 2, 256, 1024, 8000, 1024),
+    Run("numba", 6, 64, 256, 1000, 4096),
+    Run("numba", 4, 128, 512, 1000, 2048, recompute=True),
+    Run("numba", 2, 128, 512, 1000, 2048, dtype="float64"),
+    Run("numpy", 2, 256, 1024, 8000, 1024),
+    Run("numpy", 6, 64, 256, 1000, 4096),
+    Run("numpy", 2, 128, 512, 1000, 2048, dtype="float64"),
+]
+CHOSEN = ALL if os.environ.get("MINIBERT_ALL_MEMORY") else SMALL
+
+
+@cache
+def data(vocabulary: int, tokens: int) -> Data:
+    documents = read_documents(SHIPPED_TEXT)[: 12 if vocabulary > 5000 else 4]
+    return prepare(documents, train_tokenizer(documents, vocabulary), config(tokens))
+
+
+def config(tokens: int, recompute: bool = False) -> TrainingConfig:
+    return TrainingConfig(
+        max_steps=2, tokens_per_batch=tokens, max_seq_length=128, eval_tokens=tokens, checkpoint_activations=recompute
+    )
+
+
+def trainer(run: Run, folder: Path) -> Trainer:
+    text = data(run.vocabulary, run.tokens)
+    bert = BertConfig(
+        vocab_size=text.tokenizer.get_vocab_size(), hidden_size=run.channels, num_hidden_layers=run.layers,
+        num_attention_heads=run.channels // 64, intermediate_size=run.inner, max_position_embeddings=128,
+    )  # fmt: skip
+    return Trainer(BertForMaskedLM(bert, run.backend, run.dtype), text, config(run.tokens, run.recompute), folder)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("run", CHOSEN, ids=lambda run: "-".join(map(str, run)))
+def test_prediction_is_near_what_is_measured(run: Run, tmp_path: Path) -> None:
+    data(run.vocabulary, run.tokens)
+    small = run._replace(tokens=256) if run.backend == "numpy" else run
+    list(trainer(small, tmp_path / "loaded").run())  # modules and compiled code are not counted
+    tracemalloc.start()
+    try:
+        made = trainer(run, tmp_path / "run")
+        tracemalloc.reset_peak()
+        list(made.run())
+        measured = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    bert, masked = made.model.config, round(0.15 * run.tokens)
+    passes = Passes(run.tokens, 1, masked, run.recompute, run.tokens)
+    memory = predict(bert, passes, run.backend, run.dtype, parameters_of(bert))
+    assert memory is not None
+    off = memory.total / measured - 1
+    print(
+        f"{' '.join(map(str, run))}: predicted {memory.total / 1e6:.1f} MB, measured {measured / 1e6:.1f}, {off:+.1%}"
+    )
+    assert abs(off) < ALLOWED
+
+
+@pytest.mark.parametrize("name", ["tiny", "mini"])
+def test_parameters_are_counted_before_there_are_any(name: str) -> None:
+    bert, electra = NAMED[name], ElectraConfig.like(NAMED[name])
+    for kind, one in ((BertForMaskedLM, bert), (ElectraForMaskedLM, electra), (ElectraForPreTraining, electra)):
+        counted = kind(one, "numpy", initialise=False).num_parameters()
+        assert parameters_of(one) == pytest.approx(counted, rel=0.02 if kind is not ElectraForPreTraining else 0.05)
+
+
+def test_shorter_passes_come_before_recomputation() -> None:
+    most = 300
+
+    def fits(tried: Passes) -> bool:
+        return tried.tokens // (4 if tried.recompute else 1) <= most
+
+    assert smaller(Passes(1024, 2, 100), 200, fits) == Passes(256, 8, 25)
+    assert smaller(Passes(1024, 2, 100), 512, fits) == Passes(1024, 2, 100, recompute=True)
+    assert smaller(Passes(1024), 512, lambda tried: False) is None
+
+
+def test_a_device_with_memory_of_its_own_is_left_alone() -> None:
+    assert predict(NAMED["tiny"], Passes(10), "cupy", "float32", 10) is None
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system is asked on Linux")
+def test_a_limit_of_the_process_counts() -> None:
+    import resource
+
+    free, before = available(), resource.getrlimit(resource.RLIMIT_AS)
+    assert free is not None and free > 0
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 50_000_000, before[1]))
+    try:
+        limited = available()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert limited is not None and 0 < limited <= 50_000_000
+
+
+def refused(
+    free: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> list[str]:
+    """The flags that are advised to a command that does not fit."""
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "available", lambda: free)
+        assert command(patch, *arguments) == 2
+    *table, said = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: the run would take about ") and f"{free / 1e6:.1f} MB are free" in said, said
+    assert ["together", said.split()[6]] in [row.split() for row in table], (table, said)
+    return shlex.split(said.partition("the same updates fit with ")[2])
+
+
+def test_commands_refuse_and_say_what_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toys = make(tmp_path, monkeypatch)
+    capsys.readouterr()
+    model = ["--layers", 1, "--hidden", 64, "--steps", 1, "--backend", "numpy", "--max-seq-length", 32,
+             "--document-separator", "line", "--vocab-size", 200]  # fmt: skip
+    for objective in ("mlm", "rtd"):
+        output = tmp_path / objective
+        run = ["pretrain", toys / "text.txt", "--output", output, *model, "--objective", objective]
+        flags = refused(15_000_000, monkeypatch, capsys, *run, "--tokens-per-batch", 4096)
+        assert flags[0] == "--tokens-per-batch" and int(flags[1]) * int(flags[3]) == 4096, flags
+        assert not output.exists(), "nothing was begun"
+        assert refused(1000, monkeypatch, capsys, *run) == []
+        monkeypatch.setattr(running, "available", lambda: 15_000_000)
+        assert command(monkeypatch, *run, *flags) == 0
+        capsys.readouterr()
+    run = ["finetune", "classify", "--model", toys / "model", "--train", toys / FILES["classify"], "--backend", "numpy",
+           "--num-train-epochs", 1, "--output", tmp_path / "tuned"]  # fmt: skip
+    flags = refused(1_900_000, monkeypatch, capsys, *run, "--per-device-train-batch-size", 32)
+    assert flags[0] == "--per-device-train-batch-size" and int(flags[1]) * int(flags[3]) == 32, flags
+    monkeypatch.setattr(running, "available", lambda: 1_900_000)
+    assert command(monkeypatch, *run, *flags) == 0
