@@ -22,6 +22,19 @@ class WriteError(UserError):
     exit_code = 1
 
 
+class Interrupted(BaseException):
+    """A signal asked this process to end: raised where there is nothing to finish first, and caught by nobody else."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """As shells have it."""
+        return 128 + self.number
+
+
 def path_of(given: Any, expected: str) -> Path:
     """A path that was given. Raises UserError for what is none."""
     if not isinstance(given, str | os.PathLike):

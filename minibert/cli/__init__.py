@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from importlib import import_module
@@ -13,7 +14,7 @@ import typer
 
 from minibert import __version__
 from minibert.backends import BackendUnavailable
-from minibert.errors import UserError, pip_install
+from minibert.errors import Interrupted, UserError, pip_install
 
 # A wrong option or argument, in whichever library this release of typer raises it from: click, or its own copy of it.
 UsageMistake: Any = typer.BadParameter.__mro__[2]
@@ -68,6 +69,7 @@ def main() -> None:
     """Run a command. A mistake is one line on stderr and exit code 2; what cannot be written, 1; an interrupt, 130."""
     register_commands()
     from minibert.cli.options import refuse_repeated
+    from minibert.cli.signals import handled
 
     for stream in (sys.stdout, sys.stderr):  # a path or a token that the terminal cannot show must not stop a command
         if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
@@ -75,7 +77,8 @@ def main() -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         refuse_repeated(sys.argv[1:])
-        status = app(standalone_mode=False)
+        with handled():
+            status = app(standalone_mode=False)
     except UsageMistake as error:
         if error.format_message():
             print(f"error: {error.format_message()}", file=sys.stderr)
@@ -83,6 +86,9 @@ def main() -> None:
     except BrokenPipeError:  # who read standard output has enough of it, as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Interrupted as stop:
+        print(f"stopped by {signal.Signals(stop.number).name}", file=sys.stderr)
+        sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         sys.exit(130)

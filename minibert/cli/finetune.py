@@ -21,8 +21,10 @@ from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP
 from minibert.cli.running import (
     TENSORBOARD,
     WANDB,
+    ended_by,
     fastest_or,
     follow,
+    is_over,
     merged,
     require_memory,
     resumed,
@@ -177,10 +179,10 @@ def finetune(
         say(f"going on after step {run.step}")
     with stopped_by_signals(run):
         follow(run, evaluation)
-    if run.step < run.max_steps:
+    if not is_over(run):
         say(f"stopped after step {run.step} of {run.max_steps}, and saved. To go on: "
             f"minibert finetune {task} --output {output} --resume")  # fmt: skip
-        return 130
+        return ended_by(run)
     if run.ended_early:
         say(f"ended after step {run.step}: {run.progress['evaluations_since']} evaluations without a better one")
     best = run.progress["best"]["step"]

@@ -27,8 +27,10 @@ from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP, PRODUCT
 from minibert.cli.running import (
     TENSORBOARD,
     WANDB,
+    ended_by,
     fastest_or,
     follow,
+    is_over,
     merged,
     resumed,
     say,
@@ -184,14 +186,14 @@ def pretrain(
     trainer = make_trainer(state, documents, training, place, options, output)
     trainer.kernels = kernel
     say_views(options, output)
-    if trainer.step >= training.max_steps:
+    if is_over(trainer):
         say(f"all {training.max_steps} steps were done before: --steps makes the run longer")
     with place.using(swapped) if swapped else nullcontext(), stopped_by_signals(trainer):
         follow(trainer, words_of(training), swapped)
-    if trainer.step < training.max_steps:
+    if not is_over(trainer):
         again = resume_command(output, kernel, options["backend"])
         say(f"stopped after step {trainer.step} of {training.max_steps}, and saved. To go on: {again}")
-        return 130
+        return ended_by(trainer)
     kind = "ElectraForPreTraining" if training.objective == "rtd" else "BertForMaskedLM"
     say(f"the model is in {output}: minibert.{kind}.from_pretrained({str(output)!r})")
     return 0

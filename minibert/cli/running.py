@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,7 +18,8 @@ from minibert import backends
 from minibert.backends import Backend, BackendUnavailable
 from minibert.cli.compiling import show_compiling
 from minibert.cli.options import console, notes, plain_table
-from minibert.errors import UserError
+from minibert.cli.signals import handled
+from minibert.errors import Interrupted, UserError
 from minibert.kernels import Op
 from minibert.lab.conform.own_kernels import TriedKernel, refuse_uncalled
 from minibert.train.checkpoint import megabytes
@@ -33,6 +35,7 @@ WANDB = typer.Option(
     None, "--wandb", metavar="PROJECT",
     help="When it ends, write the log as an offline run of this project of Weights & Biases too, in OUTPUT/wandb.",
 )  # fmt: skip
+STOPPED_BY: WeakKeyDictionary[Loop, int] = WeakKeyDictionary()  # runs, and the signals that did it
 FASTEST_FIRST = ("cupy", "numba", "numpy")
 Config = TypeVar("Config", bound=OptimizationConfig)
 
@@ -117,25 +120,29 @@ def require_memory(
 
 @contextmanager
 def stopped_by_signals(trainer: Loop) -> Iterator[None]:
-    """Ctrl-C, or SIGTERM, lets the step finish and the run save itself; the second one does what it always does.
+    """A signal that asks for the end lets the step finish, leaves an evaluation, and the run saves itself.
 
-    One that is ignored, as a shell has SIGINT ignored by what it starts in the background, stays so.
+    The process ends with its code then (`ended_by`); a second signal ends it at once.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(number: int) -> None:
         trainer.stop = True
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        STOPPED_BY[trainer] = number
+        if trainer.may_be_left:
+            raise Interrupted(number)
 
-    for number in before:
-        signal.signal(number, stop)
-    try:
+    with handled(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+
+def ended_by(trainer: Loop) -> int:
+    """The exit code of a command whose run was stopped: that of the signal, as shells have it."""
+    return 128 + STOPPED_BY.get(trainer, signal.SIGINT)
+
+
+def is_over(trainer: Loop) -> bool:
+    """Whether all was done, the last evaluation too."""
+    return trainer.step >= trainer.max_steps and not trainer.unevaluated
 
 
 def follow(trainer: Loop, evaluation: Callable[[Record], str], swapped: dict[Op, TriedKernel] | None = None) -> None:

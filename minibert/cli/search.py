@@ -20,7 +20,8 @@ from minibert.cli.compiling import show_compiling
 from minibert.cli.finetune import MOVABLE, asked, begun, evaluation, finetune, make_run
 from minibert.cli.legend import show
 from minibert.cli.options import machine, notes, plain_table, takes_options_of
-from minibert.cli.running import fastest_or, say, stopped_by_signals
+from minibert.cli.running import ended_by, fastest_or, say, stopped_by_signals
+from minibert.cli.signals import ENDING
 from minibert.errors import UserError
 from minibert.tasks.search import ERROR, STUDY, Search, Trial, optuna_library
 from minibert.tasks.space import Space, option, read_space, usual_space
@@ -155,7 +156,7 @@ def one_after_another(
                     )
         if trial.state == "RUNNING":
             say(f"trial {trial.number}: stopped after step {run.step} of {run.max_steps}, and saved")
-            return 130
+            return ended_by(run)
         say(f"trial {trial.number}: {outcome(study, trial)}")
     return 0
 
@@ -178,21 +179,22 @@ def in_processes(jobs: int, threads: int | None) -> int:
     command = [sys.executable, "-m", "minibert", *sys.argv[1:], "--jobs", "1", "--threads", str(each), "--worker"]
     workers = [subprocess.Popen(command, start_new_session=True) for _ in range(jobs)]
 
-    stopped = False
+    stopped = 0
 
     def hand_on(number: int, frame: Any) -> None:
         nonlocal stopped
-        stopped = True
+        stopped = 128 + number
         for worker in workers:
             worker.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, hand_on)
     codes = [worker.wait() for worker in workers]
-    wrong = [code for code in codes if code not in (0, 130)]
-    if stopped or 130 in codes:
-        return 130
+    by_signal = [code for code in codes if code - 128 in ENDING]
+    wrong = [code for code in codes if code and code not in by_signal]
+    if stopped or by_signal:
+        return stopped or by_signal[0]
     if len(wrong) == jobs:  # else the others did what was left
         raise UserError(f"each of {jobs} processes ended with status {wrong[0]}: what they said stands above")
     return 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -75,8 +76,25 @@ def train_tokenizer(documents: Sequence[Document], vocab_size: int, lowercase: b
         continuing_subword_prefix=CONTINUES,
         show_progress=False,
     )
-    tokenizer.train_from_iterator((s for document in documents for s in document), trainer)
+    heeding_signals(lambda: tokenizer.train_from_iterator((s for each in documents for s in each), trainer))
     return build_tokenizer(tokenizer.get_vocab(with_added_tokens=True), config)
+
+
+def heeding_signals(call: Callable[[], Any]) -> None:
+    """Let another thread make a long call of a library that heeds no signal, so that this one can be interrupted."""
+    raised: list[BaseException] = []
+
+    def calling() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=calling, daemon=True)  # an end of the process does not wait for it
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
 
 
 def alphabet(documents: Sequence[Document], tokenizer: Tokenizer) -> tuple[list[str], list[str]]:

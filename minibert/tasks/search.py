@@ -236,7 +236,7 @@ class Trial:
                     self.state, run.stop = "PRUNED", True
             if self.state == "PRUNED":
                 self.end("PRUNED")
-            elif run.step == run.max_steps:
+            elif run.step == run.max_steps and not run.unevaluated:
                 self.complete(run.progress["best"])
         except (NonFiniteError, MemoryError) as error:
             self.fail(str(error) or "out of memory")

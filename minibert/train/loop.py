@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from minibert.data import save_tokenizer
-from minibert.errors import UserError, WriteError
+from minibert.errors import Interrupted, UserError, WriteError
 from minibert.kernels.op import holds_floats
 from minibert.model.checkpoint import sync, write_arrays
 from minibert.train.checkpoint import (
@@ -33,6 +33,7 @@ from minibert.train.checkpoint import (
     publish,
     read_state,
     refuse_to_overwrite,
+    remove,
     remove_partial,
     require_room,
     step_of,
@@ -48,6 +49,7 @@ from minibert.train.weights_and_biases import wandb_library, write_offline_run
 from minibert.tuning.tuned import TunedModel
 
 FORMAT = 1  # of the state: states without one are older
+UNEVALUATED = "unevaluated"  # in a run's progress
 SINCE = ("steps", "loss", "tokens", "seconds")  # sums since the last line of the log
 
 Kind = Literal["step", "log", "eval"]
@@ -93,6 +95,8 @@ class Loop:
         self.kernels: Sequence[str] = ()  # of one's own, as --kernel takes them: named where a step is to be seen again
         self.number = 0  # of the pass that is computed, or was last
         self.stop = False  # set it, from a signal handler say, and the run ends after the step
+        self.compiled = False  # what a step needs: it was taken once
+        self.may_be_left = False  # what is computed is no part of the state: a handler may raise Interrupted as well
         # How far the run came, and sums since the last line of the log: plain numbers, saved as they are.
         self.progress: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "since": dict.fromkeys(SINCE, 0)}
 
@@ -147,13 +151,25 @@ class Loop:
         else:
             self.go_on()
         saved = self.step
+        if self.unevaluated and not self.stop:
+            with suppress(Interrupted):
+                yield "eval", self.evaluate_and_log()
+                self.save_again()
         while self.step < self.max_steps and not self.stop:
-            record = self.train_step()
+            try:
+                record = self.train_step()
+            except Interrupted:
+                break
             yield "step", record
             if self.step % config.logging_steps == 0 or self.step == self.max_steps:
                 yield "log", self.log(self.summary(record))
             if self.eval_due() or self.step == self.max_steps:
-                yield "eval", self.evaluate_and_log()
+                self.progress[UNEVALUATED] = True
+            if self.unevaluated:
+                try:
+                    yield "eval", self.evaluate_and_log()
+                except Interrupted:
+                    break
             if self.step % config.save_steps == 0 or self.save_due():
                 self.save()
                 saved = self.step
@@ -191,7 +207,9 @@ class Loop:
 
     def update(self) -> tuple[float, int]:
         """Gives the loss, and how many tokens it is of; raises FloatingPointError, nothing updated."""
-        loss, tokens = self.forward_backward()
+        with nullcontext() if self.compiled else self.left_when_stopped():
+            loss, tokens = self.forward_backward()
+        self.compiled = True
         demand_finite(loss)
         tuned = self.model if isinstance(self.model, TunedModel) else None
         if tuned is not None:
@@ -231,8 +249,25 @@ class Loop:
             return f". The step could not be kept: {error}"
         return f". To see it again: {command(folder, self.model.backend, self.kernels)}"
 
+    @property
+    def unevaluated(self) -> bool:
+        """Whether the run was stopped in the evaluation after its last step, which is made up for when it goes on."""
+        return self.progress.get(UNEVALUATED, False)
+
+    @contextmanager
+    def left_when_stopped(self) -> Iterator[None]:
+        """Within, the run need not come to an end: Interrupted may be raised by a signal handler."""
+        self.may_be_left = True
+        try:
+            yield
+        finally:
+            self.may_be_left = False
+
     def evaluate_and_log(self) -> Record:
-        return self.log({"step": self.step, **self.evaluate()})
+        with self.left_when_stopped():
+            found = self.evaluate()
+        self.progress.pop(UNEVALUATED, None)
+        return self.log({"step": self.step, **found})
 
     # ---------------------------------------------------------------------------------------------- log and checkpoints
 
@@ -355,8 +390,18 @@ class Loop:
             self.saved = write_checkpoint(self.output, self.step, fill)
             publish(self.saved, self.output)
             (self.output / STATE).unlink(missing_ok=True)  # of a run from before there were checkpoints
-            keep_only(self.output, self.saved, self.config.save_total_limit)
+            # One that lacks its evaluation will be written again: until then there is another.
+            keep_only(self.output, self.saved, self.config.save_total_limit + self.unevaluated)
             self.broken = ()
+
+    def save_again(self) -> None:
+        """Write the checkpoint anew that was written before its step was evaluated."""
+        before = [path for path in checkpoints(self.output) if step_of(path) < self.step]
+        if before and self.saved is not None:
+            with self.writing():
+                remove(self.saved)
+            self.saved = before[0]  # of the same best model, where it is that which is saved
+            self.save()
 
     def save_model(self, folder: Path) -> None:
         """The files for the top of the output, as they are after this step: the model and its tokenizer."""
