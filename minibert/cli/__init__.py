@@ -79,6 +79,7 @@ def main() -> None:
         refuse_repeated(sys.argv[1:])
         with handled():
             status = app(standalone_mode=False)
+            sys.stdout.flush()  # a full disk shows here, where it can be told
     except UsageMistake as error:
         if error.format_message():
             print(f"error: {error.format_message()}", file=sys.stderr)
@@ -92,6 +93,10 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:  # a full disk, a folder that was removed: the machine's, wherever it comes from
+        print(f"error: {error}: make room, or put right what is named, and run it again", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which may hold what cannot be written
+        sys.exit(1)
     except MISTAKES as error:
         print(f"error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 2))

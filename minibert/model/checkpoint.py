@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from minibert.errors import UserError, path_of
+from minibert.errors import UserError, WriteError, path_of
 from minibert.model.config import BertConfig, config_from
 from minibert.model.matching import BIAS, DECODER, DECODER_BIAS, TIED, Arrays
 
@@ -209,7 +209,7 @@ def write_folder(
 
 
 def write_config(folder: AnyPath, config: BertConfig, architecture: str, dtype: str) -> None:
-    """Write config.json as transformers does. Raises UserError where it cannot be written."""
+    """Write config.json as transformers does. Raises WriteError where it cannot be written."""
     about = {**config.to_dict(), "architectures": [architecture], "dtype": dtype}
     if "torch_dtype" in about:  # the same, as older files name it
         about["torch_dtype"] = dtype
@@ -218,7 +218,7 @@ def write_config(folder: AnyPath, config: BertConfig, architecture: str, dtype: 
 
 
 def write_arrays(path: AnyPath, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Write one safetensors file, whole or not at all. Raises UserError where it cannot be written."""
+    """Write one safetensors file, whole or not at all. Raises WriteError where it cannot be written."""
     strange = {n: a.dtype for n, a in arrays.items() if a.dtype.kind not in "fiub"}
     unknown = [f"{n} ({dtype})" for n, dtype in strange.items() if dtype.name != "bfloat16"]  # NumPy: V
     if unknown:
@@ -229,7 +229,7 @@ def write_arrays(path: AnyPath, arrays: Mapping[str, np.ndarray], metadata: Mapp
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path`, force it to the disk, and only then give it the name."""
+    """Let `write` fill a file beside `path`, force it to the disk, then give it the name. Raises WriteError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(temporary)
@@ -237,7 +237,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(temporary, path)
         sync(path.parent)  # the new name is an entry of the folder
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {_one_line(error)}") from None
+        raise WriteError(f"cannot write {path}: {_one_line(error)}") from None
     finally:
         with suppress(OSError):  # the one that is raised says why
             temporary.unlink(missing_ok=True)

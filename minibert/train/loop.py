@@ -302,7 +302,8 @@ class Loop:
             refuse_to_overwrite(self.output)  # another run may have been faster
         with self.writing():
             remove_partial(self.output)
-            self.require_room()
+        self.require_room()
+        with self.writing():
             for path in (self.output / LOG, *self.output.glob(f"{PREFIX}*")):
                 path.unlink(missing_ok=True)
             self.open_events(0)
@@ -325,9 +326,9 @@ class Loop:
             remove_partial(self.output)
             if not self.predates_checkpoints:
                 publish(self.saved, self.output)
-            if self.step < self.max_steps:
-                self.require_room()
             self.open_events(self.step + 1)
+        if self.step < self.max_steps:
+            self.require_room()
         if self.predates_checkpoints:
             self.save()
         self.resumed = False
@@ -353,8 +354,6 @@ class Loop:
         """Tell what cannot be written in one line, with the room that is needed and what is safe."""
         try:
             yield
-        except WriteError:
-            raise
         except (OSError, UserError) as error:
             whole = [path for path in checkpoints(self.output) if path.name not in self.broken]
             last = f"{whole[0].name} is whole: --resume goes on from there" if whole else "there is no checkpoint"
