@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import Any
 from minibert.errors import Interrupted
 
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+SOON = 0.01  # seconds
 
 
 def interrupt(number: int) -> None:
@@ -34,10 +37,21 @@ def handled(handle: Callable[[int], None] = interrupt) -> Iterator[None]:
             signal.signal(each, signal.SIG_DFL)
         handle(number)
 
+    def swallowed(unraisable: Any) -> None:
+        """An exception that nobody above can see, in a callback of llvmlite say: it is raised again, after that."""
+        if isinstance(unraisable.exc_value, Interrupted):
+            stopped_by = unraisable.exc_value.number
+            signal.signal(signal.SIGALRM, lambda number, frame: handle(stopped_by))
+            signal.setitimer(signal.ITIMER_REAL, SOON)
+        else:
+            hook(unraisable)
+
     for number in before:
         signal.signal(number, first)
+    hook, sys.unraisablehook = sys.unraisablehook, swallowed
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import signal
@@ -14,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minibert.cli.signals import handled
 from minibert.data import SHIPPED_TEXT, read_documents, train_tokenizer
+from minibert.errors import Interrupted
 from minibert.model.bert import BertForMaskedLM
 from minibert.model.config import NAMED
 from minibert.train.checkpoint import LOCK, checkpoints, read_state
@@ -148,6 +151,21 @@ def passes_of_an_evaluation(text: Path) -> int:
     documents = read_documents([text])
     data = prepare(documents, train_tokenizer(documents, 300), config)
     return len(Trainer(BertForMaskedLM(NAMED["tiny"], "numpy"), data, config, "unused").held_out)
+
+
+def test_an_exception_that_a_callback_swallows_is_raised_again() -> None:
+    """As where Numba compiles, which llvmlite tells of by a function that C calls."""
+
+    @ctypes.CFUNCTYPE(None)
+    def callback() -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    before = sys.unraisablehook, signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as raised, handled():
+        callback()
+        time.sleep(60)
+    assert raised.value.exit_code == 143
+    assert (sys.unraisablehook, signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_a_second_signal_ends_it_at_once(text: Path, tmp_path: Path, root: Path) -> None:
