@@ -17,6 +17,7 @@ import pytest
 import minibert.model.checkpoint
 import minibert.train.checkpoint
 import minibert.train.loop
+from minibert.train.log import LOG
 
 
 class Killed(BaseException):
@@ -30,8 +31,13 @@ CALLS = [
 
 
 @contextmanager
-def stopping_at(number: int, error: BaseException) -> Iterator[list[str]]:
-    """All calls that change the disk, from that number on, end in an error; the first of them leaves a file torn."""
+def stopping_at(
+    number: int, error: BaseException | Callable[[], Any], lasting: bool = True
+) -> Iterator[list[str]]:  # fmt: skip
+    """The call of that number that changes the disk ends in an error, or in a call, and leaves a file torn.
+
+    With `lasting` so do all later ones. Yields the names of the calls, as they come.
+    """
     calls: list[str] = []
     counting = threading.Lock()  # a run writes by two threads
 
@@ -42,11 +48,16 @@ def stopping_at(number: int, error: BaseException) -> Iterator[list[str]]:
             with counting:
                 calls.append(name)
                 here = len(calls)
-            if here < number:
+            if here < number or (here > number and not lasting):
                 return call(*arguments, **more)
             if here == number and name in ("copyfile", "save_file"):
                 Path(arguments[1]).write_bytes(b"torn")
-            raise error
+            if here == number and name == "add_line":
+                with open(arguments[0] / LOG, "ab") as log:
+                    log.write(b'{"step": 1, "lo')
+            if isinstance(error, BaseException):
+                raise error
+            return error()
 
         return instead
 

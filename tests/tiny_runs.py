@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from minibert.data import SHIPPED_TEXT, read_documents, train_tokenizer
 from minibert.model.bert import BertForMaskedLM
+from minibert.model.checkpoint import read_arrays
 from minibert.train.checkpoint import LOCK, read_state
-from minibert.train.config import TrainingConfig
+from minibert.train.config import OptimizationConfig, TrainingConfig
 from minibert.train.log import LOG, read_log
 from minibert.train.trainer import Data, Trainer, prepare
+from minibert.tuning import get_peft_model
 from tests.small_steps import TINY
 
 CONFIG = TrainingConfig(
@@ -26,9 +31,12 @@ def tiny_data() -> Data:
     return prepare(documents, train_tokenizer(documents, 300), CONFIG)
 
 
-def trainer(data: Data, folder: Path, **changes: Any) -> Trainer:
+def trainer(
+    data: Data, folder: Path, backend: str = "numpy", dtype: str = "float32", peft: Any = None, **changes: Any
+) -> Trainer:  # fmt: skip
     config = replace(CONFIG, **changes)
-    return Trainer(BertForMaskedLM(MODEL, "numpy", seed=config.seed), data, config, folder)
+    model = BertForMaskedLM(MODEL, backend, dtype, config.seed)
+    return Trainer(get_peft_model(model, peft) if peft else model, data, config, folder)
 
 
 def resumed(data: Data, folder: Path, **changes: Any) -> Trainer:
@@ -41,10 +49,20 @@ def untimed(values: dict[str, Any]) -> dict[str, Any]:
     return {name: untimed(v) if isinstance(v, dict) else v for name, v in values.items() if "second" not in name}
 
 
-def result(folder: Path) -> tuple[Any, ...]:
+def result(folder: Path, kind: type[OptimizationConfig] = TrainingConfig) -> tuple[Any, ...]:
     """All that a run leaves, but for times: weights and moments, how far it came, its log, the model at the top."""
-    state = read_state(folder)
-    arrays = {name: array.tobytes() for name, array in state.arrays.items()}
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    del files[LOG], files[LOCK]
-    return arrays, untimed(state.progress), [untimed(record) for record in read_log(folder)], files
+    state = read_state(folder, kind)
+    files = {path.name: content(path) for path in folder.iterdir() if path.is_file() and path.name not in (LOG, LOCK)}
+    return as_bytes(state.arrays), untimed(state.progress), [untimed(record) for record in read_log(folder)], files
+
+
+def content(path: Path) -> Any:
+    """What a file says: the library writes the metadata of safetensors in a random order."""
+    if path.suffix != ".safetensors":
+        return path.read_bytes()
+    arrays, metadata = read_arrays(path)
+    return as_bytes(arrays), metadata
+
+
+def as_bytes(arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in arrays.items()}
