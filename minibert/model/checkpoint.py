@@ -247,7 +247,7 @@ def make_folder(folder: AnyPath) -> Path:
         if LATER.get() is None:
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}; name another") from None
+        raise UserError(f"cannot write into {folder}: {error.strerror}; name another folder") from None
     return folder
 
 

@@ -337,7 +337,7 @@ class Loop:
         with self.lost_to_saving():
             arrays = {f"model.{name}": array for name, array in self.model.state_dict().items()}
             arrays |= {f"optimizer.{name}": array for name, array in self.optimizer.state_dict().items()}
-            self.demand_finite(arrays)
+            self.refuse_nonfinite(arrays)
             about = json.dumps({
                 "format": FORMAT,
                 "config": asdict(self.config),
@@ -357,7 +357,7 @@ class Loop:
                 future.set_exception(error)
             self.write = self.step, future
 
-    def demand_finite(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def refuse_nonfinite(self, arrays: Mapping[str, np.ndarray]) -> None:
         for name, array in arrays.items():
             if holds_floats(array) and not np.isfinite(array).all():
                 raise NonFiniteError(
