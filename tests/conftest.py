@@ -48,7 +48,8 @@ SLOW = frozenset(
         "right_kernels/test_right_kernels.py::test_right_cuda_kernels_meet_every_demand",
         "lab/conform/test_check.py::test_backend_meets_what_is_drawn kernels/test_exact.py kernels/test_orders.py",
         "kernels/test_formula_mutation.py kernels/test_mutation.py kernels/test_random_formulas.py",
-        "train/test_checkpoint.py::stopping_at tasks/test_finetune_killed.py",
+        "train/test_checkpoint.py::stopping_at tasks/test_finetune_killed.py tasks/test_exact_resume.py",
+        "torture/test_kills.py",
         # kernels compiled in many ways, or on many threads
         "kernels/test_cpu_microkernel.py kernels/test_cpu_product.py kernels/test_cpu_threads.py",
         "kernels/test_vectorised.py kernels/test_cpu_math.py::test_float32_stays_within_its_ulp_over_all_bit_patterns",

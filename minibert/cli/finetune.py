@@ -19,6 +19,7 @@ from minibert.cli.labelled import TASKS as STEPS
 from minibert.cli.labelled import Columns, note_of, read_examples, task_for
 from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP
 from minibert.cli.running import (
+    SAVE_ERRORS_HELP,
     TENSORBOARD,
     WANDB,
     ended_by,
@@ -60,8 +61,8 @@ DEFAULT = FineTuningConfig()
 DEFAULT_OPTIONS = {"validation_split": 0.1, "dtype": "float32", "deterministic": False, "tensorboard": False}
 # What may change when a run is resumed: nothing here enters the arithmetic of a step.
 CHANGEABLE = {
-    "logging_steps", "save_steps", "save_total_limit", "checkpoint_activations", "early_stopping_patience",
-    "tokens_per_batch",
+    "logging_steps", "save_steps", "save_total_limit", "save_errors", "checkpoint_activations",
+    "early_stopping_patience", "tokens_per_batch",
 }  # fmt: skip
 MOVABLE = {"model", "train", "validation", "test", "group_column", "backend", "tensorboard", "wandb"}
 PATHS = ("model", "train", "validation", "test")
@@ -147,6 +148,7 @@ def finetune(
     logging_steps: int = setting("logging_steps", "Steps from line to line of the log."),
     save_steps: int = setting("save_steps", "Steps between checkpoints; there is one for each new best model too."),
     save_total_limit: int = setting("save_total_limit", "Checkpoints kept, the newest."),
+    save_errors: str = typer.Option(None, show_default="report", help=SAVE_ERRORS_HELP),
     checkpoint_activations: bool = typer.Option(None, "--checkpoint-activations", help="Less memory, more time."),
     tensorboard: bool = TENSORBOARD,
     wandb: str = WANDB,

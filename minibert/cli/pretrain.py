@@ -25,6 +25,7 @@ from minibert.cli.objectives import (
 )
 from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP, PRODUCTS_HELP, set_products
 from minibert.cli.running import (
+    SAVE_ERRORS_HELP,
     TENSORBOARD,
     WANDB,
     ended_by,
@@ -62,7 +63,10 @@ from minibert.train.weights_and_biases import wandb_library
 
 DEFAULT = TrainingConfig()
 # What may change when a run is resumed: nothing here enters the arithmetic of a step, but max_steps by the schedule.
-CHANGEABLE = {"max_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "checkpoint_activations"}
+CHANGEABLE = {
+    "max_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "save_errors",
+    "checkpoint_activations",
+}  # fmt: skip
 MOVABLE = {
     "texts",
     "backend",
@@ -131,6 +135,7 @@ def pretrain(
     eval_steps: int = setting("eval_steps", "Steps between evaluations.", "--eval-every"),
     save_steps: int = setting("save_steps", "Steps between checkpoints.", "--save-every"),
     save_total_limit: int = setting("save_total_limit", "Checkpoints kept, the newest.", "--keep"),
+    save_errors: str = typer.Option(None, show_default="report", help=SAVE_ERRORS_HELP),
     tensorboard: bool = TENSORBOARD,
     wandb: str = WANDB,
     graph: bool = typer.Option(None, "--graph", help="Replay steps as CUDA graphs (cupy, emulator)."),

@@ -36,6 +36,7 @@ WANDB = typer.Option(
     help="When it ends, write the log as an offline run of this project of Weights & Biases too, in OUTPUT/wandb.",
 )  # fmt: skip
 STOPPED_BY: WeakKeyDictionary[Loop, int] = WeakKeyDictionary()  # runs, and the signals that did it
+SAVE_ERRORS_HELP = "Where a checkpoint cannot be written: report, and go on; or fatal. The last one always is."
 FASTEST_FIRST = ("cupy", "numba", "numpy")
 Config = TypeVar("Config", bound=OptimizationConfig)
 
@@ -172,6 +173,8 @@ def follow(trainer: Loop, evaluation: Callable[[Record], str], swapped: dict[Op,
             elif kind == "step":
                 rate = f"{record['tokens'] / record['seconds']:,.0f} tokens/s"
                 bar.update(task, completed=record["step"], description=f"loss {record['loss']:.3f}", rate=rate)
+    lost, seconds = trainer.progress["save_seconds"], trainer.progress["seconds"]
+    say(f"training took {seconds:.1f} s, and stood still for {lost:.2f} s more while checkpoints were saved")
 
 
 def line(record: Record, steps: int) -> str:

@@ -29,7 +29,7 @@ from minibert.data.tokenizer_config import (
 from minibert.data.wordpiece import build_tokenizer
 from minibert.errors import UserError, path_of
 from minibert.model.checkpoint import CONFIG as MODEL_CONFIG
-from minibert.model.checkpoint import write_atomically
+from minibert.model.checkpoint import make_folder, write_atomically
 
 SHIPPED_VOCABULARY = Path(__file__).resolve().parent.parent / "assets" / "vocab.txt"
 SERIALIZED, VOCABULARY = "tokenizer.json", "vocab.txt"
@@ -290,10 +290,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: AnyPath, model_max_length: int 
         str(number): {"content": token.content, **{flag: getattr(token, flag) for flag in FLAGS}}
         for number, token in sorted(tokenizer.get_added_tokens_decoder().items())
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; name another folder") from None
+    make_folder(folder)
     write(folder / SERIALIZED, json.dumps(content, indent=2, ensure_ascii=False))
     write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     if own and (text := vocabulary_text(content["model"]["vocab"])):

@@ -10,8 +10,9 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,15 +193,11 @@ def write_folder(
     The names are those that transformers writes: of tied parameters the first, of an untied decoder also the bias.
     Tokenizer files are copied under their own names. Raises UserError where something cannot be read or written.
     """
-    folder = path_of(folder, "a folder to write to")
+    folder = make_folder(folder)
     kept = {name: array for name, array in arrays.items() if not (config.tie_word_embeddings and name in TIED)}
     if DECODER in kept and BIAS in kept:
         kept.setdefault(DECODER_BIAS, kept[BIAS])
     dtypes = sorted({str(array.dtype) for array in kept.values()})
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {_one_line(error)}") from None
     write_arrays(folder / WEIGHTS, kept, {"format": "pt"})
     write_config(folder, config, architecture, dtypes[0] if len(dtypes) == 1 else "float32")
     for file in map(Path, tokenizer_files or ()):
@@ -228,8 +225,40 @@ def write_arrays(path: AnyPath, arrays: Mapping[str, np.ndarray], metadata: Mapp
     write_atomically(Path(path), lambda temporary: save_file(dense, temporary, metadata=dict(metadata or {})))
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path`, force it to the disk, then give it the name. Raises WriteError."""
+Write = Callable[[Path], Any]  # fills the file of that name
+LATER: ContextVar[dict[Path, Write] | None] = ContextVar("later", default=None)
+
+
+@contextmanager
+def written_later() -> Iterator[dict[Path, Write]]:
+    """What this thread would write is collected instead, by path: a model is copied now, written while it changes."""
+    files: dict[Path, Write] = {}
+    token = LATER.set(files)
+    try:
+        yield files
+    finally:
+        LATER.reset(token)
+
+
+def make_folder(folder: AnyPath) -> Path:
+    """A folder to write to, made where it is not there. Raises UserError where it cannot be."""
+    folder = path_of(folder, "a folder to write to")
+    try:
+        if LATER.get() is None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}; name another folder") from None
+    return folder
+
+
+def write_atomically(path: Path, write: Write) -> None:
+    """Let `write` fill a file beside `path`, force it to the disk, then give it the name. Raises WriteError.
+
+    Within `written_later` it is noted, and nothing is written.
+    """
+    if (later := LATER.get()) is not None:
+        later[path] = write
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(temporary)

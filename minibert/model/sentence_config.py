@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minibert.errors import UserError, path_of, warn
-from minibert.model.checkpoint import AnyPath, read_config, read_json, write_atomically
+from minibert.model.checkpoint import AnyPath, make_folder, read_config, read_json, write_atomically
 from minibert.model.config import BertConfig
 
 MODULES, ABOUT, LENGTHS = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
@@ -203,11 +203,8 @@ def write_sentence_folder(folder: AnyPath, config: SentenceConfig, hidden_size: 
         },
         MODULES: listed,  # last: what makes it such a folder
     }  # fmt: skip
-    try:
-        for name in dict.fromkeys(path for path in modules.values() if path):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; name another folder") from None
+    for name in dict.fromkeys(path for path in modules.values() if path):
+        make_folder(folder / name)
     for name, content in files.items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         write_atomically(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]

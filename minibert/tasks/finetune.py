@@ -18,6 +18,7 @@ import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from minibert.data.batching import pack as packed_sequences
 from minibert.data.masking import shuffled
 from minibert.errors import UserError
 from minibert.kernels.philox import Stream
-from minibert.model.checkpoint import has_weights, read_config, write_config
+from minibert.model.checkpoint import has_weights, read_config, write_atomically, write_config
 from minibert.model.matching import LoadReport
 from minibert.model.packing import Packed
 from minibert.model.pretrained import PreTrained
@@ -345,14 +346,14 @@ class FineTuning(Loop):
         return self.progress["best"]["step"] == self.step
 
     def save_model(self, folder: Path) -> None:
-        """The best model so far, which may be that of the checkpoint before."""
+        """The best model so far; it may be that of the checkpoint before, or of one that could not be written."""
         if self.best_is_now:
             self.save_best(folder)
             return
         assert self.saved is not None
-        for name in model_files(self.saved):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.saved / name, folder / name)
+        copies = {name: partial(copy, self.saved / name) for name in model_files(self.saved)}
+        for name, write in (self.unwritten or copies).items():
+            write_atomically(folder / name, write)
 
     def save_best(self, folder: Path) -> None:
         """The model as it is, and its tokenizer; of a tuned one the adapter, and the config with its labels."""
@@ -362,6 +363,10 @@ class FineTuning(Loop):
             model = self.model.model
             beside = replace(model.config, others={**model.config.others, "_name_or_path": self.base})
             write_config(folder, beside, type(model).__name__, model.place.dtype)
+
+
+def copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
 
 
 def lower_is_better(metric: str) -> bool:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -190,11 +190,12 @@ def write_checkpoint(output: Path, step: int, fill: Callable[[Path], Any]) -> Pa
     return final
 
 
-def publish(checkpoint: Path, output: Path) -> None:
-    """Make the files at the top of the output those of a checkpoint: each is replaced whole, or as it should be."""
+def publish(checkpoint: Path, output: Path, but: Sequence[str] = ()) -> None:
+    """Make the files at the top of the output, `but` some, those of a checkpoint: each is replaced whole, if at all."""
     for name, (size, digest) in manifest(checkpoint).items():
         target = output / name
-        if name == STATE or (target.is_file() and target.stat().st_size == size and digest_of(target) == digest):
+        same = target.is_file() and target.stat().st_size == size and digest_of(target) == digest
+        if name in (STATE, *but) or same:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, lambda path, name=name: shutil.copyfile(checkpoint / name, path))  # type: ignore[misc]

@@ -9,6 +9,7 @@ from typing import get_args, get_type_hints
 
 from minibert.errors import UserError
 
+SAVE_ERRORS = ("report", "fatal")  # of a checkpoint before the last, whose failure always ends the run
 OBJECTIVES = ("mlm", "rtd")  # masked language model; replaced-token detection
 
 
@@ -32,6 +33,7 @@ class OptimizationConfig:
     logging_steps: int = 10
     save_steps: int = 500
     save_total_limit: int = 2  # checkpoints kept: where the newest is damaged, there is one before it
+    save_errors: str = "report"  # a checkpoint that cannot be written is reported; "fatal": and ends the run
     checkpoint_activations: bool = False  # backward computes each layer again: memory for a third more time
     seed: int = 0  # of weights, order, masks and dropout
 
@@ -56,6 +58,7 @@ class OptimizationConfig:
         self._require(self.learning_rate < math.inf, "learning_rate", "finite")
         self._require(self.warmup_steps is None or self.warmup_steps >= 0, "warmup_steps", "0 or more")
         self._require(0 <= self.warmup_ratio <= 1, "warmup_ratio", "from 0 to 1")
+        self._require(self.save_errors in SAVE_ERRORS, "save_errors", " or ".join(SAVE_ERRORS))
         self._require(0 <= self.seed < 2**32, "seed", f"from 0 to {2**32 - 1}")
 
     def warmup_of(self, max_steps: int) -> int:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -20,9 +20,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from minibert.data import save_tokenizer
-from minibert.errors import Interrupted, UserError, WriteError
+from minibert.errors import Interrupted, UserError, WriteError, warn
 from minibert.kernels.op import holds_floats
-from minibert.model.checkpoint import sync, write_arrays
+from minibert.model.checkpoint import Write, sync, write_arrays, write_atomically, written_later
 from minibert.train.checkpoint import (
     STATE,
     State,
@@ -66,7 +66,7 @@ def shares(counts: Sequence[int]) -> list[float]:
 
 
 class Loop:
-    """One run, whose results are written into the folder `output` as it goes.
+    """One run, whose results are written into the folder `output` as it goes, checkpoints by another thread.
 
     There: the model, as `from_pretrained` reads it; its tokenizer; `training_log.jsonl`; and checkpoints.
     `options` is kept in the state for whoever resumes; the loop itself heeds "tensorboard": event files beside the log,
@@ -91,6 +91,10 @@ class Loop:
         self.saved: Path | None = None  # where this run was last written, or resumed from
         self.broken: tuple[str, ...] = ()  # checkpoints that were passed over then
         self.resumed = False  # and has not gone on yet
+        self.pool: ThreadPoolExecutor | None = None  # of one thread, which writes
+        self.write: tuple[int, Future[Path]] | None = None  # a step, and its checkpoint in flight
+        self.files: dict[str, Write] = {}  # of the model in the last checkpoint begun
+        self.unwritten: dict[str, Write] = {}  # of the model in one that could not be written
         self.measured: dict[str, float] = {}  # what else the last step found, under its names in the log
         self.kernels: Sequence[str] = ()  # of one's own, as --kernel takes them: named where a step is to be seen again
         self.number = 0  # of the pass that is computed, or was last
@@ -98,7 +102,9 @@ class Loop:
         self.compiled = False  # what a step needs: it was taken once
         self.may_be_left = False  # what is computed is no part of the state: a handler may raise Interrupted as well
         # How far the run came, and sums since the last line of the log: plain numbers, saved as they are.
-        self.progress: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "since": dict.fromkeys(SINCE, 0)}
+        self.progress: dict[str, Any] = {
+            "step": 0, "tokens": 0, "seconds": 0.0, "save_seconds": 0.0, "since": dict.fromkeys(SINCE, 0),
+        }  # fmt: skip
 
     @property
     def step(self) -> int:
@@ -131,7 +137,8 @@ class Loop:
     def run(self) -> Iterator[tuple[Kind, Record]]:
         """Train to the end, or until `stop`; the state is saved first and last. Yields all that comes.
 
-        Raises WriteError where something cannot be written: the last checkpoint is whole.
+        Raises WriteError where the log, the first or the last checkpoint cannot be written: the one before is whole.
+        Another one that cannot is a warning, unless `config.save_errors` is "fatal".
         """
         if self.saved is None:
             refuse_to_overwrite(self.output)
@@ -139,7 +146,7 @@ class Loop:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write into {self.output}: {error}; choose another --output") from None
-        with alone(self.output):
+        with alone(self.output), ThreadPoolExecutor(1) as self.pool:  # leaving, it waits for the write in flight
             yield from self.steps()
         if project := self.options.get("wandb"):
             write_offline_run(self.output, project, {**self.options, **asdict(self.config)})
@@ -150,7 +157,6 @@ class Loop:
             yield "eval", self.begin()
         else:
             self.go_on()
-        saved = self.step
         if self.unevaluated and not self.stop:
             with suppress(Interrupted):
                 yield "eval", self.evaluate_and_log()
@@ -172,9 +178,11 @@ class Loop:
                     break
             if self.step % config.save_steps == 0 or self.save_due():
                 self.save()
-                saved = self.step
-        if saved != self.step:
+            elif self.write is not None and self.write[1].done():
+                self.settle()  # a failure is told at once
+        if self.step != (self.write[0] if self.write else step_of(self.saved) if self.saved else None):
             self.save()
+        self.settle(last=True)
 
     def train_step(self) -> Record:
         """One update. Raises NonFiniteError, with nothing updated, where loss or gradients are not finite."""
@@ -283,6 +291,7 @@ class Loop:
             "tokens": self.progress["tokens"],
             "tokens_per_second": tokens / seconds,
             "seconds": self.progress["seconds"],
+            "save_seconds": self.progress["save_seconds"],
         }
 
     def log(self, record: Record) -> Record:
@@ -309,6 +318,7 @@ class Loop:
             self.open_events(0)
         record = self.evaluate_and_log()
         self.save()
+        self.settle(last=True)
         self.resumed = False
         return record
 
@@ -331,6 +341,7 @@ class Loop:
             self.require_room()
         if self.predates_checkpoints:
             self.save()
+            self.settle(last=True)
         self.resumed = False
 
     @property
@@ -350,48 +361,99 @@ class Loop:
         return 2 * model + sum(array.nbytes for array in self.optimizer.state_dict().values()), model
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self, step: int | None = None) -> Iterator[None]:
         """Tell what cannot be written in one line, with the room that is needed and what is safe."""
+        step = self.step if step is None else step
         try:
             yield
         except (OSError, UserError) as error:
             whole = [path for path in checkpoints(self.output) if path.name not in self.broken]
             last = f"{whole[0].name} is whole: --resume goes on from there" if whole else "there is no checkpoint"
             raise WriteError(
-                f"step {self.step}: cannot write into {self.output}: {error}; a checkpoint needs "
+                f"step {step}: cannot write into {self.output}: {error}; a checkpoint needs "
                 f"{megabytes(sum(self.sizes()))} of room; {last}"
             ) from None
 
+    @contextmanager
+    def lost_to_saving(self) -> Iterator[None]:
+        """Count the time for which training stands still."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.progress["save_seconds"] += time.perf_counter() - began
+
     def save(self) -> None:
-        """Write a checkpoint, make the top of the folder agree with it, and remove those that are too many."""
-        weights = {f"model.{name}": array for name, array in self.model.state_dict().items()}
-        moments = {f"optimizer.{name}": array for name, array in self.optimizer.state_dict().items()}
-        for name, array in {**weights, **moments}.items():
+        """Copy what makes a checkpoint, and have it written while training goes on. The write before is waited for."""
+        self.settle()
+        with self.lost_to_saving():
+            arrays = {f"model.{name}": array for name, array in self.model.state_dict().items()}
+            arrays |= {f"optimizer.{name}": array for name, array in self.optimizer.state_dict().items()}
+            self.refuse_nonfinite(arrays)
+            about = json.dumps({
+                "format": FORMAT,
+                "config": asdict(self.config),
+                "options": self.options,
+                "progress": {**self.progress, "fingerprint": self.fingerprint},
+            })  # fmt: skip
+            assert self.pool is not None
+            try:
+                with self.writing():
+                    with written_later() as files:
+                        self.save_model(self.output)
+                    self.files = {path.relative_to(self.output).as_posix(): write for path, write in files.items()}
+                    log_size = (self.output / LOG).stat().st_size
+                # One that lacks its evaluation will be written again: until then there is another.
+                keep = self.config.save_total_limit + self.unevaluated
+                future = self.pool.submit(self.write_checkpoint, self.step, arrays, about, log_size, keep)
+            except WriteError as error:
+                future = Future()
+                future.set_exception(error)
+            self.write = self.step, future
+
+    def refuse_nonfinite(self, arrays: Mapping[str, np.ndarray]) -> None:
+        for name, array in arrays.items():
             if holds_floats(array) and not np.isfinite(array).all():
                 raise NonFiniteError(
                     f"step {self.step}: {name} is not finite after the update, and is not saved; begin a run with a "
                     f"lower learning rate than {self.optimizer.lr:.3g}: resumed, this one comes to the same"
                 )
-        about = {
-            "format": FORMAT,
-            "config": asdict(self.config),
-            "options": self.options,
-            "progress": {**self.progress, "fingerprint": self.fingerprint},
-        }
+
+    def write_checkpoint(
+        self, step: int, arrays: Mapping[str, np.ndarray], about: str, log_size: int, keep: int
+    ) -> Path:  # fmt: skip
+        """In the other thread: write a checkpoint, make the top of the folder agree, and remove those too many."""
 
         def fill(folder: Path) -> None:
-            write_arrays(folder / STATE, {**weights, **moments}, {"trainer_state": json.dumps(about)})
+            write_arrays(folder / STATE, arrays, {"trainer_state": about})
             sync(self.output / LOG)
-            shutil.copyfile(self.output / LOG, folder / LOG)
-            self.save_model(folder)
+            with open(self.output / LOG, "rb") as log:  # which has grown since
+                (folder / LOG).write_bytes(log.read(log_size))
+            for name, write in self.files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(folder / name, write)
 
-        with self.writing():
-            self.saved = write_checkpoint(self.output, self.step, fill)
-            publish(self.saved, self.output)
+        with self.writing(step):
+            saved = write_checkpoint(self.output, step, fill)
+            publish(saved, self.output, but=(LOG,))
             (self.output / STATE).unlink(missing_ok=True)  # of a run from before there were checkpoints
-            # One that lacks its evaluation will be written again: until then there is another.
-            keep_only(self.output, self.saved, self.config.save_total_limit + self.unevaluated)
-            self.broken = ()
+            keep_only(self.output, saved, keep)
+        return saved
+
+    def settle(self, last: bool = False) -> None:
+        """Wait for the write in flight. One that failed is a warning, or raises WriteError: the `last` one always."""
+        if self.write is None:
+            return
+        (_, future), self.write = self.write, None
+        try:
+            with self.lost_to_saving():
+                self.saved = future.result()
+            self.broken, self.files, self.unwritten = (), {}, {}
+        except WriteError as error:
+            self.files, self.unwritten = {}, self.files or self.unwritten
+            if last or self.config.save_errors == "fatal":
+                raise
+            warn(f"{error}; the run goes on, and saves again (--save-errors fatal ends it)")
 
     def save_again(self) -> None:
         """Write the checkpoint anew that was written before its step was evaluated."""
@@ -403,7 +465,10 @@ class Loop:
             self.save()
 
     def save_model(self, folder: Path) -> None:
-        """The files for the top of the output, as they are after this step: the model and its tokenizer."""
+        """Write the files for the top of the output, as they are after this step: the model and its tokenizer.
+
+        It runs within `written_later`: what is written is collected, and must be copies of what the next step changes.
+        """
         save_tokenizer(self.tokenizer, folder, self.model.config.max_position_embeddings)
         self.model.save_pretrained(folder)
 
@@ -418,7 +483,7 @@ class Loop:
         self.optimizer.load_state_dict(
             {name.removeprefix("optimizer."): a for name, a in state.arrays.items() if name.startswith("optimizer.")}
         )
-        self.progress = {**progress, "since": dict(progress["since"])}
+        self.progress = {**self.progress, **progress, "since": dict(progress["since"])}
         self.saved, self.broken, self.resumed = state.folder, state.broken, True
 
 

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 from minibert.errors import UserError, path_of, warn
 from minibert.model.bert import BertSelfOutput
-from minibert.model.checkpoint import AnyPath, read_arrays, read_json, write_arrays, write_atomically
+from minibert.model.checkpoint import AnyPath, make_folder, read_arrays, read_json, write_arrays, write_atomically
 from minibert.model.config import BertConfig
 from minibert.model.matching import Arrays
 from minibert.model.pretrained import PreTrained
 from minibert.tuning.bottleneck import BnConfig, Bottleneck, DoubleSeqBnConfig, SeqBnConfig
 from minibert.tuning.config import HEADS
-from minibert.tuning.files import BASE, CONFIG, make_folder
+from minibert.tuning.files import BASE, CONFIG
 from minibert.tuning.targets import named_modules
 from minibert.tuning.tuned import TunedModel, is_added
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minibert.errors import UserError, path_of
-from minibert.model.checkpoint import AnyPath, read_arrays, read_json, write_arrays, write_atomically
+from minibert.model.checkpoint import AnyPath, make_folder, read_arrays, read_json, write_arrays, write_atomically
 from minibert.model.matching import BIAS, DECODER_BIAS, Arrays, named
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -46,16 +46,6 @@ def write_adapter(
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_arrays(folder / WEIGHTS, arrays, {"format": "pt", BASE: base_sha256})
     write_atomically(folder / CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
-
-
-def make_folder(folder: AnyPath) -> Path:
-    """A folder to write to, made where it is not there. Raises UserError where it cannot be."""
-    folder = path_of(folder, "a folder to write to")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error}") from None
-    return folder
 
 
 def once_each(arrays: Mapping[str, np.ndarray]) -> Arrays:

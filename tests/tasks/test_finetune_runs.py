@@ -14,6 +14,7 @@ from minibert.errors import UserError, pip_install
 from minibert.model.checkpoint import read_arrays
 from minibert.tasks.finetune import FineTuningConfig
 from minibert.train.checkpoint import STATE, checkpoints, read_state
+from tests.stopped_calls import failing
 from tests.toy_tasks import CONFIG, SHORT, run_of, scripted, state_file, stopping, the_log, weights
 
 pytest.importorskip("sklearn.metrics", reason=f"needs scikit-learn: {pip_install('[tasks]')}")
@@ -115,6 +116,20 @@ def test_the_best_model_outlives_a_run_from_before_there_were_checkpoints(toys: 
     assert again.step == 3 and not (tmp_path / STATE).exists()
     for folder in (tmp_path, checkpoints(tmp_path)[0]):
         assert all(np.array_equal(at_step[1][name], array) for name, array in weights(folder).items())
+
+
+def test_the_best_model_outlives_a_write_that_failed(
+    toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in no checkpoint, and the next update changes it: it is kept until it is written."""
+    failing(monkeypatch, 1, 2)
+    script = [(0.5, 1), (0.8, 1), (0.6, 1), (0.7, 1)]
+    run = scripted(toys, tmp_path, script, save_steps=1)
+    with pytest.warns(UserWarning, match="the run goes on"):
+        at_step = {record["step"]: run.model.state_dict() for kind, record in run.run() if kind == "eval"}
+    for folder in (tmp_path, checkpoints(tmp_path)[0]):
+        assert all((at_step[1][name] == array).all() for name, array in weights(folder).items())
+    assert state_file(tmp_path).parent.name == "checkpoint-3"
 
 
 def test_an_error_is_the_better_the_lower(toys: Path, tmp_path: Path) -> None:

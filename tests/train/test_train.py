@@ -118,7 +118,7 @@ def test_resumed_run_has_the_same_bits(data: Data, tmp_path: Path, passes: int, 
     assert third.step == 6
     assert losses(third) == expected[6:]
 
-    timed = {"seconds", "tokens_per_second"}
+    timed = {"seconds", "tokens_per_second", "save_seconds"}
     kept, cut = (
         [{k: v for k, v in line.items() if k not in timed} for line in log_of(tmp_path / n)] for n in ("whole", "cut")
     )

@@ -1,0 +1,1 @@
+"""Trials that anyone can run for as long as they wish: `python -m tests.torture`. CI runs a part of them."""
