@@ -350,9 +350,10 @@ class FineTuning(Loop):
         if self.best_is_now:
             self.save_best(folder)
             return
-        assert self.saved is not None
-        copies = {name: partial(copy, self.saved / name) for name in model_files(self.saved)}
-        for name, write in (self.unwritten or copies).items():
+        saved = self.writer.saved
+        assert saved is not None
+        copies = {name: partial(copy, saved / name) for name in model_files(saved)}
+        for name, write in (self.writer.unwritten or copies).items():
             write_atomically(folder / name, write)
 
     def save_best(self, folder: Path) -> None:

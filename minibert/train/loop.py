@@ -10,8 +10,8 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -20,16 +20,14 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from minibert.data import save_tokenizer
-from minibert.errors import Interrupted, UserError, WriteError, warn
+from minibert.errors import Interrupted, UserError
 from minibert.kernels.op import holds_floats
-from minibert.model.checkpoint import Write, sync, write_arrays, write_atomically, written_later
+from minibert.model.checkpoint import written_later
 from minibert.train.checkpoint import (
     STATE,
     State,
     alone,
     checkpoints,
-    keep_only,
-    megabytes,
     publish,
     read_state,
     refuse_to_overwrite,
@@ -37,13 +35,13 @@ from minibert.train.checkpoint import (
     remove_partial,
     require_room,
     step_of,
-    write_checkpoint,
 )
 from minibert.train.config import OptimizationConfig
 from minibert.train.failed_step import FailedStep, command, write_failed_step
 from minibert.train.guard import FirstNonFinite, NonFiniteError
 from minibert.train.log import LOG, Record, add_line, forget_after
 from minibert.train.optim import AdamW, linear_schedule
+from minibert.train.saving import CheckpointWriter, Copied
 from minibert.train.tensorboard import PREFIX, EventFile
 from minibert.train.weights_and_biases import wandb_library, write_offline_run
 from minibert.tuning.tuned import TunedModel
@@ -88,13 +86,8 @@ class Loop:
         if self.options.get("wandb"):
             wandb_library()  # told now, not at the end
         self.events: EventFile | None = None
-        self.saved: Path | None = None  # where this run was last written, or resumed from
-        self.broken: tuple[str, ...] = ()  # checkpoints that were passed over then
+        self.writer = CheckpointWriter(self.output, lambda: sum(self.sizes()))
         self.resumed = False  # and has not gone on yet
-        self.pool: ThreadPoolExecutor | None = None  # of one thread, which writes
-        self.write: tuple[int, Future[Path]] | None = None  # a step, and its checkpoint in flight
-        self.files: dict[str, Write] = {}  # of the model in the last checkpoint begun
-        self.unwritten: dict[str, Write] = {}  # of the model in one that could not be written
         self.measured: dict[str, float] = {}  # what else the last step found, under its names in the log
         self.kernels: Sequence[str] = ()  # of one's own, as --kernel takes them: named where a step is to be seen again
         self.number = 0  # of the pass that is computed, or was last
@@ -140,20 +133,20 @@ class Loop:
         Raises WriteError where the log, the first or the last checkpoint cannot be written: the one before is whole.
         Another one that cannot is a warning, unless `config.save_errors` is "fatal".
         """
-        if self.saved is None:
+        if self.writer.saved is None:
             refuse_to_overwrite(self.output)
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write into {self.output}: {error}; choose another --output") from None
-        with alone(self.output), ThreadPoolExecutor(1) as self.pool:  # leaving, it waits for the write in flight
+        with alone(self.output), ThreadPoolExecutor(1) as self.writer.pool:  # leaving, it waits for the write in flight
             yield from self.steps()
         if project := self.options.get("wandb"):
             write_offline_run(self.output, project, {**self.options, **asdict(self.config)})
 
     def steps(self) -> Iterator[tuple[Kind, Record]]:
         config = self.config
-        if self.saved is None or (self.predates_checkpoints and self.step == 0):  # which was saved unevaluated
+        if self.writer.saved is None or (self.predates_checkpoints and self.step == 0):  # which was saved unevaluated
             yield "eval", self.begin()
         else:
             self.go_on()
@@ -178,9 +171,9 @@ class Loop:
                     break
             if self.step % config.save_steps == 0 or self.save_due():
                 self.save()
-            elif self.write is not None and self.write[1].done():
-                self.settle()  # a failure is told at once
-        if self.step != (self.write[0] if self.write else step_of(self.saved) if self.saved else None):
+            else:
+                self.writer.settle_if_done(self.config.save_errors == "fatal")  # a failure is told at once
+        if self.step != self.writer.step:
             self.save()
         self.settle(last=True)
 
@@ -307,7 +300,7 @@ class Loop:
 
     def begin(self) -> Record:
         """Evaluate what is untrained, and save: what cannot be written shows now."""
-        if self.saved is None:
+        if self.writer.saved is None:
             refuse_to_overwrite(self.output)  # another run may have been faster
         with self.writing():
             remove_partial(self.output)
@@ -325,17 +318,17 @@ class Loop:
     def go_on(self) -> None:
         """Make the folder what it was when the state that is resumed was saved."""
         for path in checkpoints(self.output):
-            if step_of(path) > self.step and path.name not in self.broken:
+            if step_of(path) > self.step and path.name not in self.writer.broken:
                 raise UserError(f"{self.output}: another run has gone on to {path.name} meanwhile: resume that")
         if not self.resumed:
             return
-        assert self.saved is not None
+        assert self.writer.saved is not None
         if self.predates_checkpoints:
             forget_after(self.output, self.step)
         with self.writing():
             remove_partial(self.output)
             if not self.predates_checkpoints:
-                publish(self.saved, self.output)
+                publish(self.writer.saved, self.output)
             self.open_events(self.step + 1)
         if self.step < self.max_steps:
             self.require_room()
@@ -347,7 +340,7 @@ class Loop:
     @property
     def predates_checkpoints(self) -> bool:
         """Whether the run was resumed from the one state that runs had at the top of their folder."""
-        return self.saved == self.output
+        return self.writer.saved == self.output
 
     def require_room(self) -> None:
         """Raise WriteError where the checkpoints of the run will not find room."""
@@ -360,19 +353,9 @@ class Loop:
         model = sum(array.nbytes for array in self.model.state_dict().values())
         return 2 * model + sum(array.nbytes for array in self.optimizer.state_dict().values()), model
 
-    @contextmanager
-    def writing(self, step: int | None = None) -> Iterator[None]:
-        """Tell what cannot be written in one line, with the room that is needed and what is safe."""
-        step = self.step if step is None else step
-        try:
-            yield
-        except (OSError, UserError) as error:
-            whole = [path for path in checkpoints(self.output) if path.name not in self.broken]
-            last = f"{whole[0].name} is whole: --resume goes on from there" if whole else "there is no checkpoint"
-            raise WriteError(
-                f"step {step}: cannot write into {self.output}: {error}; a checkpoint needs "
-                f"{megabytes(sum(self.sizes()))} of room; {last}"
-            ) from None
+    def writing(self) -> AbstractContextManager[None]:
+        """What cannot be written within is told in one line."""
+        return self.writer.telling(self.step)
 
     @contextmanager
     def lost_to_saving(self) -> Iterator[None]:
@@ -396,20 +379,21 @@ class Loop:
                 "options": self.options,
                 "progress": {**self.progress, "fingerprint": self.fingerprint},
             })  # fmt: skip
-            assert self.pool is not None
-            try:
-                with self.writing():
-                    with written_later() as files:
-                        self.save_model(self.output)
-                    self.files = {path.relative_to(self.output).as_posix(): write for path, write in files.items()}
-                    log_size = (self.output / LOG).stat().st_size
+
+            def copied() -> Copied:
+                with written_later() as files:
+                    self.save_model(self.output)
+                named = {path.relative_to(self.output).as_posix(): write for path, write in files.items()}
                 # One that lacks its evaluation will be written again: until then there is another.
                 keep = self.config.save_total_limit + self.unevaluated
-                future = self.pool.submit(self.write_checkpoint, self.step, arrays, about, log_size, keep)
-            except WriteError as error:
-                future = Future()
-                future.set_exception(error)
-            self.write = self.step, future
+                return Copied(self.step, arrays, about, named, (self.output / LOG).stat().st_size, keep)
+
+            self.writer.begin(copied, self.step)
+
+    def settle(self, last: bool = False) -> None:
+        """Wait for the checkpoint in flight. One that failed is a warning, or raises WriteError: the `last` always."""
+        with self.lost_to_saving():
+            self.writer.settle(last or self.config.save_errors == "fatal")
 
     def refuse_nonfinite(self, arrays: Mapping[str, np.ndarray]) -> None:
         for name, array in arrays.items():
@@ -419,49 +403,13 @@ class Loop:
                     f"lower learning rate than {self.optimizer.lr:.3g}: resumed, this one comes to the same"
                 )
 
-    def write_checkpoint(
-        self, step: int, arrays: Mapping[str, np.ndarray], about: str, log_size: int, keep: int
-    ) -> Path:  # fmt: skip
-        """In the other thread: write a checkpoint, make the top of the folder agree, and remove those too many."""
-
-        def fill(folder: Path) -> None:
-            write_arrays(folder / STATE, arrays, {"trainer_state": about})
-            sync(self.output / LOG)
-            with open(self.output / LOG, "rb") as log:  # which has grown since
-                (folder / LOG).write_bytes(log.read(log_size))
-            for name, write in self.files.items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(folder / name, write)
-
-        with self.writing(step):
-            saved = write_checkpoint(self.output, step, fill)
-            publish(saved, self.output, but=(LOG,))
-            (self.output / STATE).unlink(missing_ok=True)  # of a run from before there were checkpoints
-            keep_only(self.output, saved, keep)
-        return saved
-
-    def settle(self, last: bool = False) -> None:
-        """Wait for the write in flight. One that failed is a warning, or raises WriteError: the `last` one always."""
-        if self.write is None:
-            return
-        (_, future), self.write = self.write, None
-        try:
-            with self.lost_to_saving():
-                self.saved = future.result()
-            self.broken, self.files, self.unwritten = (), {}, {}
-        except WriteError as error:
-            self.files, self.unwritten = {}, self.files or self.unwritten
-            if last or self.config.save_errors == "fatal":
-                raise
-            warn(f"{error}; the run goes on, and saves again (--save-errors fatal ends it)")
-
     def save_again(self) -> None:
         """Write the checkpoint anew that was written before its step was evaluated."""
         before = [path for path in checkpoints(self.output) if step_of(path) < self.step]
-        if before and self.saved is not None:
+        if before and self.writer.saved is not None:
             with self.writing():
-                remove(self.saved)
-            self.saved = before[0]  # of the same best model, where it is that which is saved
+                remove(self.writer.saved)
+            self.writer.saved = before[0]  # of the same best model, where it is that which is saved
             self.save()
 
     def save_model(self, folder: Path) -> None:
@@ -484,7 +432,7 @@ class Loop:
             {name.removeprefix("optimizer."): a for name, a in state.arrays.items() if name.startswith("optimizer.")}
         )
         self.progress = {**self.progress, **progress, "since": dict(progress["since"])}
-        self.saved, self.broken, self.resumed = state.folder, state.broken, True
+        self.writer.saved, self.writer.broken, self.resumed = state.folder, state.broken, True
 
 
 __all__ = ["LOG", "STATE", "Kind", "Loop", "Record", "State", "read_state", "refuse_to_overwrite"]
