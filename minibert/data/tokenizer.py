@@ -132,7 +132,8 @@ def load_tokenizer(folder_or_file: AnyPath) -> Tokenizer:
         path = found[0]
     if not path.is_file():
         raise UserError(f"no tokenizer at {path}: expected a folder with tokenizer.json or vocab.txt, or such a file")
-    tokenizer, settings = (from_json if path.suffix == ".json" else from_vocabulary)(path)
+    with no_panic(f"the tokenizers library fails on {path}"):
+        tokenizer, settings = (from_json if path.suffix == ".json" else from_vocabulary)(path)
     tokenizer.settings = settings  # type: ignore[attr-defined]
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -186,14 +186,15 @@ def read_trace(folder: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- data
 
 TABLES = {
-    "a.csv": "text,label\nThe hill.,x\n\"a, \"\"b\"\"\nc\",y\nThe cat,x\n",
+    "a.csv": 'text,label\nThe hill.,x\n"a, ""b""\nc",y\nThe cat,x\n',
     "b.tsv": "text\tlabel\nThe hill.\tx\nThe cat\ty\n",
     "c.jsonl": '{"text": "The hill.", "label": "x"}\n{"text": "The cat", "label": "y"}\n',
     "d.json": '[{"text": "The hill.", "label": 1},\n {"text": "The cat", "label": 2.5}]\n',
 }
 WORDS = {
     "a.conll": "-DOCSTART- O\n\nThe O\nhill B-X\n. O\n\nA O\ncat B-Y\n",
-    "b.conllu": "# text = The hill\n1\tThe\tthe\tDET\t_\t_\t2\tdet\t_\t_\n2-3\thills\t_\t_\t_\t_\t_\t_\t_\tSpaceAfter=No\n"
+    "b.conllu": "# text = The hill\n1\tThe\tthe\tDET\t_\t_\t2\tdet\t_\t_\n"
+    "2-3\thills\t_\t_\t_\t_\t_\t_\t_\tSpaceAfter=No\n"
     "2\thill\thill\tNOUN\t_\t_\t0\troot\t_\t_\n\n",
     "c.jsonl": '{"tokens": ["The", "hill"], "ner_tags": ["O", "B-X"]}\n{"tokens": ["A"], "ner_tags": ["O"]}\n',
 }

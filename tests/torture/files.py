@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 from tests.torture.corpus import KINDS, make_corpus
 
-MEMORY = 500 << 20  # bytes beyond what the process has when it has read every whole file once
+MEMORY = 500 << 20  # bytes beyond what the process has before it
 SECONDS = 5.0
 NASTY: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 3.5, 1e308, -1e-308, 10**9, 2**31, 2**32, 2**63, 2**64, 10**30, float("nan"),
@@ -183,14 +183,13 @@ def read_mutants(corpus: Path, seed: int, numbers: range, told: Path) -> None:
     for kind in KINDS:  # what is imported and made ready once is no mutant's
         result = outcome(kind.read, corpus / kind.name)
         assert result == "read", f"the whole {kind.name}: {result}"
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     with open(told, "a", encoding="utf-8") as log, tempfile.TemporaryDirectory(dir=told.parent) as scratch:
         for number in numbers:
             print(json.dumps([number, *name_of(corpus, seed, number), None]), file=log, flush=True)
             faulthandler.dump_traceback_later(4 * SECONDS, exit=True)
             kind, file, folder = make_mutant(corpus, seed, number, Path(scratch) / "mutant")
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, resource.RLIM_INFINITY))
             print(json.dumps([number, kind.name, file, outcome(kind.read, folder)]), file=log, flush=True)
     faulthandler.cancel_dump_traceback_later()
 
@@ -242,7 +241,7 @@ def torture(count: int, seed: int = 1, folder: Path | None = None) -> tuple[dict
                 if each.what in counts:
                     counts[each.what] += 1
                 else:
-                    ended = f"the process ended ({done.returncode}): {done.stderr[-1500:]}"
+                    ended = f"the process ended ({done.returncode}): {done.stderr[:1500]}"
                     failures.append(each._replace(what=each.what or ended))
             begin = max(last) + 1
         return counts, failures
