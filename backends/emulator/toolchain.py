@@ -156,7 +156,7 @@ def emulator_executable() -> Path:
     flags = [*LANGUAGE, *PROGRAM_FLAGS, f"-I{INCLUDE}"]
     sources = sorted(RUNTIME.glob("*.cpp"))
     headers = [*sorted(RUNTIME.glob("*.h")), *sorted(INCLUDE.glob("*.h"))]
-    target = cache_folder() / f"emulator-{_digest(path, flags, [*sources, *headers])}"
+    target = cache_folder() / f"emulator-{_digest(path, flags, [Path(__file__), *sources, *headers])}"
     if _is_kept(target):
         return target
     _remove_unused(target.parent)

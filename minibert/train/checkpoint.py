@@ -100,7 +100,7 @@ def state_in(folder: Path, kind: type[OptimizationConfig]) -> State:
 def checked_progress(progress: dict[str, Any]) -> dict[str, Any]:
     """The same. Raises KeyError, TypeError or ValueError where it lacks a number that each run goes on with."""
     since = progress["since"].values()
-    for number in (*(progress[name] for name in ("step", "tokens", "seconds")), *since):
+    for number in (*(progress[name] for name in ("step", "tokens", "seconds", "fingerprint")), *since):
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= abs(number) < float("inf"):
             raise ValueError(f"its progress has {number!r} for a number")
     if index(progress["step"]) < 0 or index(progress["fingerprint"]) < 0:

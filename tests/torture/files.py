@@ -180,13 +180,15 @@ def read_mutants(corpus: Path, seed: int, numbers: range, told: Path) -> None:
         raise TooLong
 
     signal.signal(signal.SIGALRM, give_up)
-    for kind in KINDS:  # what is imported and made ready once is no mutant's
-        result = outcome(kind.read, corpus / kind.name)
-        assert result == "read", f"the whole {kind.name}: {result}"
     with open(told, "a", encoding="utf-8") as log, tempfile.TemporaryDirectory(dir=told.parent) as scratch:
+        for kind in KINDS:  # what is imported and made ready once is no mutant's
+            whole = shutil.copytree(corpus / kind.name, Path(scratch) / "whole" / kind.name)
+            result = outcome(kind.read, whole)
+            assert result == "read", f"the whole {kind.name}: {result}"
         for number in numbers:
             print(json.dumps([number, *name_of(corpus, seed, number), None]), file=log, flush=True)
-            faulthandler.dump_traceback_later(4 * SECONDS, exit=True)
+            if number % 20 == 0:  # for what does not come back to Python; arming it takes as long as a small mutant
+                faulthandler.dump_traceback_later(30 * SECONDS, exit=True)
             kind, file, folder = make_mutant(corpus, seed, number, Path(scratch) / "mutant")
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, resource.RLIM_INFINITY))

@@ -386,7 +386,8 @@ def recording_of(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[st
         if op not in OPS:
             raise UserError(f"{path}: this minibert has no op {op!r}: compare with the version that recorded it")
         given, got = (tuple(Key(d, tuple(map(index, shape)), dtype) for d, shape, dtype in keys) for keys in both)
-        if phase not in PHASES or not all(isinstance(text, str) for text in (place, params, problem)):
+        texts = (place, params, problem, *(text for key in (*given, *got) for text in (key.digest, key.dtype)))
+        if phase not in PHASES or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"a call of {op} that no step makes")
         made.calls.append(Call(op, phase, place, params, given, got, problem))
         for key in (*given, *got):
