@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from minibert import kernels
 from minibert.backends.base import BackendUnavailable
 from minibert.errors import UserError, pip_install
+from minibert.kernels.cache import cache_base, is_own, own_folder
 
 KERNELS = Path(kernels.__file__).resolve().parent
 FLAGS = ("-std=c++17", "-lineinfo", "--ptxas-options=-v")  # and nothing that makes arithmetic less accurate
@@ -293,17 +294,15 @@ def _cuda_headers(include: tuple[Path, ...]) -> bytes:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: `$MINIBERT_CACHE_DIR`, else `minibert` in the user's cache directory."""
-    if named := os.environ.get("MINIBERT_CACHE_DIR"):
-        return Path(named) / "cuda"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minibert" / "cuda"
+    """Where compiled kernels are kept."""
+    return cache_base() / "cuda"
 
 
 @cache
 def _prepared(folder: Path) -> bool:
     """Make the folder and remove from it what is long unused, once in a process; False where it cannot be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        own_folder(folder)
         oldest = time.time() - CACHE_DAYS * 86400
         for path in folder.iterdir():
             with suppress(OSError):  # another process removes it too
@@ -327,6 +326,8 @@ def _read(kept: Path | None) -> tuple[bytes, str] | None:
     if kept is None:
         return None
     try:
+        if not all(is_own(path) for path in (kept, kept.with_suffix(".log"))):
+            return None
         image = kept.read_bytes()
         digest, _, log = kept.with_suffix(".log").read_text(encoding="utf-8").partition("\n")
         if digest != hashlib.sha256(image).hexdigest():

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minibert.backends.base import BackendUnavailable
-from minibert.errors import UserError
+from minibert.errors import UserError, warn
+from minibert.kernels.cache import cache_base, is_own, own_folder
 
 INCLUDE = Path(__file__).parent / "include"
 RUNTIME = Path(__file__).parent / "runtime"
@@ -124,15 +125,9 @@ def _major_version(path: str) -> int:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: `$MINIBERT_CACHE_DIR`, else `minibert` in the user's cache directory."""
-    if named := os.environ.get("MINIBERT_CACHE_DIR"):
-        base = Path(named)
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minibert"
-    folder = base / "emulator"
+    """Where compiled kernels are kept."""
     with _a_place_is_needed():
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
+        return own_folder(cache_base() / "emulator")
 
 
 @contextmanager
@@ -161,7 +156,7 @@ def emulator_executable() -> Path:
     flags = [*LANGUAGE, *PROGRAM_FLAGS, f"-I{INCLUDE}"]
     sources = sorted(RUNTIME.glob("*.cpp"))
     headers = [*sorted(RUNTIME.glob("*.h")), *sorted(INCLUDE.glob("*.h"))]
-    target = cache_folder() / f"emulator-{_digest(path, flags, [*sources, *headers])}"
+    target = cache_folder() / f"emulator-{_digest(path, flags, [Path(__file__), *sources, *headers])}"
     if _is_kept(target):
         return target
     _remove_unused(target.parent)
@@ -177,7 +172,7 @@ def emulator_executable() -> Path:
             parts = list(pool.map(build, sources))
         # Kernels, loaded later, are to find the emulator's functions: -rdynamic.
         _run([path, "-rdynamic", "-o", f"{scratch}/emulator", *parts, "-ldl"], failure)
-        os.replace(f"{scratch}/emulator", target)
+        _keep(Path(scratch) / "emulator", target)
     return target
 
 
@@ -214,7 +209,7 @@ def compile_kernels(source: Path, defines: Mapping[str, str], include: Sequence[
         # Linked apart, without -fsanitize: the hooks are the emulator's, not the thread sanitiser's own.
         link = [path, "-shared", *WRAPPED, "-o", str(built), str(object_file)]
         _run(link, f"{_short(source)} does not link for the emulator")
-        os.replace(built, target)
+        _keep(built, target)
     return target
 
 
@@ -354,14 +349,26 @@ def _digest(path: str, words: Sequence[str], files: Sequence[Path]) -> str:
     return digest.hexdigest()[:20]
 
 
+def _keep(built: Path, target: Path) -> None:
+    """Move what was built into the cache, its SHA-256 behind it: loaders of ELF files do not read so far."""
+    with open(built, "ab") as file:
+        file.write(hashlib.sha256(built.read_bytes()).digest())
+    os.replace(built, target)
+
+
 def _is_kept(target: Path) -> bool:
-    """Whether the cache has it; tells that it is in use."""
-    with suppress(OSError):
-        os.utime(_note_for(target))
+    """Whether the cache has it, whole and the user's own; tells that it is in use."""
     try:
-        os.utime(target)
-    except OSError:
-        return target.exists()  # a cache that is only read
+        content = target.read_bytes()
+    except FileNotFoundError:
+        return False
+    size = len(content) - hashlib.sha256().digest_size
+    if not is_own(target) or hashlib.sha256(content[:size]).digest() != content[size:]:
+        warn(f"{target} is damaged, or another user's: it is compiled anew")
+        return False
+    for path in (_note_for(target), target):
+        with suppress(OSError):  # there is no note, or the cache is only read
+            os.utime(path)
     return True
 
 

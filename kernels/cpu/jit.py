@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import shutil
 import time
 import warnings
@@ -21,9 +22,11 @@ import llvmlite
 import numba
 from llvmlite.binding import Linkage
 from numba import types
-from numba.core import event
+from numba.core import caching, event
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
+
+from minibert.kernels.cache import cache_base, own_folder, read_sealed, sealed
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -51,19 +54,14 @@ def source_hash(root: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: `$MINIBERT_CACHE_DIR`, else `minibert` in the user's cache directory."""
-    if named := os.environ.get("MINIBERT_CACHE_DIR"):
-        base = Path(named)
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minibert"
-    return base / f"kernels-{source_hash(KERNELS)}"
+    """Where compiled kernels of these sources are kept."""
+    return cache_base() / f"kernels-{source_hash(KERNELS)}"
 
 
 def _prepare_cache() -> Path | None:
     """Make this version's cache folder and remove those long unused; None, with a warning, where that cannot be."""
     try:
-        folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = own_folder(cache_folder())
         probe = folder / f".writable-{os.getpid()}"
         probe.touch()
         probe.unlink()
@@ -81,17 +79,52 @@ def _prepare_cache() -> Path | None:
 _cache = _prepare_cache()
 
 
+class _SealedFiles(caching.IndexDataCacheFile):
+    """Numba's files of one kernel, each behind its SHA-256: one that is damaged is compiled anew, not run."""
+
+    def _load_index(self) -> Any:
+        try:
+            stamp, overloads = pickle.loads(read_sealed(Path(self._index_path)))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            warnings.warn(f"a compiled kernel is made anew: {error}", stacklevel=2)
+            return {}
+        return overloads if stamp == self._source_stamp else {}
+
+    def _save_index(self, overloads: Any) -> None:
+        with self._open_for_write(self._index_path) as file:
+            file.write(sealed(self._dump((self._source_stamp, overloads))))
+
+    def _load_data(self, name: str) -> Any:
+        try:
+            return pickle.loads(read_sealed(Path(self._data_path(name))))
+        except ValueError as error:
+            warnings.warn(f"a compiled kernel is made anew: {error}", stacklevel=2)
+            return None
+
+    def _save_data(self, name: str, data: Any) -> None:
+        with self._open_for_write(self._data_path(name)) as file:
+            file.write(sealed(self._dump(data)))
+
+    def save(self, key: Any, data: Any) -> None:
+        try:
+            super().save(key, data)
+        except OSError as error:  # a full disk or quota: the code is there, and runs
+            warnings.warn(f"a compiled kernel is not kept ({error}); set MINIBERT_CACHE_DIR to a folder", stacklevel=2)
+
+
 @contextmanager
 def _our_cache(function: Callable[..., Any]) -> Iterator[bool]:
     """Numba reads the folder while decorating, and only then. Yields whether the code of `function` can be kept."""
-    before = numba.config.CACHE_DIR
+    before = numba.config.CACHE_DIR, caching.IndexDataCacheFile
     cached = _cache is not None and Path(function.__code__.co_filename).is_file()
     try:
         if cached:
-            numba.config.CACHE_DIR = str(_cache)
+            numba.config.CACHE_DIR, caching.IndexDataCacheFile = str(_cache), _SealedFiles
         yield cached
     finally:
-        numba.config.CACHE_DIR = before
+        numba.config.CACHE_DIR, caching.IndexDataCacheFile = before
 
 
 class _OwnCode(JITCodeLibrary):

@@ -19,11 +19,11 @@ from minibert.cli import app
 from minibert.cli.compiling import show_compiling
 from minibert.cli.options import BACKENDS, OWN_HELP, notes, refuse_unwritable, takes_options_of
 from minibert.cli.running import fastest_or
+from minibert.data.lines import Source, name_of, text_lines
 from minibert.errors import UserError
 from minibert.model.checkpoint import write_atomically
 from minibert.model.sentence_config import POOLINGS
 from minibert.tasks.sentences import BATCH_TOKENS, Embedded, SentenceTransformer
-from minibert.tasks.tables import Source, name_of, text_lines
 
 TOKENS = typer.Option(BATCH_TOKENS, min=1, help="Tokens of a batch, packed.")
 STDIN = "-"

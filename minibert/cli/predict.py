@@ -20,12 +20,12 @@ from minibert.cli.finetune import judged, prepared
 from minibert.cli.labelled import Columns, note_of
 from minibert.cli.options import BACKENDS, OWN_HELP, machine, notes, refuse_unwritable
 from minibert.cli.running import fastest_or
+from minibert.data.lines import name_of
 from minibert.errors import UserError
 from minibert.model.checkpoint import write_atomically
 from minibert.tasks.examples import TextExamples, stream_texts
 from minibert.tasks.pipeline import Pipeline, fine_tuned, pipeline
 from minibert.tasks.questions import read_questions
-from minibert.tasks.tables import name_of
 from minibert.tasks.words import WordExamples, stream_words
 
 ROWS_AT_ONCE = 1024  # examples that are read, run and written together

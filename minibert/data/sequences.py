@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -10,14 +11,13 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from minibert.data.masking import PAIRING_STREAM, SPLIT_STREAM, below, check_seed, shuffled
-from minibert.data.text import Document
-from minibert.data.tokenizer import SpecialIds
+from minibert.data.text import Document, in_pieces
+from minibert.data.tokenizer import SpecialIds, no_panic
 from minibert.errors import UserError
 from minibert.kernels.philox import Stream, random_words
 
 EncodedDocument = list[np.ndarray]  # its sentences, each (n,) int32 with n >= 1, no special tokens added
-CHARACTERS_AT_ONCE = 2**20  # bounds the memory of the tokenizer's own result objects, 100 bytes a character
-LONGEST_PIECE = 2**16  # characters of a sentence
+CHARACTERS_AT_ONCE = 2**18  # bounds the memory of the tokenizer's own result objects, 100 to 500 bytes a character
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,47 @@ class Sequences:
 
 def encode(documents: Sequence[Document], tokenizer: Tokenizer) -> list[EncodedDocument]:
     """Token ids of every sentence; sentences that give no token, and documents without any, are left out."""
-    pieces = (piece for document in documents for sentence in document for piece in in_pieces(sentence))
-    ids = ids_of(pieces, tokenizer)
-    encoded = [
-        [np.concatenate([next(ids) for _ in in_pieces(sentence)]) for sentence in document] for document in documents
-    ]
-    with_tokens = [[sentence for sentence in document if len(sentence)] for document in encoded]
+    ids = ids_of((sentence for document in documents for sentence in document), tokenizer)
+    encoded = ([next(ids) for _ in document] for document in documents)
+    with_tokens = ([sentence for sentence in document if len(sentence)] for document in encoded)
     return [document for document in with_tokens if document]
 
 
 def ids_of(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """(n,) int32 of each text."""
-    for encoding in encodings_of(texts, tokenizer):
-        yield np.array(encoding.ids, dtype=np.int32)
+    """(n,) int32 of each text. Raises UserError where the tokenizer fails."""
+    counts: deque[int] = deque()  # of pieces, of each text that is being encoded
+
+    def pieces() -> Iterator[str]:
+        for text in texts:
+            cut = list(in_pieces(text))
+            counts.append(len(cut))
+            yield from cut
+
+    parts: list[np.ndarray] = []
+    for encoding in encodings_of(pieces(), tokenizer):
+        parts.append(np.array(encoding.ids, dtype=np.int32))
+        if len(parts) == counts[0]:
+            yield np.concatenate(parts)
+            counts.popleft()
+            parts = []
+
+
+def ids_and_spans(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) int32 of a text, and (n, 2) int32: where each token begins and ends in it, in characters."""
+    ids, spans, begin = [], [], 0
+    for piece in in_pieces(text):
+        for encoding in encodings_of([piece], tokenizer):
+            ids.append(np.array(encoding.ids, dtype=np.int32))
+            spans.append(np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2) + np.int32(begin))
+        begin += len(piece)
+    return np.concatenate(ids), np.concatenate(spans)
 
 
 def encodings_of(texts: Iterable[str | Sequence[str]], tokenizer: Tokenizer, words: bool = False) -> Iterator[Encoding]:
-    """What the tokenizer makes of each text, or with `words` of each list of words, no special tokens added."""
+    """What the tokenizer makes of each text, or with `words` of each list of words, no special tokens added.
+
+    The texts are no longer than `in_pieces` makes them: a result takes some hundred bytes a character.
+    """
     batch: list[str | Sequence[str]] = []
     size = 0
     for text in chain(texts, [None]):
@@ -64,20 +88,10 @@ def encodings_of(texts: Iterable[str | Sequence[str]], tokenizer: Tokenizer, wor
             batch.append(text)
             size += sum(map(len, text)) if words else len(text)
         if text is None or size > CHARACTERS_AT_ONCE:
-            yield from tokenizer.encode_batch(batch, is_pretokenized=words, add_special_tokens=False)
+            with no_panic("the tokenizer fails on this text"):
+                encodings = tokenizer.encode_batch(batch, is_pretokenized=words, add_special_tokens=False)
+            yield from encodings
             batch, size = [], 0
-
-
-def in_pieces(sentence: str) -> Iterator[str]:
-    """A sentence cut at spaces, where no token goes on: whole books without a full stop stand in one line."""
-    start = 0
-    while len(sentence) - start > LONGEST_PIECE:
-        end = sentence.find(" ", start + LONGEST_PIECE)
-        if end < 0:
-            break
-        yield sentence[start:end]
-        start = end + 1
-    yield sentence[start:]
 
 
 def split(

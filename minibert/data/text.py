@@ -15,25 +15,20 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 
+from minibert.data.lines import AnyPath, text_lines
 from minibert.errors import UserError
 
 Document = list[str]  # its sentences, in order
-AnyPath = str | PathLike[str]
 
 SHIPPED_TEXT = Path(__file__).resolve().parent.parent / "assets" / "state_of_the_union.txt"
 
-PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n\s*")  # a blank line, or more
-TWO_BLANK_LINES, BLANK_LINE = "two-blank-lines", "blank-line"
-SEPARATORS: dict[str, Callable[[str], list[str]]] = {
-    TWO_BLANK_LINES: re.compile(r"\n[^\S\n]*\n[^\S\n]*\n\s*").split,
-    BLANK_LINE: PARAGRAPH_END.split,
-    "line": lambda text: text.split("\n"),
-    "file": lambda text: [text],
-}
+TWO_BLANK_LINES, BLANK_LINE, LINE = "two-blank-lines", "blank-line", "line"
+SEPARATORS = {TWO_BLANK_LINES: 2, BLANK_LINE: 1, LINE: None, "file": None}  # and the blank lines that end a document
+LONGEST_PIECE = 2**16  # characters of a text that are cleaned or cut into tokens at once
 # A run of marks is entered at its first and never in part: else a line of dots takes the square of its length.
 SENTENCE_END = re.compile(
     r"""(?P<mark>(?<![.!?])[.!?]++)["'”’)\]]*\s+(?=["'“‘(\[]*(?P<next>[^\W_]))"""  # a mark, a space, a first letter
@@ -46,17 +41,7 @@ ABBREVIATION = re.compile(
 )
 LAST_WORD = re.compile(r"[^\W\d_]+$")
 WORD = re.compile(r"[^\W_]")
-
-# What a file begins with that is no text as it stands, and what to do with it.
-NOT_TEXT = {
-    b"\x1f\x8b": "compressed by gzip: gunzip it first",
-    b"BZh91AY&SY": "compressed by bzip2: bunzip2 it first",
-    b"\xfd7zXZ\0": "compressed by xz: unxz it first",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd: unzstd it first",
-    b"PK\x03\x04": "a zip archive or an office document: unpack it, or save it as plain text",
-    b"%PDF-": "a PDF: take the text out of it first, as pdftotext does",
-    b"PAR1": "Parquet: write its column of text to a plain text file first",
-}
+SPACES = re.compile(r"\s+")
 
 
 def read_documents(paths: AnyPath | Iterable[AnyPath], document_separator: str = TWO_BLANK_LINES) -> list[Document]:
@@ -68,13 +53,20 @@ def read_documents(paths: AnyPath | Iterable[AnyPath], document_separator: str =
     paths = [paths] if isinstance(paths, str | PathLike) else list(paths)
     documents: list[Document] = []
     wordless: list[AnyPath] = []
+    refuse_no_line(document_separator)
     separated = document_separator in SEPARATORS
+
+    def lines_of(path: AnyPath) -> Iterator[str]:
+        nonlocal separated
+        for line in text_lines(path):
+            line = line.replace("\ufeff", "")  # where files were joined, byte order marks stand within
+            separated = separated or line.strip() == document_separator.strip()
+            yield line
+
     for path in paths:
-        text = read_text(path)
-        found = list(documents_of(text, document_separator))
-        documents += found
-        wordless += [] if found else [path]
-        separated = separated or separator_line(document_separator).search(text) is not None
+        before = len(documents)
+        documents += documents_of(lines_of(path), document_separator)
+        wordless += [path] if len(documents) == before else []
     if paths and not documents:
         raise UserError(f"{named(paths)} has no words in it: expected plain text")
     if not separated:
@@ -91,56 +83,63 @@ def named(paths: list[AnyPath]) -> str:
     return ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
-def separator_line(reads: str) -> re.Pattern[str]:
-    """A line that reads so, spaces around it aside. Raises UserError where that is no line or a blank one."""
-    if not reads.strip() or "\n" in reads:
-        raise UserError(f"document separator: expected {', '.join(SEPARATORS)}, or what a line reads, got {reads!r}")
-    return re.compile(rf"^[^\S\n]*{re.escape(reads.strip())}[^\S\n]*$", re.MULTILINE)
+def refuse_no_line(separator: str) -> None:
+    """Raises UserError for a separator that is nothing that a line can read."""
+    if not separator.strip() or "\n" in separator:
+        raise UserError(
+            f"document separator: expected {', '.join(SEPARATORS)}, or what a line reads, got {separator!r}"
+        )
 
 
-def read_text(path: AnyPath) -> str:
-    """One file's text, line ends made `\\n`, byte order marks left out: where files were joined they stand within."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"expected a text file, but {path} is a folder: name the files in it")
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"no text file {path}: check the path") from None
-    except OSError as error:
-        raise UserError(f"cannot read the text file {path}: {error.strerror}") from None
-    for beginning, what in NOT_TEXT.items():
-        if content.startswith(beginning):
-            raise UserError(f"expected plain text, but {path} is {what}")
-    text = decode(content, path)
-    if "\0" in text:  # UTF-16 without a byte order mark decodes as UTF-8, every other character a NUL
-        raise not_utf8(path, f"byte {content.index(0)} is NUL")
-    return text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
-
-
-def decode(content: bytes, path: Path) -> str:
-    """UTF-8, a byte order mark dropped. Raises UserError naming the first byte that is not."""
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        offset = error.start + 3 * content.startswith(b"\xef\xbb\xbf")  # the codec does not count a byte order mark
-        raise not_utf8(path, f"byte {offset} (0x{content[offset]:02x}) is not") from None
-
-
-def not_utf8(path: Path, what: str) -> UserError:
-    return UserError(f"expected UTF-8 in {path}, but {what}: convert it, iconv -f ENCODING -t UTF-8 {path} > new.txt")
-
-
-def documents_of(text: str, separator: str = TWO_BLANK_LINES) -> Iterator[Document]:
-    """The documents of one text; those without a word are passed over."""
-    cut = SEPARATORS[separator] if separator in SEPARATORS else separator_line(separator).split
-    for document in cut(text):
-        if separator == BLANK_LINE:
-            sentences = [" ".join(line.split()) for line in document.split("\n") if WORD.search(line)]
+def documents_of(lines: Iterable[str], separator: str = TWO_BLANK_LINES) -> Iterator[Document]:
+    """The documents of the lines of one text; those without a word are passed over."""
+    document: Document = []
+    paragraph: list[str] = []
+    blank = 0
+    for line in lines:
+        reads = line.strip()
+        blank = 0 if reads else blank + 1
+        if separator in SEPARATORS:
+            ends_document = separator == LINE or blank == SEPARATORS[separator]
         else:
-            sentences = [s for paragraph in PARAGRAPH_END.split(document) for s in split_sentences(paragraph)]
-        if sentences:
-            yield sentences
+            ends_document = reads == separator.strip()
+        if reads and (separator in SEPARATORS or not ends_document):
+            paragraph.append(line)
+        if blank or ends_document or separator == BLANK_LINE:
+            document += paragraph_sentences(paragraph, separator)
+            paragraph = []
+        if ends_document:
+            if document:
+                yield document
+            document = []
+    document += paragraph_sentences(paragraph, separator)
+    if document:
+        yield document
+
+
+def paragraph_sentences(lines: list[str], separator: str) -> Document:
+    if separator == BLANK_LINE:
+        return [single_spaced(line) for line in lines if WORD.search(line)]
+    return split_sentences("".join(lines)) if lines else []
+
+
+def in_pieces(text: str) -> Iterator[str]:
+    """A text cut before spaces, where no token goes on: whole books without a full stop stand in one line.
+
+    Where there is no space for too long the cut is anywhere. A word of so many characters has no token in any case.
+    """
+    start = 0
+    while len(text) - start > 2 * LONGEST_PIECE:
+        end = text.find(" ", start + LONGEST_PIECE, start + 2 * LONGEST_PIECE)
+        end = start + 2 * LONGEST_PIECE if end < 0 else end
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def single_spaced(text: str) -> str:
+    """One space for all that is space between two words: in pieces, for a list of all words is longer than the text."""
+    return "".join(SPACES.sub(" ", piece) for piece in in_pieces(text)).replace("  ", " ").strip()
 
 
 def split_sentences(paragraph: str) -> list[str]:
@@ -148,7 +147,7 @@ def split_sentences(paragraph: str) -> list[str]:
 
     Rough by design: a wrong cut costs a sequence a little context, nothing else.
     """
-    paragraph = " ".join(paragraph.split())
+    paragraph = single_spaced(paragraph)
     sentences, start = [], 0
     for match in SENTENCE_END.finditer(paragraph):
         if match["mark"] and (match["next"].islower() or is_abbreviation(paragraph, match)):

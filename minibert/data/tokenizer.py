@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer, normalizers
 
-from minibert.data.text import AnyPath, decode
+from minibert.data.lines import AnyPath, decode
 from minibert.data.tokenizer_config import (
     ADDED_TOKENS,
     CONFIG,
@@ -131,7 +132,8 @@ def load_tokenizer(folder_or_file: AnyPath) -> Tokenizer:
         path = found[0]
     if not path.is_file():
         raise UserError(f"no tokenizer at {path}: expected a folder with tokenizer.json or vocab.txt, or such a file")
-    tokenizer, settings = (from_json if path.suffix == ".json" else from_vocabulary)(path)
+    with no_panic(f"the tokenizers library fails on {path}"):
+        tokenizer, settings = (from_json if path.suffix == ".json" else from_vocabulary)(path)
     tokenizer.settings = settings  # type: ignore[attr-defined]
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -146,12 +148,26 @@ def read_text(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def parse(text: str, path: Path) -> Tokenizer:
+@contextmanager
+def no_panic(what: str) -> Iterator[None]:
+    """The library's Rust panics on some files and texts: no Exception, so that it would pass by who catches errors."""
     try:
-        return Tokenizer.from_str(text)
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {' '.join(str(error).split())}; use another tokenizer, or mend its files") from None
+
+
+def parse(text: str, path: Path) -> Tokenizer:
+    failure = f"{path} is no tokenizer.json that the tokenizers library can read"
+    try:
+        with no_panic(failure):
+            return Tokenizer.from_str(text)
+    except UserError:
+        raise
     except Exception as error:  # the library raises bare Exception
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is no tokenizer.json that the tokenizers library can read: {reason}") from None
+        raise UserError(f"{failure}: {' '.join(str(error).split())}") from None
 
 
 def from_json(path: Path) -> tuple[Tokenizer, Settings]:

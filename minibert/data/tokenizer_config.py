@@ -27,6 +27,7 @@ SPECIAL_TOKENS = {
     "mask_token": "[MASK]",
 }
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
+MOST_IDS = 2**24  # the library counts up to the largest id, and notes each that is missing
 
 
 class Added(NamedTuple):
@@ -220,6 +221,10 @@ def place(ids: Mapping[str, int], added: Iterable[Added], where: Path) -> tuple[
             raise UserError(f"{token.content!r} and {taken[number]!r} have the same id {number} in {where}: correct it")
         given[token.content] = number
         following = max(following, number + 1)
+    if max(taken, default=0) >= MOST_IDS:
+        raise UserError(
+            f"{taken[max(taken)]!r} has the id {max(taken)} in {where}: expected ids below {MOST_IDS}; correct it"
+        )
     beyond = sorted(number for token, number in given.items() if token not in ids)
     natural = beyond == list(range(len(ids), len(ids) + len(beyond)))
     return dict(ids) | ({} if natural else given), [tokens[token] for token in sorted(given, key=given.__getitem__)]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from minibert.data.text import Document
+from minibert.data.text import Document, in_pieces
 from minibert.data.tokenizer_config import SPECIAL_TOKENS
 from minibert.errors import UserError
 
 CONTINUES = "##"  # marks a piece that does not begin a word
 ALPHABET_LIMIT = 5000  # characters kept: every one of an alphabetic script, the frequent ones of Chinese
 LONGEST_WORD = 100  # characters; a longer word is [UNK], as in BERT
+LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD + 1}}}")
 
 
 def build_tokenizer(ids: Mapping[str, int], config: Mapping[str, Any]) -> Tokenizer:
@@ -57,8 +59,9 @@ def train_tokenizer(documents: Sequence[Document], vocab_size: int, lowercase: b
     """
     special = list(SPECIAL_TOKENS.values())
     config = {"do_lower_case": lowercase}
-    tokenizer = build_tokenizer({token: number for number, token in enumerate(special)}, config)
-    begin, go_on = alphabet(documents, tokenizer)
+    ids = {token: number for number, token in enumerate(special)}
+    tokenizer, cutter = build_tokenizer(ids, config), build_tokenizer(ids, config)  # one is locked while it is trained
+    begin, go_on = alphabet(documents, cutter)
     # The trainer numbers the pieces "##x" in the order of a hash table seeded anew in each process, and ties between
     # merges go by number. Handed over as "special tokens" they are numbered first and in order: the run repeats.
     fixed = [*special, *(CONTINUES + character for character in go_on)]
@@ -76,7 +79,7 @@ def train_tokenizer(documents: Sequence[Document], vocab_size: int, lowercase: b
         continuing_subword_prefix=CONTINUES,
         show_progress=False,
     )
-    heeding_signals(lambda: tokenizer.train_from_iterator((s for each in documents for s in each), trainer))
+    heeding_signals(lambda: tokenizer.train_from_iterator(without_long_words(documents, cutter), trainer))
     return build_tokenizer(tokenizer.get_vocab(with_added_tokens=True), config)
 
 
@@ -97,15 +100,28 @@ def heeding_signals(call: Callable[[], Any]) -> None:
         raise raised[0]
 
 
+def without_long_words(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[str]:
+    """The sentences, in pieces, less the words that are [UNK] for their length: training takes the square of it."""
+    for document in documents:
+        for sentence in document:
+            for piece in in_pieces(sentence):
+                if LONG_RUN.search(piece):
+                    yield " ".join(word for word in words_in(piece, tokenizer) if len(word) <= LONGEST_WORD)
+                else:
+                    yield piece
+
+
+def words_in(text: str, tokenizer: Tokenizer) -> list[str]:
+    return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))]
+
+
 def alphabet(documents: Sequence[Document], tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     """The characters of the text, sorted; and those of them that occur within a word, past its first place."""
     counts: Counter[str] = Counter()
-    words: set[str] = set()
-    for document in documents:
-        text = tokenizer.normalizer.normalize_str("\n".join(document))
-        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text):
-            words.add(word)
+    within: set[str] = set()
+    for text in without_long_words(documents, tokenizer):
+        for word in words_in(text, tokenizer):
             counts.update(word)
+            within.update(word[1:])
     frequent = sorted(counts, key=lambda character: (-counts[character], character))[:ALPHABET_LIMIT]
-    within = {character for word in words for character in word[1:]}
     return sorted(frequent), sorted(within.intersection(frequent))

@@ -156,7 +156,7 @@ def _read_shards(index: Path) -> Arrays:
         raise UserError(f"expected weight_map, from tensor names to file names, in {index}: get the file anew")
     arrays: Arrays = {}
     for file in sorted(set(where.values())):
-        if Path(file).name != file:
+        if not file or Path(file).name != file:
             raise UserError(f"{index} names the file {file!r}: expected a plain name in the same folder")
         arrays |= read_arrays(index.with_name(file))[0]
     lost = sorted(where.keys() - arrays.keys())

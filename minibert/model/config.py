@@ -38,6 +38,7 @@ QUIET: dict[str, Any] = {
 }  # fmt: skip
 # What the labels of a BertForSequenceClassification are: numbers, one class of several, or any of several.
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+MOST_LABELS = 1_000_000  # that a config names by their number alone
 NULLABLE = {"pad_token_id": int, "classifier_dropout": float, "problem_type": str}  # fields that may be None
 
 
@@ -101,6 +102,12 @@ class BertConfig:
         padding = self.pad_token_id
         fits = padding is None or 0 <= padding < self.vocab_size
         _require(fits, "pad_token_id", f"None, or an id of 0 or more and below vocab_size ({self.vocab_size})", padding)
+
+    def numbers(self) -> int:
+        """How many numbers the tables and the matrices of the layers hold: most of the model."""
+        layer = self.hidden_size * (4 * self.hidden_size + 2 * self.intermediate_size)
+        rows = self.vocab_size + self.max_position_embeddings + self.type_vocab_size
+        return self.num_hidden_layers * layer + rows * self.embedding_size
 
     @property
     def embedding_size(self) -> int:
@@ -197,7 +204,8 @@ def with_labels(values: Mapping[str, Any]) -> dict[str, Any]:
     if not given.get("id2label") and isinstance(numbers, Mapping) and numbers:
         given["id2label"] = {number: name for name, number in numbers.items()}
     if count is not None:
-        _require(isinstance(count, int) and count > 0, "num_labels", "a whole number of 1 or more", count)
+        possible = isinstance(count, int) and 0 < count <= MOST_LABELS
+        _require(possible, "num_labels", f"a whole number from 1 to {MOST_LABELS:,}", count)
         if len(given.get("id2label") or ()) != count:
             given["id2label"] = {number: f"LABEL_{number}" for number in range(count)}
     return given

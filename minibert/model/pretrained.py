@@ -172,6 +172,7 @@ class PreTrained(Module):
         options = {name: more.pop(name) for name in pooling}
         config = _changed(checkpoint.read_config(folder) if config is None else config, more)
         arrays = checkpoint.read_weights(folder)
+        refuse_far_larger(config, arrays, folder)
         decoder = own_decoder(arrays) if cls.has_decoder and config.tie_word_embeddings else None
         if decoder is not None:
             warn(
@@ -193,6 +194,19 @@ class PreTrained(Module):
         """Write config.json and model.safetensors as transformers reads them; `tokenizer_files` are copied there."""
         checkpoint.write_folder(
             folder, self.config, self.state_dict(), tokenizer_files, architecture=type(self).__name__
+        )
+
+
+def refuse_far_larger(config: BertConfig, arrays: Mapping[str, np.ndarray], folder: Any) -> None:
+    """Raises UserError, before anything is allocated, for a config that cannot be that of the weights.
+
+    Some layers more than the file has are drawn anew; a damaged number of layers would take hours, or all memory.
+    """
+    held = sum(array.size for array in arrays.values())
+    if config.numbers() > 64 * held + 2**16:
+        raise UserError(
+            f"{folder}: config.json asks for a model of {config.numbers():,} numbers, and the weights beside it are "
+            f"{held:,}: correct num_hidden_layers, hidden_size, intermediate_size or vocab_size there"
         )
 
 

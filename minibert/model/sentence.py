@@ -17,6 +17,7 @@ from minibert.kernels.pooling import mean_pool, normalize
 from minibert.model import checkpoint
 from minibert.model.bert import BertModel, WithEncoder
 from minibert.model.config import BertConfig
+from minibert.model.pretrained import refuse_far_larger
 from minibert.model.sentence_config import SentenceConfig, read_sentence_folder, write_sentence_folder
 from minibert.model.tensor import Tensor, apply
 
@@ -68,6 +69,7 @@ class SentenceBert(WithEncoder):
             raise UserError(f"SentenceBert.from_pretrained: unknown argument {next(iter(unknown))!r}")
         sentence_config, config, where = read_sentence_folder(folder, pooling=pooling, normalize=normalize)
         arrays = checkpoint.read_weights(where)
+        refuse_far_larger(config, arrays, where)
         pooler = any(name.endswith("pooler.dense.weight") for name in arrays)
         model = cls(
             config, backend, dtype, seed, sentence_config=sentence_config, add_pooling_layer=pooler, initialise=False

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from minibert.data.sequences import Sequences, encodings_of, ids_of
+from minibert.data.sequences import CHARACTERS_AT_ONCE, Sequences, encodings_of, ids_and_spans, ids_of
+from minibert.data.text import LONGEST_PIECE
 from minibert.data.tokenizer import SpecialIds, special_ids
 from minibert.errors import UserError
 from minibert.model.packing import IGNORE
@@ -113,13 +114,20 @@ def encode_words(tokenizer: Tokenizer, sentences: Sequence[Sequence[str]], max_s
     room = room_in(max_seq_length, 2, 1)
     builder = Builder(special_ids(tokenizer))
     words, lost = [], []
-    for number, encoding in enumerate(encodings_of(sentences, tokenizer, words=True)):
+    for number, encoding in enumerate(encodings_of(map(within_reach, sentences), tokenizer, words=True)):
         builder.add(number, np.array(encoding.ids[:room], dtype=np.int32))
         of = np.array([NOWHERE, *encoding.word_ids[:room], NOWHERE], dtype=np.int32)
         of[1:][of[1:] == of[:-1]] = NOWHERE
         words.append(of)
         lost.append(sorted(set(range(len(sentences[number]))).difference(of.tolist())))
     return EncodedWords(builder.sequences(), np.concatenate([np.zeros(0, np.int32), *words]), lost)
+
+
+def within_reach(words: Sequence[str]) -> Sequence[str]:
+    """The first of a sentence's words: more characters than any sequence has room for."""
+    ends = np.cumsum([len(word) for word in words])
+    near = int(np.searchsorted(ends, CHARACTERS_AT_ONCE))
+    return words if near == len(words) else [*words[:near], words[near][:LONGEST_PIECE]]
 
 
 def encode_questions(
@@ -144,9 +152,7 @@ def encode_questions(
         cut += len(ids) > max_query_length
         question = ids[:max_query_length]
         if context not in encoded:
-            (encoding,) = encodings_of([context], tokenizer)
-            offsets = np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2)
-            encoded = {context: (np.array(encoding.ids, dtype=np.int32), offsets)}
+            encoded = {context: ids_and_spans(context, tokenizer)}
         text, offsets = encoded[context]
         width = room - len(question)
         if width <= doc_stride:

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minibert.data.lines import Source, name_of
 from minibert.data.tokenizer_config import is_text
 from minibert.errors import UserError
 from minibert.model.config import PROBLEM_TYPES
 from minibert.tasks.columns import Columns, find_columns, listed
 from minibert.tasks.labels import class_ids, class_sets, number_in, sorted_names
-from minibert.tasks.tables import Source, name_of, open_table, wrong_line
+from minibert.tasks.tables import open_table, wrong_line
 
 REGRESSION, SINGLE, MULTI = PROBLEM_TYPES
 TASKS = ("classify", "regress", "embed")

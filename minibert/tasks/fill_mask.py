@@ -18,6 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from minibert.data import check_vocabulary, special_ids
+from minibert.data.sequences import ids_of
 from minibert.data.tokenizer import settings_of
 from minibert.data.tokenizer_config import is_text
 from minibert.errors import UserError, warn
@@ -115,7 +116,7 @@ def target_ids(tokenizer: Tokenizer, targets: str | Sequence[str]) -> np.ndarray
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     for target in [targets] if isinstance(targets, str) else targets:
         if target not in vocabulary:
-            pieces = tokenizer.encode(target, add_special_tokens=False).tokens
+            pieces = [str(tokenizer.id_to_token(number)) for ids in ids_of([target], tokenizer) for number in ids]
             instead = f"its first piece, {pieces[0]!r}, stands for it" if pieces else "it is left out"
             warn(f"the target {target!r} is not in the vocabulary: {instead}")
             if not pieces:
@@ -139,7 +140,7 @@ class Filler:
         if not is_text(text):
             what = "half of a surrogate pair" if isinstance(text, str) else type(text).__name__
             raise UserError(f"text {number}: expected text, got {what}")
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        (ids,) = ids_of([text], self.tokenizer)
         if self.special.mask not in ids:
             mask = settings_of(self.tokenizer).config["mask_token"]
             raise UserError(f"text {number} has no {mask}: put one where a word is to be filled in")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minibert.data.text import AnyPath
+from minibert.data.lines import AnyPath
 from minibert.errors import UserError, pip_install
 
 NUMBERED = 30  # classes; the counts of more would be too small to read

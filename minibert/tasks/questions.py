@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minibert.data.lines import Source, name_of, text_lines
 from minibert.data.tokenizer_config import is_text
 from minibert.errors import UserError
 from minibert.tasks.columns import listed
-from minibert.tasks.tables import FORMATS, Source, format_of, name_of, open_table, text_lines
+from minibert.tasks.tables import FORMATS, format_of, open_table
 
 SHOWN = 60  # characters of an answer that a message shows
 

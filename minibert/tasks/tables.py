@@ -11,7 +11,6 @@ UTF-8. What is wrong is a UserError that names the file and the line.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -19,18 +18,15 @@ from dataclasses import dataclass
 from itertools import chain
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from minibert.data.text import NOT_TEXT, AnyPath, not_utf8
+from minibert.data.lines import Source, name_of, text_lines
 from minibert.errors import UserError
-
-Source = AnyPath | BinaryIO  # a file's path, or a binary stream such as sys.stdin.buffer
 
 FORMATS = {
     ".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".txt": "txt",
 }  # fmt: skip
 LONGEST_FIELD = 2**31 - 1  # csv's own limit of 131072 characters is less than a long document
-NOT_A_BYTE = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a byte that is no UTF-8
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -51,13 +47,6 @@ class Table:
 
     def __iter__(self) -> Iterator[Row]:
         return self.rows
-
-
-def name_of(source: Source) -> str:
-    """What a message calls a source: its path, or a stream's name without the brackets of `<stdin>`."""
-    if isinstance(source, str | PathLike):
-        return str(source)
-    return str(getattr(source, "name", "the input")).strip("<>")
 
 
 def format_of(source: Source, formats: dict[str, str] = FORMATS, given: str | None = None) -> str:
@@ -91,51 +80,6 @@ def open_table(source: Source, format: str | None = None) -> Table:
     if first is None:
         raise UserError(f"{name} has a header and no row: expected rows below it")
     return Table(name, columns, chain([first], rows))
-
-
-def text_lines(source: Source) -> Iterator[str]:
-    """The lines of a file, each ending in `\\n` but perhaps the last; a byte order mark is left out.
-
-    Raises UserError for a file that cannot be read, and naming the line that is no UTF-8 or holds a NUL.
-    """
-    name = name_of(source)
-    if not isinstance(source, str | PathLike):
-        yield from decoded_lines(source, name)
-        return
-    path = Path(source)
-    if path.is_dir():
-        raise UserError(f"expected a file, but {path} is a folder: name a file in it")
-    try:
-        stream = path.open("rb")
-    except FileNotFoundError:
-        raise UserError(f"no file {path}: check the path") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    with stream:
-        yield from decoded_lines(stream, name)
-
-
-def decoded_lines(stream: BinaryIO, name: str) -> Iterator[str]:
-    """The lines of a binary stream, which is left open."""
-    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline=None)
-    try:
-        for number, line in enumerate(text, 1):
-            if number == 1:
-                beginning = line[:16].encode("utf-8", "surrogateescape")
-                for mark, what in NOT_TEXT.items():
-                    if beginning.startswith(mark):
-                        raise UserError(f"expected plain text, but {name} is {what}")
-                line = line.removeprefix("\ufeff")
-            if found := NOT_A_BYTE.search(line):
-                raise not_utf8(Path(name), f"line {number} has the byte 0x{ord(found[0]) - 0xDC00:02x}")
-            if "\0" in line:  # UTF-16 without a byte order mark reads as UTF-8, every other character a NUL
-                raise not_utf8(Path(name), f"line {number} has a NUL")
-            yield line
-    except IsADirectoryError:
-        raise UserError(f"expected a file, but {name} is a folder: name a file in it") from None
-    finally:
-        if not stream.closed:  # by who gave it, before a reader of its first lines was forgotten
-            text.detach()
 
 
 def wrong_line(name: str, line: int, what: str) -> NoReturn:

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minibert.data.lines import Source, name_of, text_lines
 from minibert.data.tokenizer_config import is_text
 from minibert.errors import UserError
 from minibert.tasks.columns import listed
 from minibert.tasks.labels import LabelIds, sorted_names
-from minibert.tasks.tables import Source, format_of, name_of, open_table, text_lines, wrong_line
+from minibert.tasks.tables import format_of, open_table, wrong_line
 
 FORMATS = {
     ".conll": "conll", ".txt": "conll", ".bio": "conll", ".iob": "conll", ".iob2": "conll", ".tsv": "conll",

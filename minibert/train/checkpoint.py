@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,9 +92,20 @@ def state_in(folder: Path, kind: type[OptimizationConfig]) -> State:
             raise TypeError(f"its setting {min(strange)} is another command's or another version's")
         if "format" not in about and config["warmup_steps"] == 0:
             config["warmup_steps"] = None  # before there was a format, 0 said "not given"
-        return State(kind(**config), about["options"], about["progress"], arrays, folder)
+        return State(kind(**config), dict(about["options"]), checked_progress(about["progress"]), arrays, folder)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no state of such a run ({error}): begin a new run") from None
+
+
+def checked_progress(progress: dict[str, Any]) -> dict[str, Any]:
+    """The same. Raises KeyError, TypeError or ValueError where it lacks a number that each run goes on with."""
+    since = progress["since"].values()
+    for number in (*(progress[name] for name in ("step", "tokens", "seconds", "fingerprint")), *since):
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= abs(number) < float("inf"):
+            raise ValueError(f"its progress has {number!r} for a number")
+    if index(progress["step"]) < 0 or index(progress["fingerprint"]) < 0:
+        raise ValueError("its step or its fingerprint is negative")
+    return progress
 
 
 def checkpoints(output: Path) -> list[Path]:

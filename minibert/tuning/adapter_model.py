@@ -15,7 +15,7 @@ from minibert.model.matching import Arrays
 from minibert.model.pretrained import PreTrained
 from minibert.tuning.bottleneck import BnConfig, Bottleneck, DoubleSeqBnConfig, SeqBnConfig
 from minibert.tuning.config import HEADS
-from minibert.tuning.files import BASE, CONFIG
+from minibert.tuning.files import BASE, CONFIG, naming
 from minibert.tuning.targets import named_modules
 from minibert.tuning.tuned import TunedModel, is_added
 
@@ -97,7 +97,7 @@ class AdapterModel(TunedModel):
                 mend = f"but {PICKLE}: a pickle can run code and is never loaded; save it with use_safetensors=True"
             raise UserError(f"no {WEIGHTS} in {folder}: {mend}")
         arrays, metadata = read_arrays(folder / WEIGHTS)
-        try:
+        with naming(folder):
             if not isinstance(about.get("config"), Mapping) or not isinstance(about.get("name"), str):
                 raise UserError(f"{CONFIG}: expected a mapping `config` and a `name`, as adapters 1 writes them")
             tuned = cls(model, BnConfig.from_dict(about["config"], about["name"]), loaded=True)
@@ -107,8 +107,6 @@ class AdapterModel(TunedModel):
                 tuned.unload()
                 raise
             return tuned.settle({**_under(tuned, arrays), **head}, folder, metadata.get(BASE), is_trainable)
-        except UserError as error:
-            raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
 
     def merge_and_unload(self) -> PreTrained:
         """Raises UserError: there is something between the two layers that is no product, so nothing to add up."""

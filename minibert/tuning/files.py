@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,18 @@ def write_adapter(
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_arrays(folder / WEIGHTS, arrays, {"format": "pt", BASE: base_sha256})
     write_atomically(folder / CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def naming(folder: AnyPath) -> Iterator[None]:
+    """What is wrong with an adapter is said with its folder; a value of a kind that no setting has is wrong too."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
+    except (AttributeError, IndexError, KeyError, MemoryError, OverflowError, TypeError, ValueError) as error:
+        told = " ".join(str(error).split()) or "it asks for too much memory"
+        raise UserError(f"{folder}: {CONFIG} holds a value that no such setting has: {told}; correct it") from None
 
 
 def once_each(arrays: Mapping[str, np.ndarray]) -> Arrays:

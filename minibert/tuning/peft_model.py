@@ -12,7 +12,7 @@ from minibert.model.checkpoint import AnyPath
 from minibert.model.nn import Embedding
 from minibert.model.pretrained import PreTrained
 from minibert.tuning.config import LoraConfig
-from minibert.tuning.files import PREFIX, once_each, read_adapter, with_decoder_bias, write_adapter
+from minibert.tuning.files import PREFIX, naming, once_each, read_adapter, with_decoder_bias, write_adapter
 from minibert.tuning.low_rank import EmbeddingLowRank, LowRank
 from minibert.tuning.targets import ALL_LINEAR, by_pattern, targets, trained_whole
 from minibert.tuning.tuned import TunedModel, is_added, kind_of
@@ -86,11 +86,9 @@ class PeftModel(TunedModel):
         not fit: a tensor that is missing, surplus or of another shape, a setting that is not supported.
         """
         values, arrays, base = read_adapter(folder)
-        try:
+        with naming(folder):
             config = LoraConfig.from_dict(values)
             return kind_of(config)(model, config, loaded=True).settle(once_each(arrays), folder, base, is_trainable)
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from None
 
     def merge_and_unload(self) -> PreTrained:
         """The plain model, with every update added to its weight: W + s B A. Nothing of it is frozen any more.

@@ -28,7 +28,7 @@ from minibert.model.outputs import Batch
 from minibert.model.pretrained import PreTrained
 from minibert.model.tensor import Tensor, apply
 from minibert.tuning.config import HEADS
-from minibert.tuning.files import read_adapter, write_adapter
+from minibert.tuning.files import naming, read_adapter, write_adapter
 from minibert.tuning.targets import named_modules, trained_whole
 from minibert.tuning.tuned import TunedModel, is_added
 
@@ -186,13 +186,11 @@ class PrefixTuningModel(TunedModel):
         minibert saved it beside other weights. Raises UserError where files and model do not fit.
         """
         values, arrays, base = read_adapter(folder)
-        try:
+        with naming(folder):
             if values.get("peft_type") != PrefixTuningConfig.peft_type:
                 raise UserError(f"peft_type: expected {PrefixTuningConfig.peft_type}, got {values.get('peft_type')!r}")
             tuned = cls(model, PrefixTuningConfig.from_dict(values), loaded=True)
             return tuned.settle(tuned._by_layer(arrays), folder, base, is_trainable)
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from None
 
     def _by_layer(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The tensors of a file, the table in parts for each layer where it has as many columns as it ought to."""

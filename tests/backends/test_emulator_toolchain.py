@@ -98,6 +98,20 @@ def test_an_edited_header_compiles_anew(tmp_path: Path) -> None:
     assert toolchain.compile_kernels(tmp_path / "k.cu", {}, [], sanitize=True) not in built
 
 
+def test_what_is_damaged_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIBERT_CACHE_DIR", str(tmp_path / "cache"))
+
+    def build() -> Path:
+        return toolchain.compile_kernels(KERNELS / "crashes.cu", {}, [], sanitize=False)
+
+    whole = build().read_bytes()
+    assert build().parent.stat().st_mode & 0o077 == 0
+    build().write_bytes(whole[:-1000])
+    with pytest.warns(UserWarning, match=r"\.so is damaged, or another user's: it is compiled anew"):
+        again = build()
+    assert len(again.read_bytes()) == len(whole)
+
+
 def test_builders_at_once_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIBERT_CACHE_DIR", str(tmp_path / "cache"))
     built: list[Path] = []

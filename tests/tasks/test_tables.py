@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minibert.data.lines import text_lines
 from minibert.errors import UserError
-from minibert.tasks.tables import open_table, text_lines
+from minibert.tasks.tables import open_table
 
 EXPECTED = ["good, really", 'he said "no"\nand left', "naïve 国家"]
 

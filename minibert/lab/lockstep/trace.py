@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -367,6 +368,16 @@ def load(path: Path) -> Recording:
     arrays, about = read_arrays(path)
     if about.get("format") != FORMAT:
         raise UserError(f"{path}: expected what `minibert diff A --record FILE` writes, got another safetensors file")
+    try:
+        return recording_of(path, arrays, about)
+    except UserError:
+        raise
+    except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is a damaged trace ({' '.join(str(error).split())}): record it anew") from None
+
+
+def recording_of(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> Recording:
+    """What a trace's arrays and metadata say. Raises whatever follows from metadata that are not as `save` writes."""
     made = Recording(
         f"{path.name}: {about['name']}", about["what"], about["dtype"], about["products"],
         loss=float(about["loss"]), facts=json.loads(about["facts"]),
@@ -374,7 +385,10 @@ def load(path: Path) -> Recording:
     for op, phase, place, params, *both, problem in json.loads(about["calls"]):
         if op not in OPS:
             raise UserError(f"{path}: this minibert has no op {op!r}: compare with the version that recorded it")
-        given, got = (tuple(Key(d, tuple(shape), dtype) for d, shape, dtype in keys) for keys in both)
+        given, got = (tuple(Key(d, tuple(map(index, shape)), dtype) for d, shape, dtype in keys) for keys in both)
+        texts = (place, params, problem, *(text for key in (*given, *got) for text in (key.digest, key.dtype)))
+        if phase not in PHASES or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"a call of {op} that no step makes")
         made.calls.append(Call(op, phase, place, params, given, got, problem))
         for key in (*given, *got):
             name = key.digest + _suffix(key)
