@@ -17,6 +17,7 @@ import pytest
 import minibert.model.checkpoint
 import minibert.train.checkpoint
 import minibert.train.loop
+import minibert.train.saving
 from minibert.train.log import LOG
 
 
@@ -78,5 +79,5 @@ def failing(monkeypatch: pytest.MonkeyPatch, *steps: int) -> list[int]:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(output, step, fill)
 
-    monkeypatch.setattr(minibert.train.loop, "write_checkpoint", instead)
+    monkeypatch.setattr(minibert.train.saving, "write_checkpoint", instead)
     return tried

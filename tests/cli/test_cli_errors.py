@@ -17,7 +17,7 @@ from minibert import backends
 from minibert.cli import main
 from minibert.data import SHIPPED_VOCABULARY
 from minibert.kernels.gpu.launch import CudaFile
-from minibert.train.loop import STATE
+from minibert.train.checkpoint import STATE
 from tests.emulator_device import needs_compiler
 
 SMALL = {

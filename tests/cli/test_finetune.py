@@ -21,9 +21,9 @@ from minibert.tasks.finetune import FineTuning, load_model
 from minibert.tasks.picture import figure_library
 from minibert.tasks.pipeline import pipeline
 from minibert.tasks.task import Classify, Tag
-from minibert.train.checkpoint import LOCK
+from minibert.train.checkpoint import LOCK, STATE
 from minibert.train.config import TrainingConfig
-from minibert.train.loop import LOG, STATE
+from minibert.train.log import LOG
 from tests.event_files import event_files, logged, points_in
 from tests.toy_tasks import COUNT, FILES, TOKENIZER, command, make, state_file
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import minibert.train.loop
+import minibert.train.saving
 from minibert.cli import main
 from minibert.data import SHIPPED_TEXT
 from minibert.errors import WriteError
@@ -40,7 +40,7 @@ def test_training_goes_on_meanwhile_and_one_write_waits_for_another(
             done.set()
         return path
 
-    monkeypatch.setattr(minibert.train.loop, "write_checkpoint", slow)
+    monkeypatch.setattr(minibert.train.saving, "write_checkpoint", slow)
     for kind, record in run.run():
         if (kind, record["step"]) == ("step", 2):
             assert writing == [1] and [path.name for path in checkpoints(tmp_path)] == ["checkpoint-0"]
