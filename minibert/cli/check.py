@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, product
@@ -51,7 +51,7 @@ ALLOW_HELP = (
     "`--allow poor`: a kernel does not fail that is right by its bound and has more error than sensible orders of "
     "evaluation reach."
 )
-MOST_PARTS = 2  # of an op on a backend, in other processes
+SHARES = 4  # of the sizes that are drawn for an op: short parts end together
 MOST_PERCENT = 1e6  # above it only the power of ten tells a person anything
 
 
@@ -121,7 +121,7 @@ def check_command(
         for place in compared:
             stack.enter_context(place.using(kernels))
         usual = 1 if alone else usual_jobs()
-        shared = in_jobs(asked, min(jobs or usual, MOST_PARTS * len(ops) * len(compared)))
+        shared = in_jobs(asked, min(jobs or usual, (1 + SHARES) * len(ops) * len(compared)))
         drawn = check(ops, compared, dtypes, seed, allow == "poor", 60 * thorough, only=())
         for result in chain(shared, drawn):
             if isinstance(result, dict):
@@ -132,7 +132,7 @@ def check_command(
             status.update(f"checking {result.op} on {result.backend} in {result.dtype}: {result.check}")
         if traffic:
             counted = traffic_table(emulator.emulator)
-    results.sort(key=lambda result: _place_in_plan(result, ops, compared))
+    results = sorted(_together(results), key=lambda result: _place_in_plan(result, ops, compared))
     show(_table(results, ulp))
     if traffic:
         show(counted, TRAFFIC_COLUMNS)
@@ -156,6 +156,7 @@ class Part(NamedTuple):
     op: str
     backend: str
     demands: tuple[str, ...]
+    share: tuple[int, int] = (0, 1)  # of what is drawn
 
 
 @dataclass(frozen=True)
@@ -173,14 +174,14 @@ class Asked:
     sanitize: bool
 
     def parts(self) -> list[Part]:
-        """One for each op and backend; two where sizes are drawn, which takes longest, as long as all else."""
+        """One for each op and backend; and where sizes are drawn, which takes longest, as many `SHARES` of them."""
         quick: list[Part] = []
         long: list[Part] = []
         beside: list[Part] = []  # others begin later, and at the end
         for op, backend in product(self.ops, self.backends):
             names = dict.fromkeys(name for name, _ in planned(get(backend), OPS[op], self.dtypes))
             of_sizes = tuple(name for name in names if name == any_size.__name__)
-            long += [Part(op, backend, of_sizes)] if of_sizes else []
+            long += [Part(op, backend, of_sizes, (k, SHARES)) for k in range(SHARES if of_sizes else 0)]
             rest = beside if of_sizes else quick
             rest.append(Part(op, backend, tuple(name for name in names if name not in of_sizes)))
         return quick + long + beside
@@ -189,7 +190,9 @@ class Asked:
         chosen_backends(",".join(self.backends), self.threads)
 
     def here(self, part: Part) -> Iterator[Any]:
-        yield from check([part.op], [part.backend], self.dtypes, self.seed, self.allow_poor, only=part.demands)
+        yield from check(
+            [part.op], [part.backend], self.dtypes, self.seed, self.allow_poor, only=part.demands, share=part.share
+        )
 
     def known(self, part: Part) -> list[tuple[str, Verdict]]:
         """What the kernel of a part did in a process of its own, by dtype."""
@@ -211,6 +214,15 @@ class Asked:
             noted = dict(emulator.emulator.notes)
             emulator.emulator.notes.clear()  # they are told once, by who asked
             return [*results, noted]
+
+
+def _together(results: Iterable[CheckResult]) -> Iterable[CheckResult]:
+    """One of each check, whose inputs may have been shared."""
+    found: dict[tuple[str, ...], CheckResult] = {}
+    for result in results:
+        what = (result.op, result.backend, result.dtype, result.check)
+        found[what] = found[what].with_share(result) if what in found else result
+    return found.values()
 
 
 def _place_in_plan(result: CheckResult, ops: Sequence[Op], places: Sequence[Backend]) -> tuple[int, ...]:

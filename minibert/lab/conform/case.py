@@ -53,6 +53,7 @@ class Case:
     backend: Backend
     dtype: str
     seed: int
+    share: tuple[int, int] = field(default=(0, 1), compare=False, kw_only=True)  # of what is drawn: which, of how many
     at: list[Input] = field(default_factory=list, compare=False, repr=False, kw_only=True)  # what it ran on last
 
     def inputs(self, seed_offset: int = 0) -> tuple[Input, ...]:

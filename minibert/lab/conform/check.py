@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +55,19 @@ class CheckResult:
     poor: str = ""  # where that is more than 1: right by the bound, with more error than there has to be
     left_out: str = ""  # of the inputs, and why
 
+    def with_share(self, other: CheckResult) -> CheckResult:
+        """Of the same check, put to another share of its inputs."""
+        first = min(self, other, key=lambda result: (result.ok, result.inputs))  # the one that failed, and earlier
+        measured: dict[str, Any] = {
+            name: max((v for v in (getattr(self, name), getattr(other, name)) if v is not None), default=None)
+            for name in ("ulp_max", "err_over_us", "bound_share", "likely_share")
+        }
+        left_out = dict.fromkeys(", ".join(filter(None, (self.left_out, other.left_out))).split(", "))
+        return replace(
+            first, inputs=self.inputs + other.inputs, poor=self.poor or other.poor, left_out=", ".join(left_out),
+            **measured,
+        )  # fmt: skip
+
 
 CHECKS: dict[str, Callable[[Case, Tally], None]] = {
     check.__name__: check
@@ -89,13 +103,14 @@ def applies(name: str, case: Case) -> bool:
 
 
 def run_check(
-    name: str, op: Op, backend: Backend, dtype: str, seed: int = 0, allow_poor: bool = False
+    name: str, op: Op, backend: Backend, dtype: str, seed: int = 0, allow_poor: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> CheckResult:  # fmt: skip
     """Put one demand; a failure, or an exception from a kernel, becomes the message of the result.
 
     `allow_poor`: a kernel whose error is under the bound, and above what a sensible evaluation has, does not fail.
     """
-    return put(CHECKS[name], Case(op, backend, dtype, seed), allow_poor)
+    return put(CHECKS[name], Case(op, backend, dtype, seed, share=share), allow_poor)
 
 
 def put(demand: Callable[[Case, Tally], None], case: Case, allow_poor: bool = False) -> CheckResult:
@@ -193,9 +208,10 @@ def check(
     allow_poor: bool = False,
     thorough_seconds: float = 0,
     only: Collection[str] = tuple(CHECKS),
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[CheckResult]:
     """Put every demand (or `only` some) to `ops` (default: all) on `backends` (default: all that run here), a result at
-    a time.
+    a time; `any_size` with a `share` of what it draws: which, of how many.
 
     Then each op has its share of `thorough_seconds`, in which inputs of any size and values are drawn at random.
 
@@ -215,7 +231,7 @@ def check(
             for name, dtype in planned(backend, op, dtypes):
                 harmful = trial(Case(op, backend, dtype, seed)).harmful
                 if name in only and (not harmful or name == next(iter(CHECKS))):
-                    yield run_check(name, op, backend, dtype, seed, allow_poor)
+                    yield run_check(name, op, backend, dtype, seed, allow_poor, share)
                 if harmful:
                     break
     drawn = [(op, place) for op in chosen for place in places if applies("any_values", Case(op, place, "float32", 0))]

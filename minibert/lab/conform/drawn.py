@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import combinations, islice, product
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,8 @@ POISONS = (np.nan, np.inf, -np.inf)
 def any_size(case: Case, tally: Tally) -> None:
     """The formula is followed at any size: each axis in turn from 1 to 100000 and more, the others small."""
     slow: dict[str, int] = {}  # by axis
-    for drawn in sizes_of(case):
+    which, of = case.share
+    for drawn in islice(sizes_of(case), which, None, of):
         axis = max(drawn.sizes, key=lambda name: drawn.sizes[name])
         if axis in slow and drawn.sizes[axis] > slow[axis]:
             continue

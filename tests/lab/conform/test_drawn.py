@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -178,3 +179,25 @@ def test_every_output_of_every_op_is_judged_by_the_bit_or_as_random_numbers() ->
         if numba.by(op) != "formula":
             arrays, params = next(iter(op.samples(np.random.default_rng(0))))
             assert op.draw is not None and outputs(op.formula(numpy_module, *arrays, **params))
+
+
+def test_shares_of_what_is_drawn_are_the_whole() -> None:
+    place = backends.get("numba")
+    whole = run_check("any_size", OPS["gelu"], place, "float32")
+    shares = [run_check("any_size", OPS["gelu"], place, "float32", share=(k, 4)) for k in range(4)]
+    assert all(0 < share.inputs < whole.inputs for share in shares)
+    assert reduce(CheckResult.with_share, shares) == whole
+
+
+def test_a_share_that_fails_is_told() -> None:
+    place = backends.get("numpy")
+    with place.using({OPS["relu"]: first_rows_of_relu}):
+        shares = [run_check("any_size", OPS["relu"], place, "float32", share=(k, 4)) for k in range(4)]
+    found = reduce(CheckResult.with_share, shares)
+    assert not found.ok and found.message in [share.message for share in shares if not share.ok]
+    assert found.inputs == sum(share.inputs for share in shares)
+
+
+def first_rows_of_relu(x: np.ndarray) -> np.ndarray:
+    """Rows after the 100000th are left as they are."""
+    return np.concatenate([np.maximum(x[:100_000], 0), x[100_000:]])
