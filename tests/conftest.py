@@ -49,7 +49,8 @@ SLOW = frozenset(
         "lab/conform/test_check.py::test_backend_meets_what_is_drawn kernels/test_exact.py kernels/test_orders.py",
         "kernels/test_formula_mutation.py kernels/test_mutation.py kernels/test_random_formulas.py",
         "train/test_checkpoint.py::stopping_at tasks/test_finetune_killed.py tasks/test_exact_resume.py",
-        "torture/test_kills.py",
+        "torture/test_kills.py::test_runs_that_are_killed_end_as_those_left_alone",
+        "torture/test_kills.py::test_moments_that_are_lost_are_seen",
         # kernels compiled in many ways, or on many threads
         "kernels/test_cpu_microkernel.py kernels/test_cpu_product.py kernels/test_cpu_threads.py",
         "kernels/test_vectorised.py kernels/test_cpu_math.py::test_float32_stays_within_its_ulp_over_all_bit_patterns",

@@ -28,7 +28,9 @@ from tests.children import child
 
 # Where the process says that it is at a place, and then goes on there for as long as nobody stops it.
 AT = """
-import os, sys, time
+import os, signal, sys, time
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # which who runs the tests may ignore
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 import numpy as np
 from minibert.cli import main
 import minibert.cli.pretrain as pretrain
