@@ -299,6 +299,7 @@ def refuse_too_large(run: FineTuning) -> None:
     passes = Passes(
         tokens, config.gradient_accumulation_steps, 0, config.checkpoint_activations,
         min(config.tokens_per_batch, int(run.validation.lengths.sum())),
+        saving=config.num_train_epochs > 1 or config.save_steps < run.max_steps,
     )  # fmt: skip
     whole = run.task.in_batch  # the examples of a pass are told apart from each other
     require_memory(predicted, passes, tokens if whole else max(int(lengths.max()), -(-tokens // size)), flags)

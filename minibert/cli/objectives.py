@@ -58,8 +58,9 @@ def refuse_too_large(
 
     share = training.mlm_probability * training.tokens_per_batch
     passes = Passes(
-        training.tokens_per_batch, training.gradient_accumulation_steps, round(share), training.checkpoint_activations
-    )
+        training.tokens_per_batch, training.gradient_accumulation_steps, round(share), training.checkpoint_activations,
+        saving=training.save_steps < training.max_steps,
+    )  # fmt: skip
 
     def flags(found: Passes) -> str:
         recompute = " --checkpoint-activations" if found.recompute else ""

@@ -1,8 +1,9 @@
 """What memory a run will take, told from shapes before anything is allocated; and what the machine has.
 
 A run holds weights, gradients and two moments. On top of these comes the greatest of what its phases take, one after
-the other: the layers' backward pass, the head's products, the optimiser, and writing a checkpoint. What each of them
-holds was counted with `tracemalloc`; `tests/train/test_memory.py` compares with whole runs.
+the other: the layers' backward pass, the head's products, the optimiser, and writing a checkpoint; one that is written
+while training goes on adds to them. What each holds was counted with `tracemalloc`; `tests/train/test_memory.py`
+compares with whole runs.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Passes(NamedTuple):
     predicted: int = 0  # masked positions, of which a language model's head makes logits
     recompute: bool = False  # layers are computed again in backward
     evaluated: int = 0  # tokens of a pass in evaluation
+    saving: bool = False  # there are steps while a checkpoint is written
 
     def halved(self) -> Passes:
         """Twice as many of half the size."""
@@ -55,6 +57,7 @@ class Memory(NamedTuple):
     gradients_and_moments: int
     kept_for_backward: int
     passing: int  # the most that a phase takes beyond that
+    checkpoint_in_writing: int  # copies, while training goes on
 
     @property
     def total(self) -> int:
@@ -89,9 +92,10 @@ def predict(
         backward += of_layer + 3 * n * c
     head = m * (costs.logits * v + 7 * c)
     evaluation = passes.evaluated * (costs.hidden * i + (costs.channels + 1) * c)
-    saving = 2 * parameters + 2 * trained  # what is written is copied
-    most = max(kept + max(backward, head), costs.weights * trained, evaluation, saving)
-    return Memory(*(int(width * count) for count in (parameters, 3 * trained, kept, most - kept)))
+    copied = 2 * parameters + 2 * trained  # of the model once for itself, and once with its moments
+    beside = copied if passes.saving else 0
+    most = max(kept + max(backward, head), costs.weights * trained, evaluation, copied - beside)
+    return Memory(*(int(width * count) for count in (parameters, 3 * trained, kept, most - kept, beside)))
 
 
 def parameters_of(config: BertConfig) -> int:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import threading
 import tracemalloc
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -21,6 +23,7 @@ from minibert.data import SHIPPED_TEXT, read_documents, train_tokenizer
 from minibert.model.bert import BertForMaskedLM
 from minibert.model.config import NAMED, BertConfig, ElectraConfig
 from minibert.model.electra import ElectraForMaskedLM, ElectraForPreTraining
+from minibert.train import saving
 from minibert.train.config import TrainingConfig
 from minibert.train.memory import Passes, available, parameters_of, predict, smaller
 from minibert.train.trainer import Data, Trainer, prepare
@@ -30,7 +33,7 @@ ALLOWED = 0.15
 
 
 class Run(NamedTuple):
-    """What is trained, for two steps, evaluated and saved."""
+    """What is trained, for two steps, evaluated and saved; `saving`: after the first too, in the second."""
 
     backend: str
     layers: int
@@ -40,11 +43,13 @@ class Run(NamedTuple):
     tokens: int
     recompute: bool = False
     dtype: str = "float32"
+    saving: bool = False
 
 
 SMALL = [
     Run("numpy", 2, 64, 256, 500, 1024),
     Run("numpy", 1, 128, 256, 3000, 512),
+    Run("numpy", 1, 128, 256, 3000, 512, saving=True),
     Run("numpy", 4, 64, 256, 500, 1024, recompute=True),
     Run("numba", 2, 64, 256, 500, 1024),
 ]
@@ -52,6 +57,7 @@ ALL = [
     *SMALL,
     Run("numba", 4, 128, 512, 1000, 1024),
     Run("numba", 2, 256, 1024, 8000, 1024),
+    Run("numba", 2, 256, 1024, 8000, 1024, saving=True),
     Run("numba", 6, 64, 256, 1000, 4096),
     Run("numba", 4, 128, 512, 1000, 2048, recompute=True),
     Run("numba", 2, 128, 512, 1000, 2048, dtype="float64"),
@@ -68,10 +74,11 @@ def data(vocabulary: int, tokens: int) -> Data:
     return prepare(documents, train_tokenizer(documents, vocabulary), config(tokens))
 
 
-def config(tokens: int, recompute: bool = False) -> TrainingConfig:
+def config(tokens: int, recompute: bool = False, saving: bool = False) -> TrainingConfig:
     return TrainingConfig(
-        max_steps=2, tokens_per_batch=tokens, max_seq_length=128, eval_tokens=tokens, checkpoint_activations=recompute
-    )
+        max_steps=2, tokens_per_batch=tokens, max_seq_length=128, eval_tokens=tokens, checkpoint_activations=recompute,
+        save_steps=1 if saving else 2,
+    )  # fmt: skip
 
 
 def trainer(run: Run, folder: Path) -> Trainer:
@@ -80,25 +87,38 @@ def trainer(run: Run, folder: Path) -> Trainer:
         vocab_size=text.tokenizer.get_vocab_size(), hidden_size=run.channels, num_hidden_layers=run.layers,
         num_attention_heads=run.channels // 64, intermediate_size=run.inner, max_position_embeddings=128,
     )  # fmt: skip
-    return Trainer(BertForMaskedLM(bert, run.backend, run.dtype), text, config(run.tokens, run.recompute), folder)
+    chosen = config(run.tokens, run.recompute, run.saving)
+    return Trainer(BertForMaskedLM(bert, run.backend, run.dtype), text, chosen, folder)
 
 
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("run", CHOSEN, ids=lambda run: "-".join(map(str, run)))
-def test_prediction_is_near_what_is_measured(run: Run, tmp_path: Path) -> None:
+def test_prediction_is_near_what_is_measured(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on = threading.Event()
+    written = saving.write_checkpoint
+
+    def held(output: Path, step: int, fill: Callable[[Path], Any]) -> Path:
+        """What is written after the first step is not done before the second."""
+        path = written(output, step, fill)
+        assert step != 1 or on.wait(60)
+        return path
+
+    monkeypatch.setattr(saving, "write_checkpoint", held)
     data(run.vocabulary, run.tokens)
     small = run._replace(tokens=256) if run.backend == "numpy" else run
-    list(trainer(small, tmp_path / "loaded").run())  # modules and compiled code are not counted
+    list(trainer(small._replace(saving=False), tmp_path / "loaded").run())  # modules and compiled code are not counted
     tracemalloc.start()
     try:
         made = trainer(run, tmp_path / "run")
         tracemalloc.reset_peak()
-        list(made.run())
+        for kind, record in made.run():
+            if (kind, record["step"]) == ("step", 2):
+                on.set()
         measured = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     bert, masked = made.model.config, round(0.15 * run.tokens)
-    passes = Passes(run.tokens, 1, masked, run.recompute, run.tokens)
+    passes = Passes(run.tokens, 1, masked, run.recompute, run.tokens, run.saving)
     memory = predict(bert, passes, run.backend, run.dtype, parameters_of(bert))
     assert memory is not None
     off = memory.total / measured - 1
