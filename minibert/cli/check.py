@@ -102,16 +102,9 @@ def check_command(
         for each in dtypes or ():
             place.require_dtype(each)
     asked = Asked(
-        [op.name for op in ops],
-        [*map(spec_of, compared)],
-        dtypes,
-        seed,
-        allow == "poor",
-        threads,
-        products,
-        schedules,
-        sanitize,
-    )
+        ops=[op.name for op in ops], backends=[*map(spec_of, compared)], dtypes=dtypes, seed=seed,
+        allow_poor=allow == "poor", threads=threads, products=products, schedules=schedules, sanitize=sanitize,
+    )  # fmt: skip
     with ExitStack() as stack:
         status = notes.status("checking")
         if not gdb:  # which has the terminal
