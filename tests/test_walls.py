@@ -46,7 +46,7 @@ ALLOWED = {
     "kernels": {"numpy", "scipy.special"},
     "backends": {"numpy", "scipy", "numba", "minibert.kernels", "minibert.errors"},
     "minibert": {
-        *("numpy", "scipy", "tokenizers", "safetensors", "rich", "typer"),
+        *("numpy", "scipy", "tokenizers", "safetensors", "rich", "typer", "lazy_loader"),
         *("minibert.kernels", "minibert.backends"),
     },
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import minibert
 
 FOLDERS = {"minibert": "minibert", "backends": "minibert/backends", "kernels": "minibert/kernels"}  # tree -> wheel
 TOY_PROJECT = """
@@ -90,7 +93,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     assert "MIT License" in read["LICENSE"]
     assert "License-Expression: MIT" in read["METADATA"]
     required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", read["METADATA"], re.MULTILINE)
-    assert sorted(required) == ["numba", "numpy", "rich", "safetensors", "scipy", "tokenizers", "typer"]
+    assert sorted(required) == ["lazy-loader", "numba", "numpy", "rich", "safetensors", "scipy", "tokenizers", "typer"]
 
 
 def test_the_wheel_works_without_the_repository(installed: Path, root: Path, tmp_path: Path) -> None:
@@ -135,3 +138,10 @@ print(toy.name, toy is not reference, (toy.run(softmax, x) == reference.run(soft
     assert ran == "toy True True"
     without = "import minibert; print(*minibert.backends.names())"
     assert run("-c", without, cwd=tmp_path, path=(installed,)) == "numpy numba cupy emulator\n"
+
+
+def test_every_name_of_the_package_is_there_and_is_in_its_stub() -> None:
+    stub = ast.parse(Path(minibert.__file__).with_suffix(".pyi").read_text("utf-8"))
+    (listed,) = (ast.literal_eval(n.value) for n in stub.body if isinstance(n, ast.Assign))
+    assert sorted(listed) == sorted(minibert.__all__)
+    assert all(getattr(minibert, name) for name in listed)

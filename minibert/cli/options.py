@@ -18,10 +18,7 @@ from rich.table import Table
 
 from minibert import backends
 from minibert.backends import Backend
-from minibert.data.tokenizer import FILES
 from minibert.errors import UserError
-from minibert.lab.lockstep.trace import is_trace
-from minibert.model.checkpoint import CONFIG, INDEX, OTHER_WEIGHTS
 
 PIPED_WIDTH = 10_000  # characters where no terminal says how many there are: a line in a file is not to be cut
 
@@ -29,7 +26,6 @@ console = Console()
 notes = Console(stderr=True)  # progress and notes: standard output holds the result alone
 if not console.is_terminal and "COLUMNS" not in os.environ:
     console = Console(width=PIPED_WIDTH)
-MODEL_FILES = {*FILES, CONFIG, INDEX}
 # Columns that a narrow terminal does without, those first that are missed least.
 SPARE = (
     "GB/s", "GFLOP/s", "predicted", "worst at", "err/uS", "us/token", "by", "inputs", "growth", "output", "inherited",
@@ -102,9 +98,23 @@ def _first_bytes(path: Path) -> bytes:
         return b""
 
 
+# Imported late: every command has these options, and few need what a model needs.
+def _is_trace(path: Path) -> bool:
+    from minibert.lab.lockstep.trace import is_trace
+
+    return is_trace(path)
+
+
+def _is_part_of_a_model(path: Path) -> bool:
+    from minibert.data.tokenizer import FILES
+    from minibert.model.checkpoint import CONFIG, INDEX, OTHER_WEIGHTS
+
+    return path.name in {*FILES, CONFIG, INDEX} or path.suffix in OTHER_WEIGHTS
+
+
 # By kind: whether a file is an earlier result of it. Rows are added to a CSV, and the bench looks at its columns.
 EARLIER_RESULT: dict[str, Callable[[Path], bool]] = {
-    "trace": is_trace,
+    "trace": _is_trace,
     "json": _is_json_result,
     "markdown": lambda path: _start(path).startswith((COMPARE_TITLE, KERNELS_TITLE)),
     "page": lambda path: "<title>minibert: " in _start(path),
@@ -132,8 +142,7 @@ def refuse_unwritable(**files: Path | None) -> None:
         if not os.access(existing, os.W_OK):
             raise UserError(f"{path} cannot be written; name another file")
         if path.is_file() and path.stat().st_size and not is_earlier_result(path):
-            part = path.name in MODEL_FILES or path.suffix in OTHER_WEIGHTS
-            what = "part of a model" if part else f"no {kind} that minibert wrote"
+            what = "part of a model" if _is_part_of_a_model(path) else f"no {kind} that minibert wrote"
             raise UserError(f"{path} is {what}, which is not replaced: name another file")
 
 
