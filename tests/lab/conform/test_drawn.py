@@ -77,7 +77,7 @@ def mean_of_none(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np
     [
         ("softmax", first_rows(512), "any_size", "513 rows, "),
         ("softmax", first_rows(65535), "any_size", "65536 rows, "),
-        ("softmax", first_columns(2048), "any_size", " 2050 columns"),
+        ("softmax", first_columns(2048), "any_size", " 2049 columns"),
         ("square_norm", lost, "any_size", "100001 count"),
         ("softmax", starts_at_zero, "any_values", "values about -10000"),
         ("cross_entropy", minus_log, "any_values", "loss: expected "),
