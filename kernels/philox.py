@@ -31,6 +31,32 @@ class Stream(NamedTuple):
 NO_STREAM = Stream()  # where nothing is drawn
 
 
+class StreamFrom(Stream):
+    """A stream from one of its blocks of four words on: what a part of a batch draws is what it draws in the whole.
+
+    It unpacks to the four numbers: a kernel that asks `first_block` and `numbers_of` too heeds the rest.
+    """
+
+    block: int = 0  # the first
+    width: int = 0  # words that a query and head own in the whole (`minibert.kernels.attention`), for attention alone
+
+    @classmethod
+    def of(cls, stream: Stream, block: int, width: int = 0) -> StreamFrom:
+        part = cls(*stream)
+        part.block, part.width = block, width
+        return part
+
+
+def first_block(stream: Stream | tuple[int, ...]) -> int:
+    """Where a stream begins, in blocks of four words."""
+    return getattr(stream, "block", 0)
+
+
+def numbers_of(stream: Stream | tuple[Any, ...]) -> tuple[int, ...]:
+    """The four numbers and the first block, as compiled code takes them."""
+    return (*(int(number) for number in Stream(*stream)), first_block(stream))
+
+
 def philox4x32(xp: Any, counter: tuple[Array, ...], key: tuple[int, int]) -> tuple[Array, ...]:
     """Ten rounds on four counters (uint64 arrays that hold 32-bit words), under a key of two words."""
     c0, c1, c2, c3 = (xp.asarray(c, dtype=xp.uint64) for c in counter)
@@ -46,6 +72,7 @@ def philox4x32(xp: Any, counter: tuple[Array, ...], key: tuple[int, int]) -> tup
 def random_words(stream: Stream | tuple[int, ...], count: int, xp: Any = np, start: int = 0) -> Array:
     """Elements `start` .. `start + count` of a stream: (count,) uint32."""
     seed, number, step, layer = Stream(*stream)
+    start += 4 * first_block(stream)
     first, last = start // 4, -(-(start + count) // 4)
     block = xp.arange(first, last, dtype=xp.uint64)
     words = philox4x32(

@@ -37,9 +37,9 @@ def spans(cu_seqlens: Array) -> list[Span]:
     return [Span(a, b) for a, b in pairwise(ends) if b > a]
 
 
-def mask_width(cu_seqlens: Array) -> int:
-    """How many random words one query and head owns."""
-    return -(-max((b - a for a, b in spans(cu_seqlens)), default=0) // 4) * 4
+def mask_width(cu_seqlens: Array, stream: Stream | tuple[int, ...] = NO_STREAM) -> int:
+    """How many random words one query and head owns, in the whole where this is a part of a batch."""
+    return max(-(-max((b - a for a, b in spans(cu_seqlens)), default=0) // 4) * 4, getattr(stream, "width", 0))
 
 
 def _split(x: Array, span: Span, heads: int) -> Array:
@@ -71,7 +71,7 @@ def _parts(qkv: Array, span: Span, heads: int) -> tuple[Array, Array, Array]:
 def _attention(
     xp: Any, qkv: Array, cu_seqlens: Array, *, num_heads: int, rate: float = 0.0, stream: Stream = NO_STREAM
 ) -> tuple[Array, Array]:
-    width, ys, lses = mask_width(cu_seqlens), [], []
+    width, ys, lses = mask_width(cu_seqlens, stream), [], []
     for span in spans(cu_seqlens):
         q, k, v = _parts(qkv, span, num_heads)
         scores = q @ k.swapaxes(1, 2) * q.shape[2] ** -0.5
@@ -88,7 +88,7 @@ def _attention_grad(
     xp: Any, g: Array, qkv: Array, y: Array, lse: Array, cu_seqlens: Array,
     *, num_heads: int, rate: float = 0.0, stream: Stream = NO_STREAM,
 ) -> Array:  # fmt: skip
-    width, rows = mask_width(cu_seqlens), []
+    width, rows = mask_width(cu_seqlens, stream), []
     for span in spans(cu_seqlens):
         q, k, v = _parts(qkv, span, num_heads)
         gy, ys = _split(g, span, num_heads), _split(y, span, num_heads)

@@ -23,7 +23,7 @@ from minibert.kernels.cpu.product import UNIT, ceil_div, gemm_by_panels, pack_pa
 from minibert.kernels.cpu.threads import rows_worth_a_thread, run_rows
 from minibert.kernels.cpu.vectors import VECTOR_BYTES, row_max, row_sum
 from minibert.kernels.op import Array
-from minibert.kernels.philox import NO_STREAM, Stream, threshold
+from minibert.kernels.philox import NO_STREAM, Stream, numbers_of, threshold
 
 NANOSECONDS_A_SCORE = 1.5
 QUERIES = 128  # in a block, at most; a multiple of the rows of a tile
@@ -133,11 +133,11 @@ def word_buffers(count: int) -> tuple[Array, Array]:
 def draw(blocks: Array, words: Array, first: int, apart: int, rows: int, wide: int, stream: tuple[Any, ...]) -> None:
     """Rows of `wide` words, from elements first, first + apart, ... of the stream, multiples of 4, all in one loop."""
     count = wide // 4
+    seed, number, step, layer, start = stream
     for i in range(rows):
-        row, block = blocks[i * count : (i + 1) * count], (first + i * apart) // 4
+        row, block = blocks[i * count : (i + 1) * count], start + (first + i * apart) // 4
         for j in range(count):
             row[j] = block + j
-    seed, number, step, layer = stream
     seed, number, step, layer = np.uint64(seed), np.uint64(number), np.uint64(step), np.uint64(layer)
     one, two, three, four = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)
     for i in range(np.uint64(rows * count)):  # unsigned: Numba adds no test for negative indices
@@ -231,8 +231,8 @@ def _by_head(qkv: Array, heads: int) -> Array:
     return np.ascontiguousarray(qkv).reshape(rows, 3, heads, columns // (3 * heads))
 
 
-def _dropout(cu_seqlens: Array, rate: float, dtype: np.dtype[Any]) -> Dropout:
-    return Dropout(mask_width(cu_seqlens), np.uint32(threshold(rate)), dtype.type(1 / (1 - rate)))
+def _dropout(cu_seqlens: Array, rate: float, stream: Stream, dtype: np.dtype[Any]) -> Dropout:
+    return Dropout(mask_width(cu_seqlens, stream), np.uint32(threshold(rate)), dtype.type(1 / (1 - rate)))
 
 
 def _grain(sequences: Array) -> int:
@@ -245,7 +245,7 @@ def attention(
     sequences, parts = _sequences(cu_seqlens, len(qkv)), _by_head(qkv, num_heads)
     rows, _, heads, size = parts.shape
     y, lse = np.empty((rows, heads, size), qkv.dtype), np.empty((rows, heads), qkv.dtype)
-    dropout, words = _dropout(cu_seqlens, rate, qkv.dtype), tuple(map(int, Stream(*stream)))
+    dropout, words = _dropout(cu_seqlens, rate, stream, qkv.dtype), numbers_of(stream)
     if rows:
         items = heads * len(sequences)
         run_rows(attention_heads, items, parts, sequences, dropout, words, y, lse, grain=_grain(sequences))
@@ -261,7 +261,7 @@ def attention_grad(
     g, y = (contiguous(x, (rows, heads * size), name) for x, name in ((g, "g"), (y, "y")))
     lse = contiguous(lse, (rows, heads), "log sum exp")
     dqkv = np.empty(parts.shape, qkv.dtype)
-    dropout, words = _dropout(cu_seqlens, rate, qkv.dtype), tuple(map(int, Stream(*stream)))
+    dropout, words = _dropout(cu_seqlens, rate, stream, qkv.dtype), numbers_of(stream)
     if rows:
         arrays = g.reshape(rows, 1, heads, size), parts, y.reshape(rows, heads, size), lse, sequences
         run_rows(attention_grad_heads, heads * len(sequences), *arrays, dropout, words, dqkv, grain=_grain(sequences))

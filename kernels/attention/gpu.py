@@ -8,7 +8,7 @@ import numpy as np
 
 from minibert.kernels.attention import mask_width
 from minibert.kernels.gpu.launch import Array, CudaFile, blocks_for, contiguous, cuda_stream, int32, on_host
-from minibert.kernels.philox import NO_STREAM, Stream, threshold
+from minibert.kernels.philox import NO_STREAM, Stream, first_block, threshold
 
 HEAD_SIZES = (32, 64, 128)  # that the kernels are compiled for; a head is padded to the next
 ROWS = 64  # of a tile, as in gpu_tile.cuh and gpu_fragment.cuh
@@ -98,8 +98,8 @@ def _plan(qkv: Array, cu_seqlens: Array, heads: int, rate: float, stream: Stream
     if ends.size == 0 or ends[0] != 0 or ends[-1] != rows or (lengths < 0).any():
         got = np.array2string(ends, threshold=10)
         raise ValueError(f"cu_seqlens must rise from 0 to the {rows} rows of qkv, got {got}")
-    quads, drop = mask_width(ends) // 4, threshold(rate)
-    if drop and rows * heads * quads > 2**32:
+    quads, drop = mask_width(ends, stream) // 4, threshold(rate)
+    if drop and first_block(stream) + rows * heads * quads > 2**32:
         raise ValueError(f"a stream has 2**34 random words, but {rows} rows of {heads} heads draw {4 * quads} each")
     tiles = -(-int(lengths.max(initial=0)) // ROWS)
     return Plan(

@@ -41,11 +41,11 @@ struct Dropout {
     unsigned drop;  // a score whose word is below this is dropped; 0: none is
     float kept;     // the factor of the others
     int quads;
-    unsigned seed, stream, step, layer;
+    unsigned seed, stream, step, layer, first_block;
 };
 
 __device__ __forceinline__ Dropout make_dropout(unsigned drop, float kept, int quads, const Stream& stream) {
-    return {drop, kept, quads, stream.seed, stream.stream, stream_step(stream), stream.layer};
+    return {drop, kept, quads, stream.seed, stream.stream, stream_step(stream), stream.layer, stream.first_block};
 }
 
 // The number of a query and head among all, which names its random words.
@@ -55,7 +55,8 @@ __device__ __forceinline__ unsigned query_of(const Work& work, int place, int he
 
 // Which of keys 4 quad .. 4 quad + 3 a query keeps, as bits.
 __device__ __forceinline__ unsigned keep_bits(const Dropout& dropout, unsigned query, int quad) {
-    const unsigned block = query * static_cast<unsigned>(dropout.quads) + static_cast<unsigned>(quad);
+    const unsigned block =
+        dropout.first_block + query * static_cast<unsigned>(dropout.quads) + static_cast<unsigned>(quad);
     const uint4 words = philox(dropout.seed, dropout.stream, dropout.step, dropout.layer, block);
     return (words.x >= dropout.drop) | (words.y >= dropout.drop) << 1 | (words.z >= dropout.drop) << 2 |
            (words.w >= dropout.drop) << 3;

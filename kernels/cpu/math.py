@@ -264,15 +264,17 @@ def _part_of_block(words: Any, skip: Any, block: Any, layer: Any, step: Any, see
 
 
 @helper
-def philox_row(words: Any, first: Any, count: Any, seed: Any, stream: Any, step: Any, layer: Any) -> None:
-    """words[:count] = elements first .. first + count of the stream (seed, stream, step, layer), in vector code.
+def philox_row(
+    words: Any, first: Any, count: Any, seed: Any, stream: Any, step: Any, layer: Any, block: Any = 0
+) -> None:  # fmt: skip
+    """words[:count] = elements first .. first + count of a stream that begins with `block`, in vector code.
 
     `words` is a contiguous uint32 scratch of `count` words or more; `first` need not be a multiple of 4. The same
     words as `minibert.kernels.philox.random_words(Stream(seed, stream, step, layer), count, start=first)`.
     The vector loop takes 64 blocks at once with AVX-512: ask for 256 words or more where that can be arranged.
     """
     seed, stream, step, layer = np.uint64(seed), np.uint64(stream), np.uint64(step), np.uint64(layer)
-    first, count = np.int64(first), np.int64(count)
+    first, count = np.int64(first) + 4 * np.int64(block), np.int64(count)
     head = min(-first % 4, count)  # words of a block begun before
     whole = (count - head) // 4
     tail = head + 4 * whole

@@ -11,7 +11,7 @@ from minibert.kernels.cpu.jit import jit
 from minibert.kernels.cpu.math import philox_row
 from minibert.kernels.cpu.threads import blocks, rows_worth_a_thread, run_rows
 from minibert.kernels.op import Array
-from minibert.kernels.philox import Stream, threshold
+from minibert.kernels.philox import Stream, numbers_of, threshold
 
 BLOCK = 1024  # words at a time: 4 KiB, in the first-level cache
 COST = 0.5  # nanoseconds an element, for `rows_worth_a_thread`
@@ -37,7 +37,7 @@ def dropout(x: Array, *, rate: float, stream: Stream) -> Array:
     (vector,) = flat(x)
     scale = x.dtype.type(1 / (1 - rate))
     run_rows(
-        dropout_blocks, blocks(x.size, BLOCK), vector, limit, scale, tuple(map(int, Stream(*stream))), y.reshape(-1),
+        dropout_blocks, blocks(x.size, BLOCK), vector, limit, scale, numbers_of(stream), y.reshape(-1),
         grain=rows_worth_a_thread(BLOCK, COST),
     )  # fmt: skip
     return y

@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             if (i >= packs) break;
 #pragma unroll
             for (int k = 0; k < PACK; k += WORDS) {
-                const unsigned block = static_cast<unsigned>((i * PACK + k) / WORDS);
+                const unsigned block = stream.first_block + static_cast<unsigned>((i * PACK + k) / WORDS);
                 const uint4 words = philox(stream.seed, stream.stream, step, stream.layer, block);
                 const bool keep[WORDS] = {words.x >= limit, words.y >= limit, words.z >= limit, words.w >= limit};
 #pragma unroll

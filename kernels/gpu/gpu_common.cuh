@@ -89,10 +89,12 @@ __device__ __forceinline__ float block_max(float x, float* scratch) {
 
 // ---------------------------------------------------------------------------------------------------------- Philox
 
-// The name of a stream of random words (minibert.kernels.philox.Stream). A captured graph reads its step from memory.
+// The name of a stream of random words (minibert.kernels.philox.Stream), and the block that it begins with. A captured
+// graph reads its step from memory.
 struct Stream {
     unsigned seed, stream, step, layer;
     const unsigned* live_step;
+    unsigned first_block;
 };
 
 __device__ __forceinline__ unsigned stream_step(const Stream& stream) {
@@ -117,7 +119,7 @@ __device__ __forceinline__ uint4 philox(unsigned seed, unsigned stream, unsigned
 }
 
 __device__ __forceinline__ uint4 philox(const Stream& stream, unsigned block) {
-    return philox(stream.seed, stream.stream, stream_step(stream), stream.layer, block);
+    return philox(stream.seed, stream.stream, stream_step(stream), stream.layer, stream.first_block + block);
 }
 
 // Word `index` of a stream: for single elements. Neighbours are cheaper by the four words of a block.

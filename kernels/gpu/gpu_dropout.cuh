@@ -7,15 +7,16 @@
 struct Dropout {
     unsigned threshold;
     float scale;  // of those kept
-    unsigned seed, stream, step, layer;
+    unsigned seed, stream, step, layer, first_block;
 
     __device__ __forceinline__ Dropout(unsigned threshold, float scale, const Stream& stream)
-        : threshold(threshold), scale(scale), seed(stream.seed), stream(stream.stream), step(0), layer(stream.layer) {
+        : threshold(threshold), scale(scale), seed(stream.seed), stream(stream.stream), step(0), layer(stream.layer),
+          first_block(stream.first_block) {
         if (threshold > 0) step = stream_step(stream);
     }
 
     __device__ __forceinline__ uint4 words(long long block) const {
-        return philox(seed, stream, step, layer, static_cast<unsigned>(block));
+        return philox(seed, stream, step, layer, first_block + static_cast<unsigned>(block));
     }
 };
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minibert.kernels.op import Array
-from minibert.kernels.philox import Stream
+from minibert.kernels.philox import Stream, first_block
 
 KERNELS = Path(__file__).parents[1]
 INCLUDE = (KERNELS, KERNELS / "gpu")  # where CUDA files find the headers of op families, and those that all share
@@ -42,7 +42,7 @@ TYPES: dict[str, tuple[tuple[str, ...], str]] = {
     "unsigned short": (("uint16",), "H"),
     "Storage": (tuple(STORAGE), ""),
 }
-STRUCTS = {"Stream": 24, "Layout": 160}  # passed by value, as bytes
+STRUCTS = {"Stream": 32, "Layout": 160}  # passed by value, as bytes
 
 KERNEL = re.compile(
     r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\(\s*(\w+)[^)]*\)\s*)?(\w+)\s*\(([^)]*)\)', re.S
@@ -281,9 +281,9 @@ def blocks_for(items: int, per_block: int, device: Any) -> int:
 
 
 def cuda_stream(stream: Stream | tuple[Any, ...]) -> bytes:
-    """The struct Stream of gpu_common.cuh: four words, and where to read the step from instead (graphs), or null."""
+    """The struct Stream of gpu_common.cuh: four words, where a graph reads the step from or null, the first block."""
     seed, number, step, layer = stream
-    return struct.pack("<4IQ", seed, number, int(step), layer, getattr(step, "address", 0))
+    return struct.pack("<4IQI4x", seed, number, int(step), layer, getattr(step, "address", 0), first_block(stream))
 
 
 def families() -> Iterator[Path]:

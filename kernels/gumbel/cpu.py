@@ -10,7 +10,7 @@ from minibert.kernels.cpu.math import constant, log, philox_row
 from minibert.kernels.cpu.threads import blocks, rows_worth_a_thread, run_rows
 from minibert.kernels.gumbel import SPACING
 from minibert.kernels.op import Array
-from minibert.kernels.philox import Stream
+from minibert.kernels.philox import Stream, numbers_of
 
 BLOCK = 1024  # words at a time: 4 KiB, in the first-level cache
 COST = 2.0  # nanoseconds an element, for `rows_worth_a_thread`
@@ -33,7 +33,7 @@ def gumbel(x: Array, *, stream: Stream) -> Array:
     y = np.empty(x.shape, x.dtype)
     (vector,) = flat(x)
     run_rows(
-        gumbel_blocks, blocks(x.size, BLOCK), vector, tuple(map(int, Stream(*stream))), y.reshape(-1),
+        gumbel_blocks, blocks(x.size, BLOCK), vector, numbers_of(stream), y.reshape(-1),
         grain=rows_worth_a_thread(BLOCK, COST),
     )  # fmt: skip
     return y

@@ -19,7 +19,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const unsigned step = stream_step(stream);
     for (long long block = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x; block * WORDS < count;
          block += turn) {
-        const uint4 words = philox(stream.seed, stream.stream, step, stream.layer, static_cast<unsigned>(block));
+        const unsigned at = stream.first_block + static_cast<unsigned>(block);
+        const uint4 words = philox(stream.seed, stream.stream, step, stream.layer, at);
         const unsigned word[WORDS] = {words.x, words.y, words.z, words.w};
 #pragma unroll
         for (int k = 0; k < WORDS; ++k) {

@@ -15,7 +15,7 @@ from minibert.kernels.cpu.jit import jit
 from minibert.kernels.cpu.math import philox_row
 from minibert.kernels.cpu.threads import blocks, rows_worth_a_thread, run_rows
 from minibert.kernels.op import Array
-from minibert.kernels.philox import NO_STREAM, Stream, threshold
+from minibert.kernels.philox import NO_STREAM, Stream, numbers_of, threshold
 
 BLOCK = 32  # rows whose gradients are added in the precision of the arrays
 COST, GRAD_COST = 0.15, 0.35  # nanoseconds an element, for `rows_worth_a_thread`
@@ -95,7 +95,7 @@ def add_layer_norm(
     )
     run_rows(
         add_layer_norm_rows, rows, *inputs, x.dtype.type(eps), *_dropout(rate, x.dtype),
-        tuple(map(int, Stream(*stream))), y, z, mean, rstd,
+        numbers_of(stream), y, z, mean, rstd,
         grain=rows_worth_a_thread(columns, COST + DROPOUT_COST if rate else COST),
     )  # fmt: skip
     return y, z, mean, rstd
@@ -199,7 +199,7 @@ def add_layer_norm_grad(
     dx, dz = np.empty(z.shape, z.dtype), np.empty(z.shape, z.dtype)
     dweight, dbias = np.empty((count, columns), z.dtype), np.empty((count, columns), z.dtype)
     run_rows(
-        add_layer_norm_grad_blocks, count, *inputs, *dropped, tuple(map(int, Stream(*stream))), dx, dz, dweight, dbias,
+        add_layer_norm_grad_blocks, count, *inputs, *dropped, numbers_of(stream), dx, dz, dweight, dbias,
         grain=rows_worth_a_thread(BLOCK * columns, GRAD_COST + DROPOUT_COST),
     )  # fmt: skip
     return dx, dz, _sum_blocks(dweight), _sum_blocks(dbias)

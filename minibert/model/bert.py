@@ -67,7 +67,7 @@ class BertEmbeddings(Module):
             x = self.word_embeddings.tuned(x, ids[0])
         x = self.token_type_embeddings.tuned(self.position_embeddings.tuned(x, ids[1]), ids[2])
         x = self.LayerNorm(x)
-        params = batch.dropout(self.config.hidden_dropout_prob, EMBEDDING_STREAM, 0)
+        params = batch.dropout(self.config.hidden_dropout_prob, EMBEDDING_STREAM, 0, x.shape[1])
         if not params["rate"]:
             return x
         y = apply(dropout, x, **params)
@@ -98,10 +98,11 @@ class BertSelfAttention(Module):
         qkv = side_by_side(x, self.query, self.key, self.value)  # (N, 3C): one product for all three
         if attentions is not None:
             attentions.append(self.probabilities(qkv, batch))
-        params = batch.dropout(self.config.attention_probs_dropout_prob, ATTENTION_STREAM, self.layer)
+        heads, rate = self.config.num_attention_heads, self.config.attention_probs_dropout_prob
+        params = batch.attention_dropout(rate, ATTENTION_STREAM, self.layer, heads)
         if self.prefix is not None:
-            return self.prefix(qkv, batch, num_heads=self.config.num_attention_heads, **params)
-        return apply(attention, qkv, batch.cu_seqlens, num_heads=self.config.num_attention_heads, **params)
+            return self.prefix(qkv, batch, num_heads=heads, **params)
+        return apply(attention, qkv, batch.cu_seqlens, num_heads=heads, **params)
 
     def probabilities(self, qkv: Tensor, batch: Batch) -> Tensor:
         """softmax(q k' / sqrt D), (B, H, T, T), before dropout; computed when asked for: no kernel keeps it."""
@@ -126,7 +127,7 @@ class BertSelfOutput(Module):
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, place)
 
     def __call__(self, x: Tensor, residual: Tensor, batch: Batch) -> Tensor:  # (N, in), (N, C) -> (N, C)
-        dropout = batch.dropout(self.config.hidden_dropout_prob, self.stream, self.layer)
+        dropout = batch.dropout(self.config.hidden_dropout_prob, self.stream, self.layer, self.config.hidden_size)
         dense = self.dense(x)
         if self.bottleneck is not None:
             dense = self.bottleneck(dense, residual, self.LayerNorm, dropout)

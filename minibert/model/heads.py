@@ -69,12 +69,14 @@ class BertWithClassifier(WithEncoder):
     """An encoder, and one linear layer over what it made of a sequence or of each token."""
 
     head = "classifier"
+    each_token = False  # is classified, or each sequence
 
     def add_head(self, config: BertConfig, place: Place) -> None:
         setattr(self, self.head, Linear(config.hidden_size, config.num_labels, place))
 
     def classified(self, x: Tensor, encoded: BertOutput) -> Tensor:  # (B or N, C) -> (B or N, K)
-        return getattr(self, self.head)(head_dropout(x, encoded, self.dropout_rate))
+        before = encoded._batch.packed.part.row if self.each_token else None
+        return getattr(self, self.head)(head_dropout(x, encoded, self.dropout_rate, before=before))
 
     @property
     def dropout_rate(self) -> float:
@@ -83,9 +85,16 @@ class BertWithClassifier(WithEncoder):
         return self.config.hidden_dropout_prob if rate is None else rate
 
 
-def head_dropout(x: Tensor, encoded: BertOutput, rate: float, layer: int = 0) -> Tensor:
-    """The dropout of a head, where the model is in training; `layer` tells several apart."""
-    params = encoded._batch.dropout(rate, CLASSIFIER_STREAM, layer)
+def head_dropout(
+    x: Tensor, encoded: BertOutput, rate: float, layer: int = 0, before: int | None = None
+) -> Tensor:  # fmt: skip
+    """The dropout of a head, where the model is in training; `layer` tells several apart.
+
+    `before` is how many rows of the whole stand before a part of a batch: as many as sequences, if not given.
+    """
+    batch = encoded._batch
+    before = batch.packed.part.sequence if before is None else before
+    params = batch.dropout(rate, CLASSIFIER_STREAM, layer, x.shape[1], before=before)
     return apply(dropout, x, **params) if params["rate"] else x
 
 
@@ -121,6 +130,8 @@ class BertForSequenceClassification(BertWithClassifier):
 
 class BertForTokenClassification(BertWithClassifier):
     """BERT with a classifier over every token: named entities, parts of speech."""
+
+    each_token = True
 
     def __call__(
         self, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,

@@ -13,10 +13,10 @@ from minibert.kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from minibert.kernels.elementwise import where
 from minibert.kernels.embedding import gather_rows, scatter_rows
 from minibert.kernels.linear import linear
-from minibert.kernels.philox import Stream
+from minibert.kernels.philox import Stream, StreamFrom
 from minibert.kernels.view import concatenate
 from minibert.model.nn import Place
-from minibert.model.packing import IGNORE, Packed, sentence_labels
+from minibert.model.packing import IGNORE, Packed, Part, sentence_labels
 from minibert.model.tensor import Tensor, apply, at_place, demand_unchanged, grad_enabled, set_grad_enabled, tick
 
 
@@ -31,11 +31,25 @@ class Batch:
     def integers(self, ids: np.ndarray) -> Tensor:
         return Tensor(self.place.backend.asarray(ids), self.place.backend)
 
-    def dropout(self, rate: float, stream: int, layer: int) -> dict[str, Any]:
-        """`rate` and `stream` of one dropout; rate 0 outside training."""
+    def dropout(self, rate: float, stream: int, layer: int, columns: int, **part: int) -> dict[str, Any]:
+        """`rate` and `stream` of one dropout of (rows, columns); rate 0 outside training.
+
+        In a part of a batch it is that of the whole after `before` rows, the tokens' if not given; `width` is that of
+        `StreamFrom`.
+        """
         if self.streams is None:
             return {"rate": 0.0, "stream": Stream()}
-        return {"rate": rate, "stream": self.streams._replace(stream=stream, layer=layer)}
+        named = self.streams._replace(stream=stream, layer=layer)
+        if self.packed.part != Part():
+            words = part.get("before", self.packed.part.row) * columns
+            assert words % 4 == 0, "a part begins with a block of four words: see `packing.halves`"
+            named = StreamFrom.of(named, words // 4, part.get("width", 0))
+        return {"rate": rate, "stream": named}
+
+    def attention_dropout(self, rate: float, stream: int, layer: int, heads: int) -> dict[str, Any]:
+        """The same of an attention's probabilities."""
+        width = -(-self.packed.part.longest // 4) * 4
+        return self.dropout(rate, stream, layer, heads * width, width=width)
 
     def floats(self, values: np.ndarray) -> Tensor:
         return Tensor(self.place.backend.asarray(values, dtype=self.place.dtype), self.place.backend)

@@ -40,6 +40,14 @@ ARGUMENTS = (
 )  # fmt: skip
 
 
+class Part(NamedTuple):
+    """Where a part of a batch begins in the whole, of which it draws the random numbers."""
+
+    row: int = 0
+    sequence: int = 0
+    longest: int = 0  # tokens of the whole's longest sequence; 0: of the part's own
+
+
 class Packed(NamedTuple):
     """The N real tokens of B sequences, one after the other. `rows` is where each stood in the padded batch."""
 
@@ -52,6 +60,7 @@ class Packed(NamedTuple):
     padded_shape: tuple[int, int] | None  # (B, T)
     predicted: np.ndarray | None = None  # (M,) the rows that have a label
     targets: np.ndarray | None = None  # (M,) their labels
+    part: Part = Part()  # all of it, unless the batch was cut
 
     @property
     def not_empty(self) -> np.ndarray:

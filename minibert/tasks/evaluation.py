@@ -9,7 +9,7 @@ import numpy as np
 
 from minibert.data import PackedBatch
 from minibert.data.batching import pack as packed_sequences
-from minibert.model.packing import Packed, pack
+from minibert.model.packing import Packed, Part, pack
 from minibert.model.tensor import no_grad
 from minibert.tasks.batches import targets_of
 from minibert.tasks.metrics import Scores, finite
@@ -20,6 +20,19 @@ def batch_of(task: Task, model: Any, part: Prepared, chosen: np.ndarray) -> tupl
     """Some examples' sequences as the model takes them, and their targets."""
     flat: PackedBatch = packed_sequences(part.sequences, part.sequences_of(chosen))
     return pack(model.config, **flat.inputs), targets_of(task, part, chosen)
+
+
+def in_parts(
+    task: Task, model: Any, prepared: Prepared, chosen: np.ndarray, count: int
+) -> Iterator[tuple[Packed, np.ndarray]]:  # fmt: skip
+    """As `batch_of`, in at most `count` parts, which draw the random numbers of the whole (`minibert.train.parts`)."""
+    count = min(count, len(chosen))
+    lengths = np.diff(batch_of(task, model, prepared, chosen)[0].cu_seqlens) if count > 1 else np.zeros(1)
+    row = sequence = 0
+    for some in np.array_split(chosen, count):
+        packed, targets = batch_of(task, model, prepared, some)
+        yield packed._replace(part=Part(row, sequence, int(lengths.max()))), targets
+        row, sequence = row + len(packed.input_ids), sequence + len(packed.first_rows)
 
 
 def in_order(lengths: np.ndarray, tokens_per_batch: int) -> Iterator[np.ndarray]:

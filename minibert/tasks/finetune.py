@@ -33,28 +33,19 @@ from minibert.errors import UserError
 from minibert.kernels.philox import Stream
 from minibert.model.checkpoint import has_weights, read_config, write_atomically, write_config
 from minibert.model.matching import LoadReport
-from minibert.model.packing import Packed
 from minibert.model.pretrained import PreTrained
 from minibert.tasks.batches import targets_of
 from minibert.tasks.embedding_task import Embed
-from minibert.tasks.evaluation import batch_of, evaluate, figure_names, predict
+from minibert.tasks.evaluation import evaluate, figure_names, in_parts, predict
 from minibert.tasks.examples import REGRESSION
 from minibert.tasks.labels import LabelIds
-from minibert.tasks.task import (
-    Classify,
-    Prepared,
-    Task,
-    architecture_of,
-    label_names,
-    most_tokens,
-    own_names,
-    task_of,
-)
+from minibert.tasks.task import Classify, Prepared, Task, architecture_of, label_names, most_tokens, own_names, task_of
 from minibert.train.checkpoint import model_files
 from minibert.train.config import OptimizationConfig
 from minibert.train.failed_step import FailedStep
 from minibert.train.loop import Loop, Record, State
 from minibert.train.optim import AdamW, parameter_groups
+from minibert.train.parts import PARTS
 from minibert.tuning import (
     AdaLoraConfig,
     DoubleSeqBnConfig,
@@ -191,7 +182,8 @@ class FineTuning(Loop):
         check_vocabulary(tokenizer, model.config.vocab_size)
         task.check(config, train)
         self.task, self.train, self.validation, self.config = task, train, validation, config
-        self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps  # of one update
+        self.most_examples = config.per_device_train_batch_size  # of a pass
+        self.batch_size = self.most_examples * config.gradient_accumulation_steps  # of one update
         self.planned: tuple[int, list[np.ndarray]] = (-1, [])  # an epoch, and its batches
         steps = [len(self.batches(epoch)) for epoch in range(math.ceil(config.num_train_epochs))]
         self.ends = np.cumsum(steps)  # the step with which each epoch ends
@@ -250,13 +242,15 @@ class FineTuning(Loop):
         """
         self.model.train()
         self.optimizer.zero_grad()
-        chosen = self.chosen(self.step)
-        size = self.config.per_device_train_batch_size
-        passes = [self.batch(self.train, chosen[start : start + size]) for start in range(0, len(chosen), size)]
-        weights = [self.weight(targets) for _, targets in passes]
-        total, loss = sum(weights), 0.0
         first = self.step * self.config.gradient_accumulation_steps
-        for number, ((packed, targets), weight) in enumerate(zip(passes, weights, strict=True), first):
+        passes = [
+            (number, *part)
+            for number in range(first, first + -(-len(self.chosen(self.step)) // self.most_examples))
+            for part in in_parts(self.task, self.model, self.train, self.of_pass(number), self.progress[PARTS])
+        ]
+        weights = [self.weight(targets) for _, _, targets in passes]
+        total, loss = sum(weights), 0.0
+        for (number, packed, targets), weight in zip(passes, weights, strict=True):
             if not weight:
                 continue
             self.model.step = self.number = number  # names the dropout masks
@@ -264,15 +258,21 @@ class FineTuning(Loop):
             assert mean is not None
             mean.backward(np.asarray(weight / total))
             loss += mean.item() * weight / total
-        return loss, sum(len(packed.input_ids) for packed, _ in passes)
+        return loss, sum(len(packed.input_ids) for _, packed, _ in passes)
+
+    def of_pass(self, number: int) -> np.ndarray:
+        """The numbers of the examples of one pass of the step."""
+        start = self.most_examples * (number - self.step * self.config.gradient_accumulation_steps)
+        return self.chosen(self.step)[start : start + self.most_examples]
+
+    def most_parts(self) -> int:
+        return 1 if self.task.in_batch else min(self.most_examples, len(self.chosen(self.step)))
 
     def failed_step(self) -> FailedStep | None:
         kind = task_of(self.model.config, type(self.model).__name__)
         if kind is None or isinstance(self.model, TunedModel) or self.class_weights is not None:
             return None
-        size = self.config.per_device_train_batch_size
-        start = size * (self.number - self.step * self.config.gradient_accumulation_steps)
-        chosen = self.chosen(self.step)[start : start + size]
+        chosen = self.of_pass(self.number)
         flat = packed_sequences(self.train.sequences, self.train.sequences_of(chosen))
         batch = {**vars(flat), "labels": targets_of(self.task, self.train, chosen)}
         arrays = {name: array for name, array in batch.items() if array is not None}
@@ -284,10 +284,6 @@ class FineTuning(Loop):
         if self.class_weights is None:
             return self.task.counted(targets)
         return float(np.asarray(self.class_weights)[targets[targets >= 0]].sum())
-
-    def batch(self, part: Prepared, chosen: np.ndarray) -> tuple[Packed, np.ndarray]:
-        """Sequences and their targets."""
-        return batch_of(self.task, self.model, part, chosen)
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 

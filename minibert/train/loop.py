@@ -41,6 +41,7 @@ from minibert.train.failed_step import FailedStep, command, write_failed_step
 from minibert.train.guard import FirstNonFinite, NonFiniteError
 from minibert.train.log import LOG, Record, add_line, forget_after
 from minibert.train.optim import AdamW, linear_schedule
+from minibert.train.parts import PARTS, in_memory
 from minibert.train.saving import CheckpointWriter, Copied
 from minibert.train.tensorboard import PREFIX, EventFile
 from minibert.train.weights_and_biases import wandb_library, write_offline_run
@@ -97,6 +98,7 @@ class Loop:
         # How far the run came, and sums since the last line of the log: plain numbers, saved as they are.
         self.progress: dict[str, Any] = {
             "step": 0, "tokens": 0, "seconds": 0.0, "save_seconds": 0.0, "since": dict.fromkeys(SINCE, 0),
+            PARTS: 1,
         }  # fmt: skip
 
     @property
@@ -106,6 +108,10 @@ class Loop:
 
     def forward_backward(self) -> tuple[float, int]:
         """Gradients and loss of the step's batches as if they were one batch; and their tokens."""
+        raise NotImplementedError
+
+    def most_parts(self) -> int:
+        """How many parts a pass of the step can be computed in (`train.parts`)."""
         raise NotImplementedError
 
     def evaluate(self) -> Record:
@@ -209,7 +215,7 @@ class Loop:
     def update(self) -> tuple[float, int]:
         """Gives the loss, and how many tokens it is of; raises FloatingPointError, nothing updated."""
         with nullcontext() if self.compiled else self.left_when_stopped():
-            loss, tokens = self.forward_backward()
+            loss, tokens = in_memory(self)
         self.compiled = True
         demand_finite(loss)
         tuned = self.model if isinstance(self.model, TunedModel) else None

@@ -31,6 +31,9 @@ class ReplacedTokenTrainer(Trainer):
 
     model: ElectraPair
 
+    def most_parts(self) -> int:
+        return 1  # the generator's draws are not from the middle of the whole's
+
     def second_count(self, batch: PackedBatch) -> int:
         """The discriminator's loss is the mean over all tokens."""
         return len(batch.input_ids)

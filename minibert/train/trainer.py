@@ -45,6 +45,7 @@ from minibert.train.failed_step import FailedStep
 from minibert.train.graphed import GraphedSteps
 from minibert.train.loop import Loop, Record, demand_finite, shares
 from minibert.train.optim import AdamW, parameter_groups
+from minibert.train.parts import PARTS, cut
 
 
 class Data(NamedTuple):
@@ -110,7 +111,8 @@ class Trainer(Loop):
         self.graphed = None
         if config.graph and isinstance(model, BertForMaskedLM):
             self.graphed = GraphedSteps(model, self.optimizer, config.tokens_per_batch)
-        self.made: dict[int, tuple[PackedBatch, Packed]] = {}  # batches of this step and, early, of the next, by pass
+        # Batches of this step and, early, of the next: by pass and by how many parts it is in.
+        self.made: dict[tuple[int, int], list[tuple[PackedBatch, Packed]]] = {}
 
     @property
     def fingerprint(self) -> int:
@@ -129,15 +131,15 @@ class Trainer(Loop):
         """As `Loop.update`, op by op or by graph."""
         result = super().update() if self.graphed is None else self.update_by_graph(self.graphed)
         done = (self.step + 1) * self.config.gradient_accumulation_steps
-        self.made = {number: batch for number, batch in self.made.items() if number >= done}
+        self.made = {which: parts for which, parts in self.made.items() if which[0] >= done}
         return result
 
     def update_by_graph(self, graphed: GraphedSteps) -> tuple[float, int]:
         """The same, where the step's shape has come before, in two calls of the device."""
         self.model.train()
-        batch, packed = self.packed(self.step)
+        ((batch, packed),) = self.packed(self.step)
         loss, square_norm, recorded = graphed.gradients(packed, self.step)
-        graphed.prepare(self.packed(self.step + 1)[1])  # uploaded by the graph itself
+        graphed.prepare(self.packed(self.step + 1)[0][1])  # uploaded by the graph itself
         value = float(self.model.backend.numpy(loss))
         demand_finite(value)
         self.optimizer.check_norm(square_norm)
@@ -154,23 +156,27 @@ class Trainer(Loop):
         self.model.train()
         self.optimizer.zero_grad()
         numbers = range(self.step * passes, (self.step + 1) * passes)
-        batches = [self.packed(number)[0] for number in numbers]
-        predicted = shares([int((batch.labels != IGNORE).sum()) for batch in batches])
-        second = shares([self.second_count(batch) for batch in batches])
+        parts = [(number, *part) for number in numbers for part in self.packed(number)]
+        predicted = shares([int((batch.labels != IGNORE).sum()) for _, batch, _ in parts])
+        second = shares([self.second_count(batch) for _, batch, _ in parts])
         loss, self.measured = 0.0, {}
-        for number, share, second_share in zip(numbers, predicted, second, strict=True):
-            batch, packed = self.packed(number)
+        for (number, batch, packed), share, second_share in zip(parts, predicted, second, strict=True):
             self.model.step = self.number = number  # names the dropout masks
             mean = self.mean_of(batch, packed, share, second_share)
             mean.backward(np.asarray(share))
             self.prepare(number + 1)
             loss += mean.item() * share
-        return loss, sum(len(batch.input_ids) for batch in batches)
+        return loss, sum(len(batch.input_ids) for _, batch, _ in parts)
+
+    def most_parts(self) -> int:
+        passes = self.config.gradient_accumulation_steps
+        numbers = range(self.step * passes, (self.step + 1) * passes)
+        return 1 if self.graphed else max(len(self.batches.chosen(number)) for number in numbers)
 
     def failed_step(self) -> FailedStep | None:
         if self.config.next_sentence:  # whose loss a batch of `minibert diff` has not
             return None
-        batch = {name: array for name, array in vars(self.packed(self.number)[0]).items() if array is not None}
+        batch = {name: array for name, array in vars(self.batches.batch(self.number)).items() if array is not None}
         return FailedStep(batch, self.config.objective, self.model.place.dtype, self.config.seed, self.number)
 
     def second_count(self, batch: PackedBatch) -> int:
@@ -184,12 +190,13 @@ class Trainer(Loop):
             return out.loss
         return out.loss + out.next_sentence_loss(batch.next_sentence_label) * (second_share / share)
 
-    def packed(self, number: int) -> tuple[PackedBatch, Packed]:
-        """The batch of a pass as the model takes it, kept until its step is done."""
-        if number not in self.made:
-            batch = self.batches.batch(number)
-            self.made[number] = batch, self.pack(batch, batch.labels)
-        return self.made[number]
+    def packed(self, number: int) -> list[tuple[PackedBatch, Packed]]:
+        """The batch of a pass as the model takes it, in its parts, kept until its step is done."""
+        which = number, self.progress[PARTS]
+        if which not in self.made:
+            parts = cut(self.batches.batch(number), self.progress[PARTS])
+            self.made[which] = [(batch, self.pack(batch, batch.labels)._replace(part=part)) for batch, part in parts]
+        return self.made[which]
 
     def pack(self, batch: PackedBatch, labels: np.ndarray | None) -> Packed:
         return pack(
@@ -206,8 +213,8 @@ class Trainer(Loop):
         for each in (number + passes - 1, number):
             if each < self.config.max_steps * passes:
                 self.packed(each)
-        if number in self.made:
-            self.model.backend.upload_ahead([a for a in self.made[number][1] if isinstance(a, np.ndarray)])
+        if parts := self.made.get((number, self.progress[PARTS])):
+            self.model.backend.upload_ahead([a for a in parts[0][1] if isinstance(a, np.ndarray)])
 
     # ------------------------------------------------------------------------------------------------------ evaluation
 

@@ -34,6 +34,10 @@ class PeftModel(TunedModel):
         for name, layer in self.layers.items():
             self.targets[name].low_rank = layer
 
+    @property
+    def draws_masks(self) -> bool:
+        return any(layer.rate for layer in self.layers.values())
+
     def _of_base(self, whole: list[str]) -> set[str]:
         """The model's own parameters that are trained: of modules that are trained whole, and biases."""
         trained = set()

@@ -64,6 +64,11 @@ class TunedModel:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad = name in of_base
 
+    @property
+    def draws_masks(self) -> bool:
+        """Whether what was put beside the model has dropout of its own, drawn for a batch as a whole."""
+        return True
+
     def file_name(self, name: str) -> str:
         """What a parameter that is trained is called in a file."""
         raise NotImplementedError

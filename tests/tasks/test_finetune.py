@@ -16,6 +16,7 @@ from minibert.errors import UserError, pip_install
 from minibert.model.checkpoint import read_config
 from minibert.model.heads import BertForSequenceClassification
 from minibert.model.packing import IGNORE
+from minibert.tasks.batches import targets_of
 from minibert.tasks.examples import TextExamples, read_texts
 from minibert.tasks.finetune import FineTuning, FineTuningConfig, evaluate, freeze, layerwise_groups, load_model
 from minibert.tasks.task import Classify
@@ -82,7 +83,7 @@ def test_passes_are_one_batch(kind: str, balanced: str, ignored: bool, toys: Pat
         chosen = run.chosen(0)
         assert len(chosen) == 12 and len(set(run.train.sequences.lengths[chosen])) > 1
         if passes > 1:
-            weighed = [run.weight(run.batch(run.train, chosen[at : at + 4])[1]) for at in (0, 4, 8)]
+            weighed = [run.weight(targets_of(run.task, run.train, chosen[at : at + 4])) for at in (0, 4, 8)]
             assert not ignored or weighed[0] == 0
             even = not balanced and not ignored and kind != "tag"
             assert even or len(set(weighed)) > 1, "no test of weights where all are the same"

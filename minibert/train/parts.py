@@ -1,0 +1,90 @@
+"""Where memory runs out: the passes of a step in parts, which draw the random numbers of the whole.
+
+A step is then the same up to rounding: its masked tokens and its dropout keep their bits (`philox.StreamFrom`), and the
+gradients of the parts add up to those of the batch. How many parts there are is kept in the run's progress.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from minibert.data import PackedBatch
+from minibert.errors import warn
+from minibert.model.packing import IGNORE, Part
+from minibert.tuning.tuned import TunedModel
+
+PARTS = "parts"  # in a run's progress
+
+
+class Divisible(Protocol):
+    """A run, as far as it is asked here."""
+
+    model: Any
+    kernels: Any
+    progress: dict[str, Any]
+
+    def forward_backward(self) -> tuple[float, int]:
+        """Gradients and loss of a step, in the parts that `progress` says."""
+
+    def most_parts(self) -> int:
+        """How many parts the step can be cut into: 1 where an example's loss depends on others."""
+
+
+def in_memory(run: Divisible) -> tuple[float, int]:
+    """`run.forward_backward`, again in twice as many parts where memory ran out. Raises MemoryError when that ends."""
+    while True:
+        try:
+            return run.forward_backward()
+        except MemoryError:
+            if not divisible(run):
+                raise
+        # Here nothing holds the arrays of that pass any more, as the error did.
+        run.progress[PARTS] *= 2
+        warn(
+            f"step {run.progress['step'] + 1} ran out of memory: from here on each batch is computed in "
+            f"{run.progress[PARTS]} parts, with the same random numbers; what it learns is the same up to rounding"
+        )
+
+
+def divisible(run: Divisible) -> bool:
+    """Whether the passes can be cut further: at the ends of sequences, where every mask can be drawn from its middle.
+
+    Kernels of one's own may not know how, and a model that is tuned draws masks of its own.
+    """
+    model = run.model
+    if isinstance(model, TunedModel) and model.draws_masks:
+        return False
+    widths = model.config.hidden_size, model.config.embedding_size
+    return not run.kernels and not any(width % 4 for width in widths) and run.progress[PARTS] < run.most_parts()
+
+
+def cut(batch: PackedBatch, count: int) -> list[tuple[PackedBatch, Part]]:
+    """At most `count` parts of about as many tokens, each of whole sequences and with a token to predict."""
+    ends, tokens = batch.cu_seqlens, len(batch.input_ids)
+    predicted = np.concatenate([[0], np.cumsum(batch.labels != IGNORE)])[ends]
+    cuts = [0]
+    for k in range(1, count):
+        near = int(np.abs(ends - k * tokens / count).argmin())
+        if predicted[cuts[-1]] < predicted[near] < predicted[-1]:
+            cuts.append(near)
+    longest = int(np.diff(ends).max()) if len(cuts) > 1 else 0
+    return [
+        (slice_of(batch, first, last), Part(int(ends[first]), first, longest))
+        for first, last in zip(cuts, [*cuts[1:], len(ends) - 1], strict=True)
+    ]
+
+
+def slice_of(batch: PackedBatch, first: int, last: int) -> PackedBatch:
+    """Sequences first .. last."""
+    start, stop = batch.cu_seqlens[[first, last]]
+    follows = batch.next_sentence_label
+    return PackedBatch(
+        input_ids=batch.input_ids[start:stop],
+        position_ids=batch.position_ids[start:stop],
+        token_type_ids=batch.token_type_ids[start:stop],
+        cu_seqlens=batch.cu_seqlens[first : last + 1] - start,
+        labels=batch.labels[start:stop],
+        next_sentence_label=None if follows is None else follows[first:last],
+    )
