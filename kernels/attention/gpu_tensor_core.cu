@@ -5,7 +5,8 @@
 #include "attention/gpu_fragment.cuh"
 #include "attention/gpu_flash.cuh"  // after it
 
-extern "C" __global__ void __launch_bounds__(128, 2) flash_forward_16(
+// Heads of 32 take little shared memory: registers decide how many blocks a multiprocessor holds.
+extern "C" __global__ void __launch_bounds__(128, HEAD_SIZE <= 32 ? 4 : 2) flash_forward_16(
     const Storage* __restrict__ qkv, const int* __restrict__ cu_seqlens, Storage* __restrict__ y,
     float* __restrict__ lse, int sequences, int heads, int size, int tiles, float scale, unsigned drop, float kept,
     int quads, Stream stream) {
