@@ -41,7 +41,7 @@ def read_recorded(path: Path) -> Recorded:
         return Recorded(path.name, "trace", _of_trace(path))
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(
             f"--with {path}: expected JSON or a trace (.safetensors), got what cannot be read: {error}"
         ) from error

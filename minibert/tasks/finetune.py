@@ -330,6 +330,9 @@ class FineTuning(Loop):
 
     def resume(self, state: State) -> None:
         """As `Loop.resume`; a run that ended early goes on only with more patience."""
+        best, figures = state.progress.get("best"), ("step", "eval_loss", self.metric)
+        if not isinstance(best, dict) or not best.keys() >= set(figures) or best["step"] is None:
+            raise UserError(f"the state has no best model with {', '.join(figures)}: begin a new run")
         super().resume(state)
         self.end_early()
 

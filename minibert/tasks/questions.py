@@ -20,7 +20,7 @@ from minibert.data.lines import Source, name_of, text_lines
 from minibert.data.tokenizer_config import is_text
 from minibert.errors import UserError
 from minibert.tasks.columns import listed
-from minibert.tasks.tables import FORMATS, format_of, open_table
+from minibert.tasks.tables import FORMATS, format_of, open_table, unreadable
 
 SHOWN = 60  # characters of an answer that a message shows
 
@@ -109,10 +109,10 @@ def document_in(text: str, name: str) -> list[Any] | None:
         return None
     try:
         document = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         if getattr(error, "msg", "") == "Extra data":
             return None
-        what = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        what = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else unreadable(error)
         raise UserError(f"{name} is no JSON: {what}") from None
     if not isinstance(document, dict) or not isinstance(document.get("data"), list):
         return None

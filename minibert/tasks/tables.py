@@ -228,10 +228,15 @@ def of_keys(rows: Iterator[Row], name: str) -> Read:
 def json_object(text: str, name: str, line: int) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    except (ValueError, RecursionError) as error:
+        what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else unreadable(error)
         wrong_line(name, line, f"no JSON: {what}")
     return checked_object(value, name, line)
+
+
+def unreadable(error: Exception) -> str:
+    """Why Python does not read what is JSON by its grammar."""
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
 
 
 def checked_object(value: Any, name: str, line: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from minibert.model.checkpoint import read_arrays, read_json, sync, write_atomic
 from minibert.train.config import OptimizationConfig, TrainingConfig
 from minibert.train.lock import locked
 from minibert.train.log import LOG
+from minibert.train.parts import PARTS
 from minibert.train.tensorboard import PREFIX
 
 STATE = "trainer_state.safetensors"
@@ -93,18 +94,23 @@ def state_in(folder: Path, kind: type[OptimizationConfig]) -> State:
         if "format" not in about and config["warmup_steps"] == 0:
             config["warmup_steps"] = None  # before there was a format, 0 said "not given"
         return State(kind(**config), dict(about["options"]), checked_progress(about["progress"]), arrays, folder)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no state of such a run ({error}): begin a new run") from None
 
 
 def checked_progress(progress: dict[str, Any]) -> dict[str, Any]:
     """The same. Raises KeyError, TypeError or ValueError where it lacks a number that each run goes on with."""
-    since = progress["since"].values()
-    for number in (*(progress[name] for name in ("step", "tokens", "seconds", "fingerprint")), *since):
+    best = progress.get("best") or {}  # of fine-tuning, its figures or None for one that is not defined
+    later = [progress[name] for name in ("save_seconds", PARTS, "evaluations_since") if name in progress]
+    figures = [value for value in best.values() if value is not None]
+    needed = [progress[name] for name in ("step", "tokens", "seconds", "fingerprint")]
+    for number in (*needed, *later, *progress["since"].values(), *figures):
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= abs(number) < float("inf"):
             raise ValueError(f"its progress has {number!r} for a number")
-    if index(progress["step"]) < 0 or index(progress["fingerprint"]) < 0:
+    if index(progress["step"]) < 0 or index(progress["fingerprint"]) < 0 or index(best.get("step", 0)) < 0:
         raise ValueError("its step or its fingerprint is negative")
+    if index(progress.get(PARTS, 1)) < 1:
+        raise ValueError(f"its progress has {progress[PARTS]} {PARTS}")
     return progress
 
 

@@ -43,7 +43,7 @@ def read_failed_step(folder: Path) -> FailedStep:
     try:
         about: Mapping[str, Any] = json.loads(metadata["failed_step"])
         return FailedStep(arrays, str(about["task"]), str(about["dtype"]), int(about["seed"]), int(about["number"]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, RecursionError, TypeError, ValueError):
         raise UserError(f"{folder / BATCH} is no step of a run: expected what a run wrote as it stopped") from None
 
 

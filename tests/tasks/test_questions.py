@@ -89,6 +89,7 @@ WRONG = [
     ("a.json", '{"data": [{"paragraphs": [3]}]}', "a.json, data[0].paragraphs[0]: expected an object with a context a"),
     ("a.json", '{"data":\n[}', "a.json is no JSON: line 2: Expecting value"),
     ("a.json", "", "a.json is no JSON: line 1"),
+    ("a.json", '{"data": ' + "9" * 5000 + "}", "a.json is no JSON: a number of too many digits"),
     ("a.jsonl", json.dumps(FLAT | {"answers": [{"text": "mat", "answer_start": "x"}]}), "a.jsonl, line 1: expected answ"
      "er_start, the character of the context where 'mat' begins, got 'x'"),
     ("a.jsonl", json.dumps({"question": "", "context": "x", "answers": []}), "a.jsonl, line 1: expected text in 'ques"),

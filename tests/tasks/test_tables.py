@@ -116,6 +116,7 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl, line 2: no JSON: Expecting value, column 1"),
     ("a.jsonl", '{"text": "x"}\n["x"]\n', 'a.jsonl, line 2: expected a JSON object, as {"text": "..."}, got list'),
     ("a.jsonl", "[" * 100_000, "a.jsonl, line 1: no JSON: nested too deeply"),
+    ("a.jsonl", '{"text": ' + "9" * 5000 + "}", "a.jsonl, line 1: no JSON: a number of too many digits"),
     ("a.json", '[{"text": "x"},\n{"text" "y"}]', "a.json, line 2: no JSON: Expecting ':' delimiter"),
     ("a.json", '[{"text": "x"}\n{"text": "y"}]', "a.json, line 2: expected ',' or ']' after an object of the array"),
     ("a.json", '[{"text": "x"},\n\n 3]', "a.json, line 3: expected a JSON object"),

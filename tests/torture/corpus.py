@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +18,15 @@ from minibert.lab.lockstep.trace import load, save
 from minibert.model import checkpoint
 from minibert.model.sentence import SentenceBert
 from minibert.tasks import read_texts
+from minibert.tasks.finetune import FineTuning, FineTuningConfig
 from minibert.tasks.questions import read_questions
+from minibert.tasks.task import Classify
 from minibert.tasks.words import read_words
 from minibert.train import trainer
 from minibert.train.checkpoint import MANIFEST, STATE, manifest, read_state
 from minibert.train.config import TrainingConfig
-from minibert.train.log import forget_after, read_log
-from minibert.tuning import LoraConfig, PrefixTuningConfig, SeqBnConfig, get_peft_model, load_peft_model
+from minibert.train.log import LOG, forget_after, read_log
+from minibert.tuning import AdaLoraConfig, LoraConfig, PrefixTuningConfig, SeqBnConfig, get_peft_model, load_peft_model
 
 TEXT = "The hill is steep. The cat sat on the hill, and the dog saw it.\nWho saw the cat? The dog did.\n\n\n"
 MODEL = mb.BertConfig(
@@ -79,6 +82,10 @@ def base() -> Any:
 
 def make_adapter(folder: Path) -> None:
     get_peft_model(base(), LoraConfig(r=2, target_modules=["query", "value"])).save_pretrained(folder)
+
+
+def make_adalora(folder: Path) -> None:
+    get_peft_model(base(), AdaLoraConfig(init_r=3, target_r=2, total_step=9)).save_pretrained(folder)
 
 
 def make_bottleneck(folder: Path) -> None:
@@ -151,6 +158,36 @@ def read_run(folder: Path) -> None:
     read_log(folder)
     run_of(folder.parent).resume(read_state(folder))
     forget_after(folder, 2)
+
+
+@functools.cache
+def fine_tuning_of(folder: Path) -> Any:
+    """The same of fine-tuning: its progress has a best model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = folder / "labelled.csv"
+    table.write_text("text,label\nthe cat sat,yes\nthe dog saw,no\n" * 4)
+    texts, tokenizer = read_texts(table, "classify"), train_tokenizer([[TEXT]], 60)
+    task = Classify.of(texts)
+    part = task.prepare(texts, tokenizer, 16)
+    config = FineTuningConfig(num_train_epochs=2, per_device_train_batch_size=4, max_seq_length=16, logging_steps=1)
+    model = mb.BertForSequenceClassification(replace(MODEL, **task.labels()), backend="numpy")
+    return FineTuning(model, task, part, part, tokenizer, config, folder / "run")
+
+
+def make_old_fine_tuning(folder: Path) -> None:
+    run = fine_tuning_of(folder.parent / "fine-tuning")
+    for _ in run.run():
+        pass
+    newest = sorted(run.output.glob("checkpoint-*"))[-1]
+    folder.mkdir(parents=True)
+    for name in (STATE, LOG):
+        (newest / name).rename(folder / name)
+
+
+def read_fine_tuning(folder: Path) -> None:
+    run = fine_tuning_of(folder.parent / "another")
+    run.resume(read_state(folder, FineTuningConfig))
+    run.rank(run.progress["best"])
 
 
 def make_old_run(folder: Path) -> None:
@@ -240,12 +277,14 @@ KINDS = (
     Kind("shards", make_shards, read_model),
     Kind("sentence model", make_sentence_model, read_sentence_model, "*.json"),
     Kind("LoRA", make_adapter, read_adapter),
+    Kind("AdaLoRA", make_adalora, read_adapter),
     Kind("bottleneck", make_bottleneck, read_adapter),
     Kind("prefix", make_prefix, read_adapter),
     Kind("tokenizer", make_tokenizer, read_tokenizer, "*.json"),
     Kind("vocabulary", make_vocabulary, read_tokenizer),
     Kind("run", make_run, read_run),
     Kind("old run", make_old_run, read_run),
+    Kind("old fine-tuning", make_old_fine_tuning, read_fine_tuning),
     Kind("trace", make_trace, read_trace),
     Kind("tables", maker(TABLES), reader(read_table)),
     Kind("words", maker(WORDS), reader(read_tagged)),
