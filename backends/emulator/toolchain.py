@@ -17,9 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +54,7 @@ PATTERN = "-ftrivial-auto-var-init=pattern"  # variables that nobody has set hol
 FAST = ["-O2", "-w"]
 WRAPPED = [f"-Wl,--wrap={name}" for name in ("memcpy", "memmove", "memset")]
 PROGRAM_FLAGS = ["-O2", "-g"]
+ROOM = 1 << 22  # bytes that the cache must take: as large as the program is, and larger than kernels are
 UNUSED_DAYS = 30  # what nobody has asked for in so long is removed from the cache
 
 # What the emulator does not do: a pattern in the preprocessed source, and why.
@@ -125,29 +126,47 @@ def _major_version(path: str) -> int:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    with _a_place_is_needed():
-        return own_folder(cache_base() / "emulator")
-
-
-@contextmanager
-def _a_place_is_needed() -> Iterator[None]:
-    """A folder that cannot be made or written is the user's to mend."""
+    """Where compiled kernels are kept: in the user's cache; where that cannot be, while this process runs."""
     try:
-        yield
+        base = cache_base()
+    except RuntimeError:  # there is no home, as in many a container
+        return Path(_of_this_process().name)
+    folder = _folder_in(base)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # somebody may have removed it meanwhile
+    return folder
+
+
+@functools.cache
+def _folder_in(base: Path) -> Path:
+    try:
+        folder = own_folder(base / "emulator")
+        with tempfile.TemporaryFile(dir=folder) as file:  # a full disk, or quota, shows in what is written
+            file.write(bytes(ROOM))
+            file.flush()
+        return folder
+    except OSError as error:
+        kept = _of_this_process()
+        warn(
+            f"the emulator cannot keep what it compiles ({error}): it compiles anew in every process; set "
+            "MINIBERT_CACHE_DIR to a folder of your own"
+        )
+        return Path(kept.name)
+
+
+@functools.cache
+def _of_this_process() -> tempfile.TemporaryDirectory[str]:
+    """Removed when the process ends."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="minibert-emulator-")
     except OSError as error:
         raise BackendUnavailable(
             f"the emulator has no place for compiled kernels ({error}); set MINIBERT_CACHE_DIR to a folder"
         ) from None
 
 
-@contextmanager
-def _scratch(target: Path) -> Iterator[str]:
+def _scratch(target: Path) -> tempfile.TemporaryDirectory[str]:
     """A folder to compile in, on the file system of `target`."""
-    with _a_place_is_needed():
-        made = tempfile.TemporaryDirectory(dir=target.parent)
-    with made as folder:
-        yield folder
+    return tempfile.TemporaryDirectory(dir=target.parent)
 
 
 def emulator_executable() -> Path:

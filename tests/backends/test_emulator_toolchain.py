@@ -163,11 +163,25 @@ def test_an_edited_header_in_a_folder_within_is_compiled_again(tmp_path: Path) -
     assert toolchain.compile_kernels(source, {}, [], sanitize=False) != first
 
 
-def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "emulator").symlink_to("/proc/self")  # a folder in which not even root may write
+@pytest.mark.parametrize("disk_is_full", [False, True])
+def test_a_cache_that_cannot_be_written(
+    disk_is_full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Kernels are compiled all the same, for this process."""
     monkeypatch.setenv("MINIBERT_CACHE_DIR", str(tmp_path))
+    if disk_is_full:  # files can be made, but nothing be written into them
+        monkeypatch.setattr(toolchain.tempfile, "TemporaryFile", lambda dir: open("/dev/full", "wb"))  # noqa: SIM115
+    else:
+        (tmp_path / "emulator").symlink_to("/proc/self")  # a folder in which not even root may write
+    with pytest.warns(UserWarning, match=r"cannot keep what it compiles .* set MINIBERT_CACHE_DIR"):
+        library = toolchain.compile_kernels(KERNELS / "crashes.cu", {}, [], sanitize=False)
+    assert library.is_file() and tmp_path not in library.parents
+    monkeypatch.setattr(toolchain.tempfile, "tempdir", str(tmp_path / "nowhere"))
+    toolchain._folder_in.cache_clear()
+    toolchain._of_this_process.cache_clear()  # removes it
     with pytest.raises(BackendUnavailable, match=r"no place for compiled kernels .* set MINIBERT_CACHE_DIR"):
         toolchain.compile_kernels(KERNELS / "crashes.cu", {}, [], sanitize=False)
+    assert not library.exists()
 
 
 def test_a_compiler_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
