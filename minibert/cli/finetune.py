@@ -15,8 +15,7 @@ from tokenizers import Tokenizer
 from minibert import backends
 from minibert.backends import MOST_THREADS, Backend
 from minibert.cli import app
-from minibert.cli.labelled import TASKS as STEPS
-from minibert.cli.labelled import Columns, note_of, read_examples, task_for
+from minibert.cli.labelled import TASKS, Columns, note_of, read_examples, task_for
 from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP
 from minibert.cli.running import (
     SAVE_ERRORS_HELP,
@@ -56,7 +55,6 @@ from minibert.tasks.task import Classify, Prepared, Task
 from minibert.train.loop import Record, read_state, refuse_to_overwrite
 from minibert.train.memory import Memory, Passes, predict
 
-TASKS = (*STEPS, "embed")
 DEFAULT = FineTuningConfig()
 DEFAULT_OPTIONS = {"validation_split": 0.1, "dtype": "float32", "deterministic": False, "tensorboard": False}
 # What may change when a run is resumed: nothing here enters the arithmetic of a step.

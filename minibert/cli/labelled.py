@@ -8,13 +8,14 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from minibert.errors import UserError
+from minibert.tasks.embedding_task import Embed
 from minibert.tasks.examples import TextExamples, read_texts
 from minibert.tasks.finetune import names_for
 from minibert.tasks.questions import read_questions
 from minibert.tasks.task import Answer, Classify, Tag, Task, own_names
 from minibert.tasks.words import read_words
 
-TASKS = ("classify", "regress", "tag", "answer")
+TASKS = ("classify", "regress", "tag", "answer", "embed")
 MLM, RTD = UNLABELLED = "mlm", "rtd"  # masked language model; replaced-token detection
 
 
@@ -87,9 +88,13 @@ def labelled(
     token_column: Annotated[
         str | None, typer.Option(show_default="the first", help="The same: the words, to tag.")
     ] = None,
+    negative_column: Annotated[
+        str | None, typer.Option(show_default="guessed", help="The same: to embed, a text that is no pair.")
+    ] = None,
 ) -> Labelled:
     """What the options of commands that take a step say of it."""
-    return Labelled(task, train, Columns(text_column, pair_column, label_column, label_separator, token_column))
+    columns = Columns(text_column, pair_column, label_column, label_separator, token_column, negative_column)
+    return Labelled(task, train, columns)
 
 
 def read_examples(kind: str, path: Path, columns: Columns) -> Any:
@@ -109,5 +114,7 @@ def task_for(kind: str, examples: Any, folder: Path | None) -> Task:
     """The task, with the labels of the model in the folder, if there is one, where they are those of the examples."""
     if kind == "answer":
         return Answer()
+    if kind == "embed":
+        return Embed.of(examples, folder)
     names = own_names(examples) if folder is None else names_for(examples, folder, Tag if kind == "tag" else Classify)
     return Tag(names) if kind == "tag" else Classify.of(examples, names)

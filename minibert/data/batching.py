@@ -59,9 +59,12 @@ class Batches:
     """
 
     def __init__(
-        self, sequences: Sequences, tokens_per_batch: int, seed: int = 0, masking: MaskingRule | None = None
-    ) -> None:
-        longest = int(sequences.lengths.max())
+        self, sequences: Sequences, tokens_per_batch: int, seed: int = 0, masking: MaskingRule | None = None,
+        lengths: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """`lengths` are the tokens of what is not to be parted, where that is more than a sequence."""
+        self.lengths = sequences.lengths if lengths is None else lengths
+        longest = int(self.lengths.max())
         if tokens_per_batch < longest:
             raise UserError(
                 f"expected tokens_per_batch of at least {longest}, the length of the longest sequence, "
@@ -83,7 +86,7 @@ class Batches:
         return replace(batch, input_ids=visible, labels=labels)
 
     def chosen(self, step: int) -> np.ndarray:
-        """The numbers of a batch's sequences."""
+        """The numbers of a batch's sequences, or of what they belong to."""
         epoch = self.epoch_of(step)
         return self.plan(epoch)[step - self.first_steps[epoch]]
 
@@ -99,8 +102,8 @@ class Batches:
     def plan(self, epoch: int) -> list[np.ndarray]:
         """The numbers of the sequences in each batch of an epoch."""
         if epoch not in self.plans:
-            order = shuffled(len(self.sequences), Stream(self.seed, SHUFFLE_STREAM, epoch))
-            ends = np.cumsum(self.sequences.lengths[order])
+            order = shuffled(len(self.lengths), Stream(self.seed, SHUFFLE_STREAM, epoch))
+            ends = np.cumsum(self.lengths[order])
             cuts, done = [0], 0
             while cuts[-1] < len(order):
                 cuts.append(int(np.searchsorted(ends, done + self.tokens_per_batch, side="right")))

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from minibert import backends
 from minibert.backends import Backend
 from minibert.errors import UserError
+from minibert.model.config import BertConfig
 from minibert.model.losses import cosine_similarity_loss, multiple_negatives_ranking_loss
 from minibert.model.packing import Packed
 from minibert.model.sentence import SentenceBert
@@ -54,8 +55,8 @@ class Embed(Task):
         self.max_seq_length = self.sentence_config.max_seq_length or Task.max_seq_length
 
     @classmethod
-    def of(cls, examples: TextExamples, folder: str | Path, pooling: str | None = None) -> Embed:
-        """The task that examples to train on set, for the encoder in a folder.
+    def of(cls, examples: TextExamples, folder: str | Path | None, pooling: str | None = None) -> Embed:
+        """The task that examples to train on set, for the encoder in a folder; None: for a new one, which takes means.
 
         Raises UserError for examples of which nothing can be learned, and for scores that no cosine can reach.
         """
@@ -72,7 +73,18 @@ class Embed(Task):
                     examples.name, line, f"expected a score from -1 to 1, as a cosine is, got {score:g}: divide all "
                     "scores by the highest"
                 )  # fmt: skip
-        return cls(sentence_config_in(folder, pooling))
+        return cls() if folder is None else cls(sentence_config_in(folder, pooling))
+
+    @classmethod
+    def model_class(cls, config: BertConfig) -> Any:
+        """As `Task.model_class`. Raises UserError for the config of an ELECTRA."""
+        if config.model_type != BertConfig.model_type:
+            raise UserError(f"embed: expected a BERT's config, got one of {config.model_type}")
+        return SentenceBert
+
+    def labels(self) -> dict[str, Any]:
+        """There are none."""
+        return {}
 
     def load(self, folder: str | Path, backend: str | Backend, dtype: str = "float32", seed: int = 0) -> SentenceBert:
         """The encoder in a folder."""

@@ -6,6 +6,7 @@ Real text and real tokens, labels that can be read off the text; each maker says
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 from minibert.data import Document
@@ -113,6 +114,18 @@ def _tags(passages: Passages, like: Task | None) -> Made:
     return Made(WordExamples(NAME, "", found), how + (f", counted round the model's {len(own)} labels" if own else ""))
 
 
+def _pairs(passages: Passages, like: Task | None) -> Made:
+    rows = [two for document in passages for two in pairwise(chain.from_iterable(document))]
+    if len(rows) < 2:
+        raise UserError(
+            "--task embed: expected text of three sentences or more in a document, of which each and the next are a "
+            "pair; give more --text, or pairs with --train"
+        )
+    found = [TextExample(line, text, pair, None, None, {}) for line, (text, pair) in enumerate(rows, 1)]
+    made = TextExamples.of(NAME, Columns("text", pair="pair"), found)
+    return Made(made, "a pair is a sentence and the next one")
+
+
 def _questions(passages: Passages, like: Task | None) -> Made:
     every = [sentences for document in passages for sentences in document]
     texts = [" ".join(sentences) for sentences in every]
@@ -137,4 +150,5 @@ def _questions(passages: Passages, like: Task | None) -> Made:
 
 MAKERS: dict[str, Callable[[Passages, Task | None], Made]] = {
     "classify": _classes, "regress": _numbers, "tag": _tags, "answer": _questions,
+    "embed": _pairs,
 }  # fmt: skip

@@ -38,7 +38,7 @@ SOURCE = """extern "C" __global__ void __launch_bounds__(128) mixed(
     const Storage* __restrict__ x, int rows, long long count, float scale, unsigned char flag, Stream stream) {}
 """
 ARGUMENTS = [struct.pack("<Q", 2**40 + 512), struct.pack("<i", -7), struct.pack("<q", 2**33), struct.pack("<f", 0.5)]
-ARGUMENTS += [b"\x01", bytes(range(24))]
+ARGUMENTS += [b"\x01", bytes(range(32))]
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_a_launch_that_fails_names_op_and_kernel(cupy: FakeCupy, device: CupyDri
 
 @pytest.mark.parametrize(
     "sizes, message",
-    [([8, 4, 8, 4, 1, 24], ""), ([8, 4, 8, 4, 1, 16], "16"), ([8, 4], "8, 4"), ([8, 4, 8, 4, 1, 24, 4], "4")],
+    [([8, 4, 8, 4, 1, 32], ""), ([8, 4, 8, 4, 1, 16], "16"), ([8, 4], "8, 4"), ([8, 4, 8, 4, 1, 32, 4], "4")],
 )
 def test_compiled_parameters_are_held_against_the_launchs(
     mixed: Any, sizes: list[int], message: str, monkeypatch: pytest.MonkeyPatch
@@ -255,7 +255,7 @@ def test_compiled_parameters_are_held_against_the_launchs(
         cupy_driver.check_parameters(7, mixed)
         return
     with pytest.raises(
-        TypeError, match=rf"mixed .*take \[.*{message}\] bytes, and a launch passes \[8, 4, 8, 4, 1, 24\]"
+        TypeError, match=rf"mixed .*take \[.*{message}\] bytes, and a launch passes \[8, 4, 8, 4, 1, 32\]"
     ):
         cupy_driver.check_parameters(7, mixed)
 

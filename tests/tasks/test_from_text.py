@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import minibert as mb
 from minibert.data import SHIPPED_TEXT, SHIPPED_VOCABULARY, load_tokenizer, read_documents
 from minibert.errors import UserError
 from minibert.tasks.batches import TaskBatches
+from minibert.tasks.embedding_task import Embed
 from minibert.tasks.evaluation import batch_of
 from minibert.tasks.examples import MULTI, REGRESSION
 from minibert.tasks.from_text import WRITTEN, examples_of_text
@@ -34,6 +36,8 @@ def task_of(kind: str) -> tuple[Task, Any]:
     examples = made(kind)
     if kind == "answer":
         return Answer(), examples
+    if kind == "embed":
+        return Embed.of(examples, None), examples
     return (Tag(examples.label_names()) if kind == "tag" else Classify.of(examples)), examples
 
 
@@ -89,13 +93,23 @@ def test_one_document_has_no_classes() -> None:
         examples_of_text("classify", DOCUMENTS[:1], 64, 1000)
 
 
-@pytest.mark.parametrize("kind", ["classify", "regress", "tag", "answer"])
+def test_a_pair_is_a_sentence_and_the_next_one() -> None:
+    examples = made("embed")
+    sentences = [sentence for document in DOCUMENTS[:4] for sentence in document]
+    following = dict(pairwise(sentences))
+    assert len(examples) > 10 and examples.labels is None
+    assert all(following[text] == pair for text, pair in zip(examples.texts, examples.pairs, strict=True))
+    with pytest.raises(UserError, match=r"three sentences or more in a document.*--train"):
+        examples_of_text("embed", [["One.", "Two."]], 64, 1000)
+
+
+@pytest.mark.parametrize("kind", ["classify", "regress", "tag", "answer", "embed"])
 def test_a_batch_is_what_a_run_of_fine_tuning_takes(kind: str) -> None:
     task, examples = task_of(kind)
     part = task.prepare(examples, TOKENIZER, 64)
     batches = TaskBatches(task, part, 200, seed=3)
     seen: list[int] = []
-    model = task.architecture(replace(CONFIG, **task.labels()), "numpy").eval()
+    model = task.model_class(CONFIG)(replace(CONFIG, **task.labels()), "numpy").eval()
     for step in range(batches.steps_in_epoch(0)):
         batch, chosen = batches.batch(step), batches.chosen(step)
         seen += chosen.tolist()
@@ -106,4 +120,4 @@ def test_a_batch_is_what_a_run_of_fine_tuning_takes(kind: str) -> None:
         assert loss is not None and batch.loss(model).item() == loss.item()
         np.testing.assert_array_equal(batch.infer(model).numpy(), logits.numpy())
         assert batch.counted == task.counted(targets) > 0
-    assert sorted(seen) == list(range(len(part.sequences)))
+    assert sorted(seen) == list(range(part.count))

@@ -171,7 +171,7 @@ class Comparison:
     def loss_distance(self, run: Run) -> float:
         """The largest relative difference of a loss from the reference's."""
         reference = self.runs[0].losses
-        return max(abs(a - b) / abs(b) for a, b in zip(run.losses, reference, strict=True))
+        return max(abs(a - b) / (abs(b) or 1.0) for a, b in zip(run.losses, reference, strict=True))
 
     def weight_distance(self, run: Run) -> float:
         """||w - w_reference|| / ||w_reference|| over all weights, after the last step."""

@@ -18,7 +18,7 @@ from minibert.lab.measure.peaks import Peaks
 from minibert.model.heads import BertForSequenceClassification
 
 pytestmark = pytest.mark.usefixtures("smaller_tiny")
-TASKS = ("classify", "regress", "tag", "answer")
+TASKS = ("classify", "regress", "tag", "answer", "embed")
 SMALL = ("--tokens", "150", "--max-seq-length", "48")
 # Ops that a step of masked language modelling does not have, or has not in such numbers, and the loss.
 OPS = {
@@ -26,6 +26,7 @@ OPS = {
     "regress": {"tanh", "tanh_grad", "gather_rows", "mse_loss"},
     "tag": {"dropout", "cross_entropy"},
     "answer": {"slice_axis", "cross_entropy"},
+    "embed": {"mean_pool", "mean_pool_grad", "normalize_grad", "cross_entropy"},
 }
 ROWS = [("good", "a good film"), ("bad", "a long and dull film"), ("good", "well played, well sung"), ("bad", "no")]
 
@@ -103,6 +104,8 @@ def test_every_op_of_the_step_is_judged_on_every_backend(task: str, run: Run, tm
     assert f"{config['predicted']} predicted" in lines[0] and config["predicted"] > 0
     if task in ("classify", "regress"):
         assert config["predicted"] == config["sequences"] > 1
+    if task == "embed":
+        assert 2 * config["predicted"] == config["sequences"] > 2
     for backend in ("numpy", "numba"):
         rows = {row["op"]: row for row in facts["ops"] if row["backend"] == backend}
         assert set(rows) >= OPS[task] | {"attention", "attention_grad", "adamw"}
@@ -219,7 +222,7 @@ def test_a_trace_is_of_its_task(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--task", "clasify"], "--task: expected mlm, rtd, classify, regress, tag, answer, got 'clasify'"),
+        (["--task", "clasify"], "--task: expected mlm, rtd, classify, regress, tag, answer, embed, got 'clasify'"),
         (["--train", "x.csv"], "--train: labelled examples are for --task classify, regress, tag, answer"),
         (["--task", "tag", "--train", "x.conll", "--text", "y.txt"], "--text: the examples are those of --train"),
         (["--task", "tag", "--token-column", "2"], "--token-column: expected --train FILE with it"),
