@@ -67,7 +67,8 @@ reduce_sum = Op(
     _reduce_sum,
     samples=_sums,
     draw=_draw_sum,
-    sizes=({"rows": 65600, "columns": 3},) * 8,  # each of its choices, where 16 bits do not count the rows
+    # Each of its choices, where 16 bits do not count the rows, and where both axes are long.
+    sizes=({"rows": 65600, "columns": 3},) * 8 + ({"rows": 517, "columns": 516},) * 8,
     bench=lambda rng, size: Sample((rng.standard_normal((size.tokens, size.intermediate)),), {"axis": 0}),
     vjp=_sum_vjp,
 )
