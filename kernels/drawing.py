@@ -217,6 +217,8 @@ def small(limits: Mapping[str, int], number: int, beside: int = 1) -> dict[str, 
     """
     if len(limits) > 3:
         sizes: tuple[int, ...] = (3, 5, 2, 7, 4) if beside <= 32 else (2, 3, 1) if beside <= 2**14 else (5, 4)
+        if 384 < beside <= 1024:  # it may be a length, whose square is what an input costs
+            sizes = (1, 1, 2)
     else:
         sizes = (3, 5, 2, 7, 4) if beside <= EVERY else (3, 8, 2, 9) if beside <= 2**14 else (5, 4)
     return {axis: min(limits[axis], sizes[(k + number) % len(sizes)]) for k, axis in enumerate(limits)}
