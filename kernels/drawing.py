@@ -203,7 +203,7 @@ def drawn_samples(draw: Callable[..., Any], rng: np.random.Generator) -> Iterato
 
 def ladder(largest: int) -> list[int]:
     """Sizes of an axis: 1 to 17, around multiples of 8, around powers of two, and a few between, to the largest."""
-    around = [2**p + k for p in range(7, 17) for k in ((-1, 0, 1) if p < 12 else (1,))]
+    around = [2**p + k for p in (*range(7, 15), 16) for k in ((-1, 0, 1) if p < 12 else (1,))]
     steps = [8 * n + k for n in range(2, EVERY // 8 + 1) for k in (-1, 0, 1)]
     rungs = {*range(1, 18), *steps, *around, *BETWEEN}
     return sorted({size for size in rungs if size <= largest} | {largest + (largest >= 2**12)})

@@ -59,15 +59,16 @@ def in_one_line(error: BaseException) -> str:
     return str(error) or "out of memory"
 
 
-def register_commands() -> None:
-    """Import what has commands: not before they are wanted, for that takes most of a second."""
-    for module in COMMANDS:
+def register_commands(asked: str = "") -> None:
+    """Import what has commands, or the one that is asked for: all of them take most of a second."""
+    name = asked.replace("-", "_")
+    for module in [name] if name in COMMANDS else COMMANDS:
         import_module(f"minibert.cli.{module}")
 
 
 def main() -> None:
     """Run a command. A mistake is one line on stderr and exit code 2; what cannot be written, 1; an interrupt, 130."""
-    register_commands()
+    register_commands(*sys.argv[1:2])
     from minibert.cli.options import refuse_repeated
     from minibert.cli.signals import handled
 
