@@ -51,9 +51,11 @@ def in_memory(run: Divisible) -> tuple[float, int]:
 def divisible(run: Divisible) -> bool:
     """Whether the passes can be cut further: at the ends of sequences, where every mask can be drawn from its middle.
 
-    Kernels of one's own may not know how, and a model that is tuned draws masks of its own.
+    Kernels of one's own, or of another's backend, may not know how, and a model that is tuned draws masks of its own.
     """
     model = run.model
+    if type(model.backend).__module__.split(".")[0] != "minibert":
+        return False
     if isinstance(model, TunedModel) and model.draws_masks:
         return False
     widths = model.config.hidden_size, model.config.embedding_size

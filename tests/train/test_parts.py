@@ -18,8 +18,10 @@ from tokenizers import Tokenizer
 import minibert as mb
 from minibert import backends
 from minibert.backends import Backend, BackendUnavailable
+from minibert.backends.numpy_backend import NumpyBackend
 from minibert.data import SHIPPED_TEXT, Document, read_documents, train_tokenizer
 from minibert.kernels import OPS
+from minibert.kernels.array_module import numpy_module
 from minibert.kernels.attention import mask_width
 from minibert.kernels.philox import Stream, StreamFrom, keep_mask, random_words
 from minibert.model.config import BertConfig, ElectraConfig
@@ -228,11 +230,18 @@ def with_own_kernels(text: tuple[list[Document], Tokenizer], folder: Path) -> Lo
     return run
 
 
+def on_anothers_backend(text: tuple[list[Document], Tokenizer], folder: Path) -> Loop:
+    class Theirs(NumpyBackend):
+        pass
+
+    return pretraining(text, folder, Theirs("theirs", numpy_module))
+
+
 def odd(text: tuple[list[Document], Tokenizer], folder: Path) -> Loop:
     return pretraining(text, folder, model=replace(TINY, hidden_size=30, intermediate_size=60))
 
 
-@pytest.mark.parametrize("made", [electra, with_own_kernels, odd])
+@pytest.mark.parametrize("made", [electra, with_own_kernels, on_anothers_backend, odd])
 def test_where_masks_cannot_be_drawn_from_the_middle_memory_is_at_its_end(
     made: Callable[[Any, Path], Loop], text: tuple[list[Document], Tokenizer], tmp_path: Path
 ) -> None:
