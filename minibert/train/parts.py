@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from minibert.data import PackedBatch
-from minibert.errors import warn
+from minibert.errors import UserError, warn
 from minibert.model.packing import IGNORE, Part
 from minibert.tuning.tuned import TunedModel
 
@@ -34,11 +34,16 @@ class Divisible(Protocol):
 
 def in_memory(run: Divisible) -> tuple[float, int]:
     """`run.forward_backward`, again in twice as many parts where memory ran out. Raises MemoryError when that ends."""
+    if run.progress[PARTS] > 1 and not divisible(run):
+        raise UserError(
+            f"this run came to {run.progress[PARTS]} parts of a batch, which cannot be computed so here: resume it "
+            "on a backend of minibert and without kernels of your own"
+        )
     while True:
         try:
             return run.forward_backward()
         except MemoryError:
-            if not divisible(run):
+            if not divisible(run) or run.progress[PARTS] >= run.most_parts():
                 raise
         # Here nothing holds the arrays of that pass any more, as the error did.
         run.progress[PARTS] *= 2
@@ -49,7 +54,7 @@ def in_memory(run: Divisible) -> tuple[float, int]:
 
 
 def divisible(run: Divisible) -> bool:
-    """Whether the passes can be cut further: at the ends of sequences, where every mask can be drawn from its middle.
+    """Whether the passes can be cut: at the ends of sequences, where every mask can be drawn from its middle.
 
     Kernels of one's own, or of another's backend, may not know how, and a model that is tuned draws masks of its own.
     """
@@ -59,7 +64,7 @@ def divisible(run: Divisible) -> bool:
     if isinstance(model, TunedModel) and model.draws_masks:
         return False
     widths = model.config.hidden_size, model.config.embedding_size
-    return not run.kernels and not any(width % 4 for width in widths) and run.progress[PARTS] < run.most_parts()
+    return not run.kernels and not any(width % 4 for width in widths)
 
 
 def cut(batch: PackedBatch, count: int) -> list[tuple[PackedBatch, Part]]:

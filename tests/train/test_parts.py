@@ -20,6 +20,7 @@ from minibert import backends
 from minibert.backends import Backend, BackendUnavailable
 from minibert.backends.numpy_backend import NumpyBackend
 from minibert.data import SHIPPED_TEXT, Document, read_documents, train_tokenizer
+from minibert.errors import UserError
 from minibert.kernels import OPS
 from minibert.kernels.array_module import numpy_module
 from minibert.kernels.attention import mask_width
@@ -249,6 +250,15 @@ def test_where_masks_cannot_be_drawn_from_the_middle_memory_is_at_its_end(
     with little_memory(run, 10), pytest.raises(MemoryError):
         in_memory(run)
     assert run.progress[PARTS] == 1
+
+
+def test_parts_that_were_saved_are_not_taken_up_with_ones_own_kernels(
+    text: tuple[list[Document], Tokenizer], tmp_path: Path
+) -> None:
+    run = with_own_kernels(text, tmp_path)
+    run.progress[PARTS] = 2
+    with pytest.raises(UserError, match=r"came to 2 parts .* without kernels of your own"):
+        in_memory(run)
 
 
 def test_a_sequence_is_not_cut(text: tuple[list[Document], Tokenizer], tmp_path: Path) -> None:
