@@ -70,6 +70,7 @@ class Backend:
         self.xp = xp
         self.kernel_files = kernel_files
         self._kernels: dict[Op, Kernel | None] = {}
+        self.swapped: frozenset[Op] = frozenset()  # ops whose kernels are swapped for others, see `using`
         self._watchers: list[Watcher] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -149,12 +150,12 @@ class Backend:
         for op in kernels:
             if not isinstance(op, Op):
                 raise TypeError(f"using: expected an op, such as OPS['softmax'], got {op!r}")
-        before = self._kernels
-        self._kernels = {**before, **kernels}
+        before = self._kernels, self.swapped
+        self._kernels, self.swapped = {**self._kernels, **kernels}, self.swapped | kernels.keys()
         try:
             yield self
         finally:
-            self._kernels = before
+            self._kernels, self.swapped = before
 
     @contextmanager
     def watched_by(self, watcher: Watcher) -> Iterator[Backend]:

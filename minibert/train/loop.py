@@ -91,6 +91,7 @@ class Loop:
         self.resumed = False  # and has not gone on yet
         self.measured: dict[str, float] = {}  # what else the last step found, under its names in the log
         self.kernels: Sequence[str] = ()  # of one's own, as --kernel takes them: named where a step is to be seen again
+        self.graphed: Any = None  # what replays steps as graphs, where a subclass does
         self.number = 0  # of the pass that is computed, or was last
         self.stop = False  # set it, from a signal handler say, and the run ends after the step
         self.compiled = False  # what a step needs: it was taken once

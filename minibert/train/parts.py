@@ -22,7 +22,7 @@ class Divisible(Protocol):
     """A run, as far as it is asked here."""
 
     model: Any
-    kernels: Any
+    graphed: Any  # what replays steps as graphs, if something does
     progress: dict[str, Any]
 
     def forward_backward(self) -> tuple[float, int]:
@@ -34,11 +34,7 @@ class Divisible(Protocol):
 
 def in_memory(run: Divisible) -> tuple[float, int]:
     """`run.forward_backward`, again in twice as many parts where memory ran out. Raises MemoryError when that ends."""
-    if run.progress[PARTS] > 1 and not divisible(run):
-        raise UserError(
-            f"this run came to {run.progress[PARTS]} parts of a batch, which cannot be computed so here: resume it "
-            "on a backend of minibert and without kernels of your own"
-        )
+    refuse_parts(run)
     while True:
         try:
             return run.forward_backward()
@@ -53,18 +49,30 @@ def in_memory(run: Divisible) -> tuple[float, int]:
         )
 
 
+def refuse_parts(run: Divisible) -> None:
+    """Raise UserError where a run that came to parts is resumed where there can be none."""
+    if run.progress[PARTS] > 1 and not divisible(run):
+        raise UserError(
+            f"this run came to {run.progress[PARTS]} parts of a batch, which cannot be computed so here: resume it "
+            "on a backend of minibert, without kernels of your own and without graphs"
+        )
+
+
 def divisible(run: Divisible) -> bool:
     """Whether the passes can be cut: at the ends of sequences, where every mask can be drawn from its middle.
 
-    Kernels of one's own, or of another's backend, may not know how, and a model that is tuned draws masks of its own.
+    Kernels of one's own, or of another's backend, may not know how, and a model that is tuned draws masks of its own. A
+    graph is of a whole step.
     """
     model = run.model
+    if run.graphed is not None or model.backend.swapped:
+        return False
     if type(model.backend).__module__.split(".")[0] != "minibert":
         return False
     if isinstance(model, TunedModel) and model.draws_masks:
         return False
     widths = model.config.hidden_size, model.config.embedding_size
-    return not run.kernels and not any(width % 4 for width in widths)
+    return not any(width % 4 for width in widths)
 
 
 def cut(batch: PackedBatch, count: int) -> list[tuple[PackedBatch, Part]]:

@@ -45,7 +45,7 @@ from minibert.train.failed_step import FailedStep
 from minibert.train.graphed import GraphedSteps
 from minibert.train.loop import Loop, Record, demand_finite, shares
 from minibert.train.optim import AdamW, parameter_groups
-from minibert.train.parts import PARTS, cut
+from minibert.train.parts import PARTS, cut, refuse_parts
 
 
 class Data(NamedTuple):
@@ -108,7 +108,6 @@ class Trainer(Loop):
         held_out = Batches(data.held_out, config.tokens_per_batch, config.seed ^ 0x5EED, rule)
         count = min(held_out.steps_in_epoch(0), -(-config.eval_tokens // config.tokens_per_batch))
         self.held_out = [held_out.batch(i) for i in range(count)]
-        self.graphed = None
         if config.graph and isinstance(model, BertForMaskedLM):
             self.graphed = GraphedSteps(model, self.optimizer, config.tokens_per_batch)
         # Batches of this step and, early, of the next: by pass and by how many parts it is in.
@@ -136,6 +135,7 @@ class Trainer(Loop):
 
     def update_by_graph(self, graphed: GraphedSteps) -> tuple[float, int]:
         """The same, where the step's shape has come before, in two calls of the device."""
+        refuse_parts(self)
         self.model.train()
         ((batch, packed),) = self.packed(self.step)
         loss, square_norm, recorded = graphed.gradients(packed, self.step)
@@ -171,7 +171,7 @@ class Trainer(Loop):
     def most_parts(self) -> int:
         passes = self.config.gradient_accumulation_steps
         numbers = range(self.step * passes, (self.step + 1) * passes)
-        return 1 if self.graphed else max(len(self.batches.chosen(number)) for number in numbers)
+        return max(len(self.batches.chosen(number)) for number in numbers)
 
     def failed_step(self) -> FailedStep | None:
         if self.config.next_sentence:  # whose loss a batch of `minibert diff` has not

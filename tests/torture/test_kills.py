@@ -35,4 +35,6 @@ def test_moments_that_are_lost_are_seen(root: Path) -> None:
 
 def test_a_trial_that_is_none_is_refused(root: Path) -> None:
     done = run(root, "-m", "tests.torture", "fire")
-    assert done.returncode == 2 and re.match(r"expected one of .*\bkills\b.*, as in python -m tests\.torture ", done.stderr)
+    assert done.returncode == 2 and re.match(
+        r"expected one of .*\bkills\b.*, as in python -m tests\.torture ", done.stderr
+    )

@@ -51,12 +51,16 @@ def text() -> tuple[list[Document], Tokenizer]:
     return documents, train_tokenizer(documents, TINY.vocab_size)
 
 
-@pytest.fixture(params=["numpy", "numba", "emulator"])
-def place(request: pytest.FixtureRequest) -> Backend:
+def found(name: str) -> Backend:
     try:
-        return backends.get(request.param)
+        return backends.get(name)
     except BackendUnavailable as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(params=["numpy", "numba", "emulator"])
+def place(request: pytest.FixtureRequest) -> Backend:
+    return found(request.param)
 
 
 # ------------------------------------------------------------------------------------------------ streams in the middle
@@ -226,9 +230,15 @@ def electra(text: tuple[list[Document], Tokenizer], folder: Path) -> Loop:
 
 
 def with_own_kernels(text: tuple[list[Document], Tokenizer], folder: Path) -> Loop:
-    run = pretraining(text, folder)
-    run.kernels = ["kernels.py:mine=dropout"]
+    place = NumpyBackend("swapped", numpy_module)
+    run = pretraining(text, folder, place)
+    run.options["swapped"] = swapped = place.using({OPS["dropout"]: None})  # for as long as the run lives
+    swapped.__enter__()
     return run
+
+
+def by_graph(text: tuple[list[Document], Tokenizer], folder: Path) -> Loop:
+    return pretraining(text, folder, found("emulator"), "float32", graph=True, gradient_accumulation_steps=1)
 
 
 def on_anothers_backend(text: tuple[list[Document], Tokenizer], folder: Path) -> Loop:
@@ -252,13 +262,14 @@ def test_where_masks_cannot_be_drawn_from_the_middle_memory_is_at_its_end(
     assert run.progress[PARTS] == 1
 
 
-def test_parts_that_were_saved_are_not_taken_up_with_ones_own_kernels(
-    text: tuple[list[Document], Tokenizer], tmp_path: Path
+@pytest.mark.parametrize("made", [with_own_kernels, by_graph])
+def test_parts_that_were_saved_are_not_taken_up_where_they_cannot_be_computed(
+    made: Callable[[Any, Path], Loop], text: tuple[list[Document], Tokenizer], tmp_path: Path
 ) -> None:
-    run = with_own_kernels(text, tmp_path)
+    run = made(text, tmp_path)
     run.progress[PARTS] = 2
-    with pytest.raises(UserError, match=r"came to 2 parts .* without kernels of your own"):
-        in_memory(run)
+    with pytest.raises(UserError, match=r"came to 2 parts .* without kernels of your own and without graphs"):
+        run.train_step()
 
 
 def test_a_sequence_is_not_cut(text: tuple[list[Document], Tokenizer], tmp_path: Path) -> None:
