@@ -292,7 +292,8 @@ class FineTuning(Loop):
 
     def evaluate(self) -> Record:
         """Loss and metrics on the validation examples."""
-        loss, scores, _ = evaluate(self.task, self.model, self.validation, self.config.tokens_per_batch)
+        tokens = max(1, self.config.tokens_per_batch // self.eval_parts)
+        loss, scores, _ = evaluate(self.task, self.model, self.validation, tokens)
         return {"epoch": round(self.epoch, 4), "eval_loss": loss, **prefixed("eval", scores.figures)}
 
     def evaluate_and_log(self) -> Record:

@@ -41,7 +41,7 @@ from minibert.train.failed_step import FailedStep, command, write_failed_step
 from minibert.train.guard import FirstNonFinite, NonFiniteError
 from minibert.train.log import LOG, Record, add_line, forget_after
 from minibert.train.optim import AdamW, linear_schedule
-from minibert.train.parts import PARTS, in_memory
+from minibert.train.parts import PARTS, evaluated, in_memory
 from minibert.train.saving import CheckpointWriter, Copied
 from minibert.train.tensorboard import PREFIX, EventFile
 from minibert.train.weights_and_biases import wandb_library, write_offline_run
@@ -74,6 +74,8 @@ class Loop:
     `evaluate`), and what the data are (`fingerprint`). Raises UserError from `run` where the folder is not empty and
     not resumed from.
     """
+
+    eval_parts = 1  # that a batch of `evaluate` is computed in; 0: it cannot be cut
 
     def __init__(
         self, model: Any, tokenizer: Tokenizer, config: OptimizationConfig, max_steps: int, optimizer: AdamW,
@@ -273,7 +275,7 @@ class Loop:
 
     def evaluate_and_log(self) -> Record:
         with self.left_when_stopped():
-            found = self.evaluate()
+            found = evaluated(self)
         self.progress.pop(UNEVALUATED, None)
         return self.log({"step": self.step, **found})
 

@@ -16,6 +16,7 @@ from minibert.model.packing import IGNORE, Part
 from minibert.tuning.tuned import TunedModel
 
 PARTS = "parts"  # in a run's progress
+MOST_EVAL_PARTS = 64  # where the parts of this size find no memory either, the model itself does not
 
 
 class Divisible(Protocol):
@@ -28,8 +29,13 @@ class Divisible(Protocol):
     def forward_backward(self) -> tuple[float, int]:
         """Gradients and loss of a step, in the parts that `progress` says."""
 
+    eval_parts: int  # of a batch of `evaluate`
+
     def most_parts(self) -> int:
         """How many parts the step can be cut into: 1 where an example's loss depends on others."""
+
+    def evaluate(self) -> dict[str, Any]:
+        """How good the model is, its batches computed in `eval_parts`; these are 0 where they cannot be cut."""
 
 
 def in_memory(run: Divisible) -> tuple[float, int]:
@@ -46,6 +52,24 @@ def in_memory(run: Divisible) -> tuple[float, int]:
         warn(
             f"step {run.progress['step'] + 1} ran out of memory: from here on each batch is computed in "
             f"{run.progress[PARTS]} parts, with the same random numbers; what it learns is the same up to rounding"
+        )
+
+
+def evaluated(run: Divisible) -> dict[str, Any]:
+    """`run.evaluate`, again in twice as many parts where memory ran out. Raises MemoryError when that ends.
+
+    It draws no random numbers: on every backend, with every kernel, the parts give the whole up to rounding.
+    """
+    while True:
+        try:
+            return run.evaluate()
+        except MemoryError:
+            if not 0 < run.eval_parts < MOST_EVAL_PARTS:
+                raise
+        run.eval_parts *= 2
+        warn(
+            f"the evaluation after step {run.progress['step']} ran out of memory: from here on each of its batches is "
+            f"computed in {run.eval_parts} parts"
         )
 
 

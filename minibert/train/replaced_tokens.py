@@ -30,9 +30,10 @@ class ReplacedTokenTrainer(Trainer):
     """
 
     model: ElectraPair
+    eval_parts = 0  # the generator's draws are not from the middle of the whole's
 
     def most_parts(self) -> int:
-        return 1  # the generator's draws are not from the middle of the whole's
+        return 1  # for the same reason
 
     def second_count(self, batch: PackedBatch) -> int:
         """The discriminator's loss is the mean over all tokens."""

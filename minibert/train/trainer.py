@@ -224,7 +224,7 @@ class Trainer(Loop):
         loss = hits = count = 0.0
         follows: list[np.ndarray] = []
         with no_grad():
-            for batch in self.held_out:
+            for batch in (part for whole in self.held_out for part, _ in cut(whole, self.eval_parts)):
                 out = self.model(self.pack(batch, None), return_dict=True)
                 index = np.flatnonzero(batch.labels != IGNORE)
                 labels = batch.labels[index]

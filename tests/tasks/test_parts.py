@@ -40,3 +40,13 @@ def test_dropout_of_what_is_tuned_cannot_be_cut(toys: Path, tmp_path: Path) -> N
     with little_memory(run, 20), pytest.raises(MemoryError):
         in_memory(run)
     assert run.progress[PARTS] == 1
+
+
+@pytest.mark.parametrize("kind", ["classify", "tag", "answer"])
+def test_an_evaluation_in_parts_is_the_evaluation(kind: str, toys: Path, tmp_path: Path) -> None:
+    run = run_of(kind, toys, tmp_path, "numpy", "float64", replace(CONFIG, tokens_per_batch=200))
+    expected = run.evaluate()
+    with little_memory(run, 40, training=False), pytest.warns(UserWarning, match="evaluation .* ran out of memory"):
+        found = run.evaluate_and_log()
+    assert run.eval_parts > 1 == run.progress[PARTS]
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-12)

@@ -136,12 +136,12 @@ def pretraining(
 
 
 @contextmanager
-def little_memory(run: Loop, rows: int) -> Iterator[None]:
-    """In training, a linear layer of more than so many rows finds no memory, on its way forward or back."""
+def little_memory(run: Loop, rows: int, training: bool = True) -> Iterator[None]:
+    """In training, or in evaluation, a linear layer of more than so many rows finds no memory, forward or back."""
     backend, taken = run.model.backend, run.model.backend.run
 
     def scarce(op: Any, *arrays: Any, **params: Any) -> Any:
-        if run.model.training and op.name in ("linear_gelu", "linear_grad") and len(arrays[0]) > rows:
+        if run.model.training == training and op.name in ("linear_gelu", "linear_grad") and len(arrays[0]) > rows:
             raise MemoryError
         return taken(op, *arrays, **params)
 
@@ -180,6 +180,23 @@ def test_a_run_that_finds_little_memory_learns_the_same(
         for name in ("whole", "parts")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def test_an_evaluation_that_finds_little_memory_finds_the_same(
+    text: tuple[list[Document], Tokenizer], tmp_path: Path
+) -> None:
+    run = pretraining(text, tmp_path)
+    expected = run.evaluate()
+    with little_memory(run, 40, training=False), pytest.warns(UserWarning, match="evaluation .* ran out of memory"):
+        found = run.evaluate_and_log()
+    assert run.eval_parts > 1 == run.progress[PARTS]
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_evaluation_whose_draws_cannot_be_cut_is_not(text: tuple[list[Document], Tokenizer], tmp_path: Path) -> None:
+    run = electra(text, tmp_path)
+    with little_memory(run, 10, training=False), pytest.raises(MemoryError):
+        run.evaluate_and_log()
 
 
 def test_in_parts_a_run_goes_on_bit_for_bit(text: tuple[list[Document], Tokenizer], tmp_path: Path) -> None:
