@@ -26,8 +26,10 @@ from minibert.tasks.task import Answer, Prepared, Task
 class TorchTuning:
     """transformers' model under torch: sdpa, fused AdamW with the same groups, gradients set to None, padded batches.
 
-    With `adapter`, the folder of a LoRA adapter, that of peft beside a frozen model.
+    With `adapter`, the folder of a LoRA or AdaLoRA adapter, that of peft beside a frozen model.
     """
+
+    own_loss: Any = None  # of the last forward: to that of AdaLoRA, peft adds its regulariser
 
     def __init__(self, name: str, given: Given, config: FineTuningConfig, adapter: str | None = None) -> None:
         import torch
@@ -42,6 +44,9 @@ class TorchTuning:
 
             self.model = peft.PeftModel.from_pretrained(self.model, adapter, is_trainable=True)
             self.library += f", peft {peft.__version__}"
+        self.prunes, self.updates = name.endswith(" adalora"), 0
+        if self.prunes:
+            self.note_own_loss(self.model.base_model.model)
         self.model.train()
         self.optimizer, self.parameters = fused_adamw(
             self.model, config.weight_decay, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon
@@ -82,6 +87,16 @@ class TorchTuning:
         """(B, T): False on padding."""
         return inputs.get("attention_mask", self.torch.ones_like(inputs["input_ids"])) != 0
 
+    def note_own_loss(self, model: Any) -> None:
+        forward = model.forward  # which peft calls by this name, past all hooks
+
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            out = forward(*args, **kwargs)
+            self.own_loss = None if out.loss is None else out.loss.detach().clone()
+            return out
+
+        model.forward = noting
+
     def step(self, prepared: tuple[float, dict[str, Any]]) -> float:
         """One update; the loss."""
         learning_rate, inputs = prepared
@@ -91,13 +106,17 @@ class TorchTuning:
         loss.backward()
         self.torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
+        self.updates += 1
+        if self.prunes:
+            self.model.base_model.update_and_allocate(self.updates)
         self.optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
+        return float(self.own_loss if self.prunes else loss.detach())
 
     def quiet(self, step: Step) -> tuple[float, float]:
         """Loss and gradient norm of a batch without dropout; nothing is updated."""
         self.model.eval()
-        loss = self.loss(self.prepare(step)[1])
+        inputs = self.prepare(step)[1]
+        loss = self.model.base_model.model(**inputs).loss if self.prunes else self.loss(inputs)
         loss.backward()
         norm = self.torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.optimizer.zero_grad(set_to_none=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.tasks.sides import LORA, low_rank
+from bench.tasks.sides import low_rank
 from minibert.backends import MOST_THREADS, Backend
 from minibert.cli.finetune import PEFT_LEARNING_RATE
 from minibert.cli.options import BACKENDS, OWN_HELP
@@ -30,7 +30,7 @@ class Options:
     small: Annotated[bool, typer.Option("--small", help="A few hundred rows and one seed: no figures, but a test.")] = (
         False
     )
-    peft: Annotated[str, typer.Option(help="lora: of rank 8, beside full fine-tuning.")] = ""
+    peft: Annotated[str, typer.Option(help="lora or adalora: of rank 8, beside full fine-tuning.")] = ""
     times: Annotated[bool, typer.Option(help="Measure times, shares of peak and memory: on a quiet machine.")] = True
     epochs: Annotated[float, typer.Option(min=0.1)] = 3.0
     batch: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 16
@@ -52,14 +52,14 @@ class Options:
         names = [place.name, "torch"]
         if self.peft:
             there = importlib.util.find_spec("peft") is not None
-            names = [place.name + LORA, place.name, *(["peft lora"] if there else [])]
+            names = [f"{place.name} {self.peft}", place.name, *([f"peft {self.peft}"] if there else [])]
         common: dict[str, Any] = {
             "num_train_epochs": self.epochs, "per_device_train_batch_size": self.batch,
             "max_seq_length": self.length, "seed": seed,
         }  # fmt: skip
         assert self.learning_rate is not None  # the task's own, if no other was asked for
         full = FineTuningConfig(learning_rate=self.learning_rate, **common)
-        lora = FineTuningConfig(learning_rate=self.lora_learning_rate, peft="lora", **common)
+        lora = FineTuningConfig(learning_rate=self.lora_learning_rate, peft=self.peft, **common)
         return {name: lora if low_rank(name) else full for name in names}
 
 

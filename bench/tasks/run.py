@@ -24,7 +24,7 @@ from bench.tasks import memory, tables
 from bench.tasks.fetch import Published, examples_in, fetched, sha256
 from bench.tasks.given import Beside, Given, Step
 from bench.tasks.options import MODEL, REQUIREMENT, Options, command_line, vars_of
-from bench.tasks.sides import low_rank, make_side, step_flops
+from bench.tasks.sides import LOW_RANK, low_rank, make_side, step_flops
 from bench.tasks.texts import split
 from bench.timing import frame, harness, sides
 from minibert.backends import Backend
@@ -87,8 +87,8 @@ def run(task: Task, options: Options) -> int:
     """Measure, show and write. Raises UserError for options that make no sense and for what is missing."""
     refuse_unwritable(json=options.json_file)
     said = command_line(task.name, options)
-    if options.peft not in ("", "lora"):
-        raise UserError(f"--peft: expected lora, got {options.peft!r}")
+    if options.peft and options.peft not in LOW_RANK:
+        raise UserError(f"--peft: expected {' or '.join(LOW_RANK)}, got {options.peft!r}")
     if options.set and options.set not in task.sets:
         raise UserError(f"--set: expected {' or '.join(task.sets)}, got {options.set!r}")
     published = task.sets[options.set or next(iter(task.sets))]

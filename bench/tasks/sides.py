@@ -24,8 +24,8 @@ from minibert.tasks.finetune import FineTuning, FineTuningConfig
 from minibert.tasks.task import Prepared
 from minibert.train.optim import linear_schedule
 
-LORA = " lora"  # ends the names of sides that train low-rank updates
-OPPONENTS = ("torch", "peft lora")
+LOW_RANK = ("lora", "adalora")  # the last word in the names of sides that train low-rank updates
+OPPONENTS = ("torch", *(f"peft {kind}" for kind in LOW_RANK))
 
 
 class OurTuning:
@@ -76,7 +76,7 @@ class OurTuning:
 
 def low_rank(name: str) -> bool:
     """Whether a side trains low-rank updates beside a frozen model."""
-    return name.endswith(LORA)
+    return name.split()[-1] in LOW_RANK
 
 
 def make_side(name: str, given: Given, config: FineTuningConfig, place: Backend) -> Any:

@@ -92,6 +92,7 @@ def run(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     [
         (classification, "questions.txt", "", "accuracy"),
         (classification, "questions.txt", "lora", "accuracy"),
+        (classification, "questions.txt", "adalora", "accuracy"),
         (regression, "snippets.txt", "", "pearson"),
         (multilabel, "tags.jsonl", "", "f1_micro"),
         (tagging, "tweets.txt", "", "entity_f1"),
@@ -99,7 +100,17 @@ def run(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
         (embedding, "faq.jsonl", "", "mrr_10"),
         (chinese, "reviews.jsonl", "", "accuracy"),
     ],
-    ids=["classification", "lora", "regression", "multilabel", "tagging", "answering", "embedding", "chinese"],
+    ids=[
+        "classification",
+        "lora",
+        "adalora",
+        "regression",
+        "multilabel",
+        "tagging",
+        "answering",
+        "embedding",
+        "chinese",
+    ],
 )
 def test_both_sides_compute_the_same(
     module: Any, file: str, peft: str, metric: str, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
@@ -126,27 +137,30 @@ def test_both_sides_compute_the_same(
         "--length",
         "64",
     ]
+    words += ["--lora-learning-rate", "0.01"] if peft == "adalora" else []  # which begins with zeros
     timed = module in (classification, tagging)
     words += [] if timed else ["--no-times"]
     assert run(module, monkeypatch, *words) == 0
     document = json.loads(found.read_text())
     facts = document["measures"]["seed 0"]
     assert document["ok"] and document["metrics"][0] == metric and document["versions"]["torch"]
-    sides = ["numba lora", "numba"] if peft else ["numba", "torch"]
+    tuned, theirs = f"numba {peft}", f"peft {peft}"
+    sides = [tuned, "numba"] if peft else ["numba", "torch"]
     if peft and importlib.util.find_spec("peft"):
-        sides.append("peft lora")
+        sides.append(theirs)
     assert list(document["means"]) == sides
     losses = {who: np.array(facts["losses"][who]) for who in sides}
     steps = 2 * -(-document["sequences"]["train"] // (32 if module is embedding else 16))  # pairs, or windows
     assert all(len(of) == steps and np.ptp(of) > 1e-3 for of in losses.values()), "batches of 16, twice, and they train"
-    for a, b in [("numba", "torch"), ("numba lora", "peft lora")]:
+    for a, b in [("numba", "torch"), (tuned, theirs)]:
         if a in losses and b in losses:
             assert np.abs(losses[a] / losses[b] - 1)[:3].max() < 1e-5
             assert facts["trained"][a] == facts["trained"][b]
             assert document["means"][a][metric] == pytest.approx(document["means"][b][metric], abs=0.05)
-    if peft:  # two targets of three layers, rank 8, and the head
-        assert facts["trained"]["numba lora"] == 2 * 3 * 2 * 8 * 24 + 3 * 24 + 3
-        assert facts["losses"]["numba lora"][0] == pytest.approx(facts["losses"]["numba"][0], rel=1e-5)
+    if peft:  # two targets of three layers, rank 8, and the head; half as much again, and a number for each rank
+        rank = 8 if peft == "lora" else 12
+        assert facts["trained"][tuned] == 2 * 3 * rank * (2 * 24 + (peft == "adalora")) + 3 * 24 + 3
+        assert facts["losses"][tuned][0] == pytest.approx(facts["losses"]["numba"][0], rel=1e-5)
     printed = capsys.readouterr().out
     assert document["command"].startswith(f"python -m bench.tasks.{module.TASK.name} --small ")
     assert str(tmp_path) not in found.read_text() and str(folder) not in found.read_text()
@@ -401,7 +415,7 @@ def test_rows_of_one_label_are_told(
     ("words", "said"),
     [
         (["--set", "trec"], "--set: expected vader, got 'trec'"),
-        (["--peft", "prefix"], "--peft: expected lora, got 'prefix'"),
+        (["--peft", "prefix"], "--peft: expected lora or adalora, got 'prefix'"),
         (["--backend", "numpy,numba"], "--backend: expected one, got numpy,numba"),
     ],
 )
