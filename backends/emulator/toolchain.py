@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minibert.backends.base import BackendUnavailable
 from minibert.errors import UserError, warn
@@ -55,6 +55,7 @@ FAST = ["-O2", "-w"]
 WRAPPED = [f"-Wl,--wrap={name}" for name in ("memcpy", "memmove", "memset")]
 PROGRAM_FLAGS = ["-O2", "-g"]
 ROOM = 1 << 22  # bytes that the cache must take: as large as the program is, and larger than kernels are
+SETTLED = 10**8  # nanoseconds after which a file that was written again has another time
 UNUSED_DAYS = 30  # what nobody has asked for in so long is removed from the cache
 
 # What the emulator does not do: a pattern in the preprocessed source, and why.
@@ -203,6 +204,41 @@ def compile_kernels(source: Path, defines: Mapping[str, str], include: Sequence[
 
     Raises UserError with the compiler's first errors, or with the line of what the emulator does not do.
     """
+    asked = source, *sorted(defines.items()), *include, sanitize, compiler(), cache_folder()
+    known = _made.get(asked)
+    if known is None or known.seen != _seen(known.target, known.files):
+        begun = time.time_ns()
+        target, files = _compiled(source, defines, include, sanitize)
+        _made[asked] = known = Made(target, files, _seen(target, files, until=begun - SETTLED))
+    return known.target
+
+
+class Made(NamedTuple):
+    """A library, and what it was made of. It is looked for at every launch, of which a check has thousands."""
+
+    target: Path
+    files: list[Path]
+    seen: Any  # what `_seen` gave
+
+
+_made: dict[tuple[Any, ...], Made] = {}
+
+
+def _seen(target: Path, files: Sequence[Path], until: int | None = None) -> Any:
+    """What tells that files are as they were, without their content; None where one was written after `until`."""
+    try:
+        whole, states = target.stat(), [file.stat() for file in files]
+    except OSError:
+        return None
+    if until is not None and any(state.st_mtime_ns > until for state in states):
+        return None
+    return whole.st_ino, whole.st_size, [(state.st_ino, state.st_size, state.st_mtime_ns) for state in states]
+
+
+def _compiled(
+    source: Path, defines: Mapping[str, str], include: Sequence[Path], sanitize: bool
+) -> tuple[Path, list[Path]]:
+    """The library, and what it is made of."""
     path = compiler()
     source = source.absolute()
     defined = [f"-D{name}={value}" for name, value in sorted(defines.items())]
@@ -213,7 +249,7 @@ def compile_kernels(source: Path, defines: Mapping[str, str], include: Sequence[
     files = [source, *included(source, include), Path(__file__), *sorted(INCLUDE.rglob("*.h"))]
     target = cache_folder() / f"{source.parent.name}-{source.stem}-{_digest(path, words, files)}.so"
     if _is_kept(target):
-        return target
+        return target, files
     with _scratch(target) as scratch:
         where = [f"-I{INCLUDE}", *(f"-I{folder}" for folder in include), "-include", "cuda_emulator.h"]
         preprocess = [path, "-E", *LANGUAGE, *defined, *where, "-x", "c++", str(source)]
@@ -229,7 +265,7 @@ def compile_kernels(source: Path, defines: Mapping[str, str], include: Sequence[
         link = [path, "-shared", *WRAPPED, "-o", str(built), str(object_file)]
         _run(link, f"{_short(source)} does not link for the emulator")
         _keep(built, target)
-    return target
+    return target, files
 
 
 def _note_for(library: Path) -> Path:

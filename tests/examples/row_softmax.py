@@ -8,11 +8,15 @@ from numba import njit
 
 @njit
 def rows(x: np.ndarray, y: np.ndarray) -> None:
-    for i in range(len(x)):
-        top = x[i].max() if x.shape[1] else x.dtype.type(0)
+    for i in range(x.shape[0]):
+        top, total = -math.inf, 0.0
+        for j in range(x.shape[1]):
+            top = max(top, x[i, j])
         for j in range(x.shape[1]):
             y[i, j] = math.exp(x[i, j] - top)
-        y[i] /= y[i].sum()
+            total += y[i, j]
+        for j in range(x.shape[1]):
+            y[i, j] /= total
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
