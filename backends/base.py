@@ -195,6 +195,13 @@ class Backend:
         """A copy, or on a CPU the array itself, as NumPy."""
         return np.asarray(x)
 
+    def prepacked(self, weight: Array) -> Array:
+        """A weight (out, in) that is read again and again with the values that it has now, as kernels like it best.
+
+        It is the same array to whoever looks: a backend may keep something beside it.
+        """
+        return weight
+
     def upload_ahead(self, arrays: Sequence[np.ndarray]) -> None:
         """Begin to bring here what `asarray` will be asked for next: these very arrays. Nothing to do in one memory."""
 

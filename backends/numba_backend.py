@@ -12,7 +12,9 @@ from minibert.backends.base import Backend
 from minibert.backends.blas import deterministic, set_product_threads
 from minibert.kernels.array_module import numpy_module
 from minibert.kernels.cpu import threads as cpu_threads
+from minibert.kernels.cpu.prepacked import prepacked
 from minibert.kernels.cpu.vectors import VECTOR_BYTES
+from minibert.kernels.op import Array
 
 
 class NumbaBackend(Backend):
@@ -20,6 +22,9 @@ class NumbaBackend(Backend):
         mode = ", deterministic" if deterministic() else ""
         threads, bits = cpu_threads.num_threads(), 8 * VECTOR_BYTES
         return f"Numba {numba.__version__} ({threads} threads, vectors of {bits} bits{mode})"
+
+    def prepacked(self, weight: Array) -> Array:
+        return prepacked(weight)
 
     def release_memory(self) -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -59,7 +59,7 @@ class OurInference(frame.Ours):
     def __init__(self, config: BertConfig, weights: torch_peer.Weights, backend: Backend, logits: bool) -> None:
         super().__init__(config, weights, backend)
         self.logits = logits
-        self.model.eval()
+        self.model.eval().prepack()
 
     def prepare(self, batch: Batch) -> Any:
         return batch.packed._replace(labels=None, predicted=None, targets=None)

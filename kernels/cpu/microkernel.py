@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 from minibert.kernels.cpu.vectors import FEATURES, INDEX, TRIPLE, Emitter, signature_of
 
 VECTORS = 3  # that a micropanel is wide, at most
+AHEAD = 32  # rows of a micropanel: what is so far ahead is asked for, three to six kilobytes
 # rows: 32 registers, or 16, hold MR * VECTORS sums, a row of B and an element of A
 MR = 8 if "+avx512f" in FEATURES or TRIPLE.startswith(("aarch64", "arm64")) else 4
 
@@ -63,6 +64,8 @@ def _write_microkernel(emit: Emitter, vectors: int) -> None:
     sums = [builder.phi(emit.vector) for _ in range(MR * vectors)]
     b_row = emit.at(b, emit.times(k, vectors * emit.lanes))
     b_vectors = [emit.load(emit.at(b_row, v * emit.lanes)) for v in range(vectors)]
+    for v in range(vectors):  # what was packed long ago comes from memory, faster so than the processor foresees it
+        emit.prefetch(emit.at(b_row, (v + AHEAD * vectors) * emit.lanes))
     totals = []
     for i in range(MR):
         value = emit.broadcast(emit.at(a_rows[i], a_column))

@@ -26,10 +26,12 @@ PANELS = 4  # micropanels that are packed at once
 FAR = 1024  # elements between a row's neighbours, from where on each of them lies in another page
 WIDE = 128  # rows of A that are packed at once, where it is FAR: elements that lie one after the other
 UNIT = 16  # a multiple of MR and of every vector's lanes
+PACKED = -1  # in place of B's stride from row to row: it lies in micropanels already
 COST = 0.005  # nanoseconds that one core takes for a multiplication and addition
 PARTS_PER_THREAD = 2  # at most: the more, the more often A is read
 PART = 20_000  # nanoseconds of work that are not cut further
 ROWS_TO_PACK_B = 20  # packing a column of B takes as long as multiplying it by so many rows of A
+ROWS_TO_READ_B = 4  # and reading it where it is packed
 COLUMNS_TO_PACK_A = 8  # packing a row of A takes as long as multiplying it by so many columns of B
 COLUMNS_TO_READ_A = 4  # and reading it for a part
 LATE = 0.05  # of a part: what one thread is late, on the whole, since threads do not begin together
@@ -61,6 +63,7 @@ def gemm(
     """C = A B, or C += A B where `add`: A (m, depth), B (depth, n), C (m, n) lie in vectors from `start` on.
 
     Element (i, k) of A is at a_start + i a_row + k a_k, and so on; one stride of A and one of B is 1, C's second too.
+    Where b_k is PACKED, `pack_panels` has made `b` of all of B, and b_start is a whole number of micropanels.
     C shares no memory with A and B.
     """
     for i in range(m if depth == 0 and not add else 0):
@@ -73,36 +76,47 @@ def gemm(
         columns = min(group, n - j)
         for k in range(0, depth, step):
             terms, more = min(step, depth - k), add or k > 0
-            pack_panels(b, b_start + k * b_k + j * b_column, b_k, b_column, terms, columns, scratch)
+            if b_k != PACKED:
+                pack_panels(b, b_start + k * b_k + j * b_column, b_k, b_column, terms, columns, scratch)
             for i in range(0, m, MR):
                 rows, place = min(MR, m - i), c_start + i * c_row + j
                 left = a_start + i * a_row + k * a_k
+                if b_k == PACKED:
+                    first = b_start + j * depth
+                    strip_by_panels(
+                        a, left, a_row, a_k, rows, terms, columns, b, first, k, depth, scratch, c, place, c_row, more
+                    )
+                    continue
                 if a_k < FAR:
-                    strip_by_panels(a, left, a_row, a_k, rows, terms, columns, scratch, c, place, c_row, more)
+                    strip_by_panels(
+                        a, left, a_row, a_k, rows, terms, columns, scratch, 0, 0, terms, scratch, c, place, c_row, more
+                    )
                     continue
                 if i % WIDE == 0:
                     pack_columns(a, left, a_k, terms, min(WIDE, m - i), WIDE, scratch, strip)
                 strip_by_panels(
-                    scratch, strip + i % WIDE, a_row, WIDE, rows, terms, columns, scratch, c, place, c_row, more
-                )
+                    scratch, strip + i % WIDE, a_row, WIDE, rows, terms, columns, scratch, 0, 0, terms, scratch,
+                    c, place, c_row, more,
+                )  # fmt: skip
 
 
 @jit
 def strip_by_panels(
-    a: Array, a_start: int, a_row: int, a_k: int, rows: int, depth: int, columns: int, scratch: Array,
-    c: Array, c_start: int, c_row: int, add: bool,
+    a: Array, a_start: int, a_row: int, a_k: int, rows: int, terms: int, columns: int,
+    b: Array, b_start: int, k: int, depth: int, scratch: Array, c: Array, c_start: int, c_row: int, add: bool,
 ) -> None:  # fmt: skip
-    """Up to MR rows of A times all micropanels in `scratch`."""
+    """Up to MR rows of A times rows k .. k + terms of micropanels, which have `depth` rows and begin at b_start."""
     lanes = lanes_of(c)
     nr = VECTORS * lanes
     edge = PANELS * DEPTH * nr + WIDE * DEPTH
     for j in range(0, columns, nr):
         wide = min(nr, columns - j)
-        vectors, panel = ceil_div(wide, lanes), j * depth
+        vectors = ceil_div(wide, lanes)
+        panel = b_start + j * depth + k * vectors * lanes
         if rows == MR and wide == vectors * lanes:
-            tile(vectors, a, a_start, a_row, a_k, rows, scratch, panel, depth, c, c_start + j, c_row, add)
+            tile(vectors, a, a_start, a_row, a_k, rows, b, panel, terms, c, c_start + j, c_row, add)
             continue
-        tile(vectors, a, a_start, a_row, a_k, rows, scratch, panel, depth, scratch, edge, nr, False)
+        tile(vectors, a, a_start, a_row, a_k, rows, b, panel, terms, scratch, edge, nr, False)
         for i in range(rows):
             sums, out = scratch[edge + i * nr :], c[c_start + i * c_row + j :]
             for column in range(wide):
@@ -211,10 +225,12 @@ def part_of(c: Array, m: int, n: int, cuts: tuple[int, int], part: int) -> tuple
 
 
 @cache
-def cuts_of(m: int, n: int, depth: int, nr: int, threads: int, far: bool = False) -> tuple[int, int]:
+def cuts_of(
+    m: int, n: int, depth: int, nr: int, threads: int, far: bool = False, packed: bool = False
+) -> tuple[int, int]:
     """Into how many parts to cut the rows and the columns of C (m, n), so that the threads end soonest.
 
-    A is packed too where it is `far`.
+    A is packed too where it is `far`; B is `packed` before.
     """
     strips, panels = blocks(m, MR), blocks(n, nr)
     most = min(PARTS_PER_THREAD * threads, max(threads, round(m * n * depth * COST / PART)))
@@ -222,7 +238,8 @@ def cuts_of(m: int, n: int, depth: int, nr: int, threads: int, far: bool = False
     def cost(cuts: tuple[int, int]) -> float:
         down, across = cuts
         rows, columns = MR * blocks(strips, down), min(n, nr * blocks(panels, across))
-        packing = ROWS_TO_PACK_B * columns + (COLUMNS_TO_PACK_A * rows * blocks(columns, PANELS * nr) if far else 0)
+        packing = columns * (ROWS_TO_READ_B if packed else ROWS_TO_PACK_B)
+        packing += COLUMNS_TO_PACK_A * rows * blocks(columns, PANELS * nr) if far else 0
         return (blocks(down * across, threads) + LATE) * (rows * (columns + COLUMNS_TO_READ_A) + packing)
 
     cuts = (
@@ -261,9 +278,11 @@ def _rows_are_contiguous(x: Array) -> bool:
     return x.flags.c_contiguous or (x.strides[1] == x.itemsize and x.strides[0] >= x.shape[1] * x.itemsize)
 
 
-def run_parts(kernel: Any, m: int, n: int, depth: int, dtype: np.dtype[Any], *args: Any, far: bool = False) -> None:
+def run_parts(
+    kernel: Any, m: int, n: int, depth: int, dtype: np.dtype[Any], *args: Any, far: bool = False, packed: bool = False
+) -> None:
     """Call `kernel(*args, cuts, start, stop)` for all parts of a product (m, depth) by (depth, n)."""
-    down, across = cuts_of(m, n, depth, VECTORS * (VECTOR_BYTES // dtype.itemsize), num_threads(), far)
+    down, across = cuts_of(m, n, depth, VECTORS * (VECTOR_BYTES // dtype.itemsize), num_threads(), far, packed)
     grain = rows_worth_a_thread(m * n * depth // (down * across), COST)
     run_rows(kernel, down * across, *args, (down, across), grain=grain)
 

@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 TRIPLE, _, FEATURES = cpu_target.target_context.codegen().magic_tuple()  # FEATURES: "+avx2,+fma,-avx512f,..."
 VECTOR_BYTES = 64 if "+avx512f" in FEATURES else 32 if "+avx" in FEATURES else 16
 
+READ, SECOND_LEVEL, DATA = 0, 2, 1  # as llvm.prefetch has them: no write, a temporal locality of 2 of 3, no code
 I32, INDEX = ir.IntType(32), ir.IntType(types.intp.bitwidth)
 
 
@@ -46,6 +47,13 @@ class Emitter:
 
     def store(self, value: Any, pointer: Any) -> None:
         self.builder.store(value, self.builder.bitcast(pointer, self.vector.as_pointer())).align = self.item_bytes
+
+    def prefetch(self, pointer: Any) -> None:
+        """Have the line that lies there brought into the second-level cache; where nothing lies it is no fault."""
+        module, name, byte = self.builder.module, "llvm.prefetch", ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+        function = module.globals.get(name) or ir.Function(module, kind, name)
+        self.builder.call(function, [self.builder.bitcast(pointer, byte), I32(READ), I32(SECOND_LEVEL), I32(DATA)])
 
     def shuffle(self, a: Any, b: Any, order: list[int]) -> Any:
         return self.builder.shuffle_vector(a, b, ir.VectorType(I32, self.lanes)(order))

@@ -10,7 +10,8 @@ import numpy as np
 from minibert.kernels.activation.cpu import gelu_erf_loop, gelu_tanh_loop
 from minibert.kernels.cpu.arrays import contiguous
 from minibert.kernels.cpu.jit import jit
-from minibert.kernels.cpu.product import gemm, operand, part_of, product, run_parts, scratch_for
+from minibert.kernels.cpu.prepacked import transpose_of
+from minibert.kernels.cpu.product import PACKED, gemm, operand, part_of, product, run_parts, scratch_for
 from minibert.kernels.op import Array
 from minibert.kernels.reduction.cpu import reduce_sum
 
@@ -87,9 +88,11 @@ def _linear(x: Array, weight: Array, bias: Array, gelu: str | None = None) -> tu
     y = before if gelu is None else np.empty_like(before)
     m = prod(x.shape[:-1])
     if m and n:
-        rows, columns = operand(np.ascontiguousarray(x).reshape(m, depth)), operand(weight.T)
-        outs = before.reshape(-1), y.reshape(-1)
-        run_parts(linear_parts, m, n, depth, x.dtype, *rows, *columns, bias, *outs, KINDS[gelu], m, n, depth)
+        rows, columns = operand(np.ascontiguousarray(x).reshape(m, depth)), transpose_of(weight)
+        outs, packed = (before.reshape(-1), y.reshape(-1)), columns.row == PACKED
+        run_parts(
+            linear_parts, m, n, depth, x.dtype, *rows, *columns, bias, *outs, KINDS[gelu], m, n, depth, packed=packed
+        )
     return before, y
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from minibert.kernels.philox import Stream, random_words
 from minibert.kernels.view import concatenate, pad_axis
 from minibert.model.config import GELU
 from minibert.model.packing import row_numbers
-from minibert.model.tensor import Tensor, apply, at_place, tick
+from minibert.model.tensor import Tensor, apply, at_place, grad_enabled, tick
 
 INITIALISATION_STREAM = 3
 
@@ -183,11 +184,39 @@ class Module:
         """Dropout off. Returns the module."""
         return self.train(False)
 
+    def prepack(self) -> Any:
+        """From now on, without gradients, keep the weights of linear layers as kernels read them. Returns the module.
+
+        Outputs are the same bits, sooner: where rows are few, to pack a weight takes longer than to multiply by it. It
+        takes as much memory again as these weights, on backends that pack. A weight that was written is packed anew
+        when it is next read: what is written through a view has to be told (`Parameter.wrote`).
+        """
+        for _, child in self.named_children():
+            if isinstance(child, Module):
+                child.prepack()
+        return self
+
+
+class AsOne(NamedTuple):
+    """Linear layers side by side, as one: what is kept of them while none of their parameters is written."""
+
+    weight: Tensor
+    bias: Tensor
+    parameters: list[Parameter]  # of which it was made
+    made_at: int
+
+    def holds(self, parameters: list[Parameter]) -> bool:
+        """Whether these are they still."""
+        same = len(parameters) == len(self.parameters) and all(map(operator.is_, parameters, self.parameters))
+        return same and all(p.written_at < self.made_at for p in parameters)
+
 
 class Linear(Module):
     """y = x W' + b; weight (out_features, in_features). To it is added what tuning hangs on it as `low_rank`."""
 
     low_rank: Any = None  # a minibert.tuning.low_rank.LowRank
+    prepacks = False  # see `prepack`
+    kept: AsOne | None = None  # this layer and those that it stands beside
 
     def __init__(self, in_features: int, out_features: int, place: Place) -> None:
         self.weight = Parameter((out_features, in_features), "normal", place)
@@ -196,6 +225,28 @@ class Linear(Module):
     def __call__(self, x: Tensor) -> Tensor:  # (N, in) -> (N, out)
         return side_by_side(x, self)
 
+    def prepack(self) -> Any:
+        self.prepacks = True
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy makes its own
+        return {name: value for name, value in vars(self).items() if name != "kept"}
+
+
+def as_one(layers: Sequence[Linear]) -> tuple[Tensor, Tensor]:
+    """Weight (sum of out, in) and bias of linear layers side by side."""
+    first, weights, biases = layers[0], [layer.weight for layer in layers], [layer.bias for layer in layers]
+    keeps, parameters = first.prepacks and not grad_enabled(), [*weights, *biases]
+    if keeps and first.kept is not None and first.kept.holds(parameters):
+        return first.kept.weight, first.kept.bias
+    first.kept = None
+    weight = weights[0] if len(layers) == 1 else apply(concatenate, *weights, axis=0)
+    bias = biases[0] if len(layers) == 1 else apply(concatenate, *biases, axis=0)
+    if keeps:
+        weight = Tensor(weight.backend.prepacked(weight.data), weight.backend)
+        first.kept = AsOne(weight, bias, parameters, tick())
+    return weight, bias
+
 
 def side_by_side(x: Tensor, *layers: Linear) -> Tensor:
     """Linear layers of one input as one product, their outputs along the channels: (N, in) -> (N, sum of out).
@@ -203,11 +254,8 @@ def side_by_side(x: Tensor, *layers: Linear) -> Tensor:
     Low-rank updates of some of them are one more: x A' of each, side by side, (N, sum of r), times a matrix
     (sum of out, sum of r) in which the B of each stands at its layer's rows and its A's columns.
     """
-    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    weight = weights[0] if len(layers) == 1 else apply(concatenate, *weights, axis=0)
-    bias = biases[0] if len(layers) == 1 else apply(concatenate, *biases, axis=0)
-    y = apply(linear, x, weight, bias)
-    ends = np.cumsum([w.declared_shape[0] for w in weights]).tolist()
+    y = apply(linear, x, *as_one(layers))
+    ends = np.cumsum([layer.weight.declared_shape[0] for layer in layers]).tolist()
     tuned = [(layer.low_rank, end) for layer, end in zip(layers, ends, strict=True) if layer.low_rank is not None]
     tuned = [(low_rank, end) for low_rank, end in tuned if low_rank.rank]
     if not tuned:
@@ -233,7 +281,7 @@ def activated(dense: Linear, x: Tensor, hidden_act: str) -> Tensor:  # (N, in) -
     if hidden_act in GELU and dense.low_rank is not None:
         return apply(gelu, dense(x), approximate=GELU[hidden_act])
     if hidden_act in GELU:
-        return apply(linear_gelu, x, dense.weight, dense.bias, approximate=GELU[hidden_act])
+        return apply(linear_gelu, x, *as_one([dense]), approximate=GELU[hidden_act])
     return apply(tanh if hidden_act == "tanh" else relu, dense(x))
 
 

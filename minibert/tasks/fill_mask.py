@@ -55,6 +55,7 @@ def load_masked_lm(folder: str | Path, backend: Any = "numba", dtype: str = "flo
         )
     if missing:
         raise UserError(f"{folder}: weights are missing: {named(missing)}: get the whole model")
+    model.prepack()
     return model
 
 

@@ -44,6 +44,7 @@ class Pipeline:
                 f"expected max_seq_length from 3 to {positions}, the model's positions, got {max_seq_length}"
             )
         self.task, self.model, self.tokenizer = task, model, tokenizer
+        model.prepack()
         usual = min(task.max_seq_length, positions) if isinstance(task, Answer | Embed) else positions
         self.max_seq_length = max_seq_length or usual
 

@@ -56,6 +56,7 @@ class SentenceTransformer:
         Raises UserError where something is missing, naming it.
         """
         model = SentenceBert.from_pretrained(folder, backend, dtype, seed, pooling=pooling, normalize=normalize)
+        model.prepack()
         return cls(model, load_tokenizer(encoder_folder(folder)))
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -219,7 +219,7 @@ def test_the_inner_loop_of_the_product_is_packed_multiply_adds_and_spills_no_sum
     function: Any = cpu_product.strip_by_panels
     strip = compiled(function.py_func)
     vector, integer = numba.from_dtype(np.dtype(dtype))[::1], numba.intp
-    strip.compile((vector, *[integer] * 6, vector, vector, integer, integer, numba.boolean))
+    strip.compile((vector, *[integer] * 6, vector, *[integer] * 3, vector, vector, integer, integer, numba.boolean))
     (assembly,) = strip.inspect_asm().values()
     counts, tiles = multiply_adds(assembly, dtype), {MR * vectors for vectors in range(1, VECTORS + 1)}
     assert all(any(count % tile == 0 for count in counts) for tile in tiles), counts
