@@ -237,8 +237,9 @@ def as_one(layers: Sequence[Linear]) -> tuple[Tensor, Tensor]:
     """Weight (sum of out, in) and bias of linear layers side by side."""
     first, weights, biases = layers[0], [layer.weight for layer in layers], [layer.bias for layer in layers]
     keeps, parameters = first.prepacks and not grad_enabled(), [*weights, *biases]
-    if keeps and first.kept is not None and first.kept.holds(parameters):
-        return first.kept.weight, first.kept.bias
+    kept = first.kept  # read once: other threads may be at the same model
+    if keeps and kept is not None and kept.holds(parameters):
+        return kept.weight, kept.bias
     first.kept = None
     weight = weights[0] if len(layers) == 1 else apply(concatenate, *weights, axis=0)
     bias = biases[0] if len(layers) == 1 else apply(concatenate, *biases, axis=0)

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,19 @@ def test_with_a_gradient_nothing_is_kept(model: mb.BertModel) -> None:
     assert len(prepacked._kept) == before
     out.sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "pooler" not in name)
+
+
+def test_many_threads_at_one_model(model: mb.BertModel) -> None:
+    expected, key = found(model.prepack()), model.encoder.layer[0].attention.self.key.weight
+    values = key.numpy().copy()
+
+    def work(number: int) -> np.ndarray:
+        if number % 3 == 0:
+            key.assign(values)  # the same again: packed anew
+        return found(model)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(np.array_equal(out, expected) for out in pool.map(work, range(120)))
 
 
 def test_it_is_freed_with_the_model() -> None:
