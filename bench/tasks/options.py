@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,17 +64,21 @@ class Options:
         return {name: lora if low_rank(name) else full for name in names}
 
 
-def vars_of(options: Options) -> dict[str, Any]:
+def vars_of(options: Any) -> dict[str, Any]:
     """As JSON holds them; without the names of files, which are of one machine."""
     return {name: value for name, value in asdict(options).items() if not isinstance(value, Path)}
 
 
-def command_line(name: str, options: Options) -> str:
+def command_line(name: str, options: Any) -> str:
     """The command, without the names of files."""
     words = [f"python -m bench.tasks.{name}"]
     for field in fields(options):
         value, option = getattr(options, field.name), field.name.replace("_", "-")
         if value == field.default or isinstance(value, Path):
             continue
-        words.append(f"--{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"--{option} {value}")
+        words.append(
+            f"--{'' if value else 'no-'}{option}"
+            if isinstance(value, bool)
+            else f"--{option} {shlex.quote(str(value))}"
+        )
     return " ".join(words)

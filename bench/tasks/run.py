@@ -45,7 +45,7 @@ FIRST = 5  # steps of each side that are not timed: they compile, and allocate
 Progress = Callable[[str], None]
 
 
-def packaged_model(train: Any, empty: Path) -> Path:
+def packaged_model(train: Any, empty: Path, options: Options) -> Path:
     """The folder of the installed MiniLM, found without importing it."""
     spec = importlib.util.find_spec(MODEL)
     for place in (spec.submodule_search_locations or []) if spec else []:
@@ -64,7 +64,7 @@ class Task(NamedTuple):
     metrics: tuple[str, ...]  # that are shown
     learning_rate: float = 5e-5
     beside: Callable[[Tuned, Tokenizer, int], Beside] | None = None  # what else it is judged by, cut at so many tokens
-    model: Callable[[Any, Path], Path] = packaged_model  # by the examples to train on and an empty folder: that of one
+    model: Callable[[Any, Path, Any], Path] = packaged_model  # by examples to train on, an empty folder and the options
     floor_by: str = "word"  # what the linear model counts: words, or each char
     others: tuple[str, ...] = ("torch", "transformers")  # libraries to compare with
     needs: tuple[str, ...] = ("[parity]",)  # what brings them
@@ -75,12 +75,12 @@ def classify(examples: TextExamples, folder: Path) -> Tuned:
     return Classify.of(examples)
 
 
-def command(task: Task) -> Callable[..., int]:
+def command(task: Task, options: type[Options] = Options) -> Callable[..., int]:
     about = (
         f"{task.about}\n\n--set: {', '.join(task.sets)}. Exit status 1 if a figure is impossible or the sides do not "
         "compute the same."
     )
-    return frame.with_options(Options, lambda options: run(task, options), about)
+    return frame.with_options(options, lambda given: run(task, given), about)
 
 
 def run(task: Task, options: Options) -> int:
@@ -108,7 +108,7 @@ def run(task: Task, options: Options) -> int:
     data = {"set": published.file, "package": published.source, "sha256": sha256(path),
             "train": len(parts[0]), "test": len(parts[1])}  # fmt: skip
     with tempfile.TemporaryDirectory() as empty:
-        folder = options.model or task.model(parts[0], Path(empty))
+        folder = options.model or task.model(parts[0], Path(empty), options)
         tuned, tokenizer = task.tuned(examples, folder), load_tokenizer(folder)
         prepared = [tuned.prepare(part, tokenizer, length) for part in parts]
         if tuned.problem_type == SINGLE and len(np.unique(prepared[0].targets)) < 2:

@@ -119,6 +119,7 @@ EARLIER_RESULT: dict[str, Callable[[Path], bool]] = {
     "markdown": lambda path: _start(path).startswith((COMPARE_TITLE, KERNELS_TITLE)),
     "page": lambda path: "<title>minibert: " in _start(path),
     "csv": lambda path: True,
+    "picture": lambda path: _first_bytes(path).startswith((b"\x89PNG", b"<?xml", b"%PDF")),
     "npy": lambda path: _first_bytes(path).startswith(b"\x93NUMPY"),
     "jsonl": lambda path: _start(path).startswith('{"text": '),
     "tsv": lambda path: re.match(r"-?\d+\.\d{4}[\t\n]", _start(path)) is not None,

@@ -1,4 +1,4 @@
-"""The confusion matrix as a picture."""
+"""The confusion matrix as a picture; and what any picture needs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def figure_library() -> Any:
     try:
         import matplotlib.figure
     except ImportError as error:
-        raise UserError(f"a picture of the confusion matrix needs matplotlib: {pip_install('[tasks]')}") from error
+        raise UserError(f"a picture needs matplotlib: {pip_install('[tasks]')}") from error
     return matplotlib
 
 

@@ -362,7 +362,7 @@ def test_a_picture_that_cannot_be_drawn_is_told_before_the_training(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     arguments = ("finetune", "classify", "--model", toys / "tuned", "--train", toys / FILES["classify"])
     said = refused(*arguments, "--output", tmp_path / "run", "--test", toys / FILES["classify"], "--backend", "numpy")
-    assert "a picture of the confusion matrix needs matplotlib: pip install" in said
+    assert "a picture needs matplotlib: pip install" in said
     assert not (tmp_path / "run").exists()
 
 
