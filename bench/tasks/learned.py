@@ -25,11 +25,12 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         axes.plot(minutes, [point["held_out_loss"] for point in points], marker=".", label=f"{name}\n{steps}")
     unigram = document["unigram_loss"]
     axes.axhline(unigram, color="grey", linestyle="--", label=f"guessing by frequency, {unigram:.3f}")
-    axes.set_xlabel(f"minutes of training steps, {document['threads']} threads")
+    axes.set_xlabel(f"minutes of training steps, {document['threads']} thread{'s'[: document['threads'] > 1]}")
     axes.set_ylabel(f"held-out loss of {kept['held_out_predicted']:,} masked tokens")
-    size = f"{kept['bytes'] / 1e6:.1f}" if kept["bytes"] > 1e5 else f"{kept['bytes'] / 1e6:.3f}"
-    axes.set_title(f"{document['command_options']['config']}, {size} MB of text\n{document['machine']['processor']}")
-    axes.legend()
+    axes.set_title(
+        f"{document['command_options']['config']}, {kept['bytes'] / 1e6:.1f} MB of text\n{document['machine']['processor']}"
+    )
+    axes.legend(loc="upper right")
     axes.grid(alpha=0.3)
     save(figure, path)
 
