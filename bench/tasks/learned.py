@@ -27,9 +27,8 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     axes.axhline(unigram, color="grey", linestyle="--", label=f"guessing by frequency, {unigram:.3f}")
     axes.set_xlabel(f"minutes of training steps, {document['threads']} thread{'s'[: document['threads'] > 1]}")
     axes.set_ylabel(f"held-out loss of {kept['held_out_predicted']:,} masked tokens")
-    axes.set_title(
-        f"{document['command_options']['config']}, {kept['bytes'] / 1e6:.1f} MB of text\n{document['machine']['processor']}"
-    )
+    processor = document["machine"]["processor"]
+    axes.set_title(f"{document['command_options']['config']}, {kept['bytes'] / 1e6:.1f} MB of text\n{processor}")
     axes.legend(loc="upper right")
     axes.grid(alpha=0.3)
     save(figure, path)

@@ -149,15 +149,15 @@ class Run:
     def __init__(self, side: Any, trainer: Trainer, seconds: float) -> None:
         self.side, self.trainer, self.budget = side, trainer, seconds
         self.seconds, self.steps, self.tokens, self.flops = 0.0, 0, 0, 0
-        self.turns: list[float] = []  # seconds of a step, in each turn
+        self.turns: list[float | None] = []  # seconds of a step, in each turn that had one
         self.per_flop: list[float] = []  # seconds, in each turn
         self.curve: list[dict[str, float]] = []
 
     def turn(self, until: float) -> None:
-        """Steps, one at least, up to so many seconds of its own."""
+        """Steps up to so many seconds of its own; none where a long one is there already."""
         before = self.seconds, self.steps, self.flops
         time.sleep(harness.SETTLE)
-        while True:
+        while self.seconds < until:
             batch = Batch(self.trainer.model.config, self.trainer.batches.batch(self.steps))
             prepared, rate = self.side.prepare(batch), self.trainer.config.learning_rate * self.share_of_rate()
             began = time.perf_counter()
@@ -165,13 +165,11 @@ class Run:
             self.seconds += time.perf_counter() - began
             self.steps, self.tokens = self.steps + 1, self.tokens + int(batch.lengths.sum())
             self.flops += self.side.flops(batch)
-            if self.seconds >= until:
-                break
         seconds, steps, flops = (
             now - then for now, then in zip((self.seconds, self.steps, self.flops), before, strict=True)
         )
-        self.turns.append(seconds / steps)
-        self.per_flop.append(seconds / flops)
+        self.turns.append(seconds / steps if steps else None)
+        self.per_flop += [seconds / flops] if steps else []
 
     def share_of_rate(self) -> float:
         """Of the highest learning rate, by the share of the time that is over."""
@@ -183,11 +181,6 @@ class Run:
             "seconds": self.seconds, "steps": self.steps, "tokens": self.tokens,
             "held_out_loss": self.side.held_out_loss(),
         })  # fmt: skip
-
-    def contestant(self) -> harness.Contestant:
-        one = harness.Contestant(self.side.name, lambda: None, self.flops // self.steps)
-        one.seconds = self.turns
-        return one
 
 
 def pretrained(options: Options, make: Callable[[], list[Any]], progress: Progress) -> dict[str, Any]:
@@ -219,8 +212,18 @@ def pretrained(options: Options, make: Callable[[], list[Any]], progress: Progre
         **facts, "curves": {who: run.curve for who, run in runs.items()},
         "tokens_per_second": {who: run.tokens / run.seconds for who, run in runs.items()},
         "seconds_per_flop": {who: run.per_flop for who, run in runs.items()},
-        **harness.compared([run.contestant() for run in runs.values()], [made[0].name]),
+        **harness.compared(contestants(list(runs.values())), [made[0].name]),
     }  # fmt: skip
+
+
+def contestants(runs: Sequence[Run]) -> list[harness.Contestant]:
+    """The runs as the harness compares them: by the turns in which all of them took steps, as in the first one."""
+    found = [harness.Contestant(run.side.name, lambda: None, run.flops // run.steps) for run in runs]
+    for turn in zip(*(run.turns for run in runs), strict=True):
+        if None not in turn:
+            for one, seconds in zip(found, turn, strict=True):
+                one.seconds.append(seconds)
+    return found
 
 
 def train(runs: Sequence[Run], options: Options, progress: Progress) -> None:

@@ -48,8 +48,8 @@ def check(document: dict[str, Any], sides: list[str]) -> dict[str, Any]:
         )
         assert seconds[0] == steps[0] == tokens[0] == 0 and len(curve) == 4
         marks = np.arange(4) / 3 * document["command_options"]["minutes"] * 60
-        assert (np.array(seconds) >= marks).all() and np.all(np.diff(steps) > 0)
-        assert losses[-1] < losses[0] - 0.1
+        assert (np.array(seconds) >= marks).all() and np.all(np.diff(steps) >= 0)
+        assert steps[-1] > 0 and (losses[-1] < losses[0] or steps[-1] < 3), "the first step is at a rate of 0"
         assert facts["tokens_per_second"][who] == pytest.approx(tokens[-1] / seconds[-1])
     assert 0 < document["unigram_loss"] < document["data"]["tokens"]
     return facts
@@ -121,6 +121,19 @@ def test_mistakes_end_in_a_line(
     monkeypatch.chdir(tmp_path)
     assert run(pretraining, monkeypatch, *words) == 2
     assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+def test_a_turn_ends_in_time_and_is_compared_where_all_had_one() -> None:
+    one, other = (harness.Contestant(name, lambda: None, 1) for name in "ab")
+    runs = [pretraining.Run(side, None, 100.0) for side in (one, other)]  # type: ignore[arg-type]
+    for run, turns in zip(runs, ([2.0, 3.0, 4.0], [9.0, None, 8.0]), strict=True):
+        run.steps, run.flops, run.turns = 2, 4, list(turns)
+    assert [(each.name, each.flops, each.seconds) for each in pretraining.contestants(runs)] == [
+        ("a", 2, [2.0, 4.0]), ("b", 2, [9.0, 8.0]),
+    ]  # fmt: skip
+    runs[0].seconds = 7.0
+    runs[0].turn(until=6.0)
+    assert runs[0].steps == 2 and runs[0].turns[-1] is None
 
 
 def test_the_rate_rises_and_falls_with_the_time_that_is_over() -> None:
