@@ -75,3 +75,6 @@ TASK = Task(
     {"reviews": texts.CHINESE_REVIEWS}, classify, ("accuracy",), 3e-4, model=small_model, floor_by="char",
 )  # fmt: skip
 bench = command(TASK, ChineseOptions)
+
+if __name__ == "__main__":
+    harness.run_main(bench)
