@@ -103,9 +103,8 @@ class Backend:
                 arrays[written][...] = value
         if op.writes:
             return tuple(arrays[i] for i in op.writes)
-        if isinstance(result, tuple):
-            return tuple(self.xp.asarray(r) for r in result)
-        return self.xp.asarray(result)
+        asarray = self.xp.asarray
+        return tuple(map(asarray, result)) if isinstance(result, tuple) else asarray(result)
 
     def _run_into(self, op: Op, arrays: tuple[Array, ...], params: dict[str, Any], *into: Array | None) -> Any:
         given = {**params, "into": into} if _takes_places(self.kernel(op)) else params

@@ -48,7 +48,9 @@ class NumpyModule:
         return out
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(np, name)
+        found = getattr(np, name)
+        setattr(self, name, found)  # found at once from now on: every op asks for some
+        return found
 
 
 numpy_module = NumpyModule()

@@ -325,10 +325,11 @@ def joined_leaves(tensor: Tensor) -> tuple[Tensor, ...] | None:
 def apply(op: Op, *inputs: Tensor, **params: Any) -> Tensor:
     """Run `op` on the inputs' backend, and remember it if a gradient will be asked for."""
     backend = inputs[0].backend
-    if any(t.backend is not backend for t in inputs):
-        places = ", ".join(t.backend.name for t in inputs)
-        raise ValueError(f"{op.name}: its inputs stand on {places}; move them to one backend first")
-    result = backend.run(op, *(t.data for t in inputs), **params)
+    for t in inputs:
+        if t.backend is not backend:
+            places = ", ".join(t.backend.name for t in inputs)
+            raise ValueError(f"{op.name}: its inputs stand on {places}; move them to one backend first")
+    result = backend.run(op, *[t.data for t in inputs], **params)
     data, *residuals = result if isinstance(result, tuple) else (result,)
     out = Tensor(data, backend, grad_enabled() and any(t.requires_grad for t in inputs))
     if out.requires_grad:
@@ -341,15 +342,20 @@ def current_place() -> str:
     return getattr(_mode, "place", "")
 
 
-@contextmanager
-def at_place(place: str) -> Iterator[None]:
+class at_place:  # no generator, which takes as long as a small op
     """A block whose ops belong to the module of that name."""
-    before = current_place()
-    _mode.place = place
-    try:
-        yield
-    finally:
-        _mode.place = before
+
+    __slots__ = ("before", "place")
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def __enter__(self) -> None:
+        self.before = current_place()
+        _mode.place = self.place
+
+    def __exit__(self, *error: object) -> None:
+        _mode.place = self.before
 
 
 def grad_enabled() -> bool:
