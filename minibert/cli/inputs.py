@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from minibert.backends import Backend
-from minibert.cli.labelled import MLM, RTD, UNLABELLED, Labelled, note_of, read_examples, task_for
+from minibert.cli.labelled import EMBED, MLM, RTD, UNLABELLED, Labelled, note_of, read_examples, task_for
 from minibert.cli.options import console
 from minibert.data import (
     SHIPPED_TEXT,
@@ -35,6 +35,7 @@ from minibert.model import checkpoint
 from minibert.model.bert import BertForMaskedLM
 from minibert.model.config import NAMED, BertConfig, ElectraConfig
 from minibert.model.electra_pair import ElectraPair, generator_of
+from minibert.model.sentence_config import encoder_folder
 from minibert.tasks.batches import TaskBatch, TaskBatches
 from minibert.tasks.finetune import load_model
 from minibert.tasks.from_text import examples_of_text
@@ -91,8 +92,10 @@ def step_inputs(
     """
     labelled.refuse_unfit(text)
     folder = None if config in NAMED else Path(config)
-    tokenizer = load_tokenizer(folder if folder and tokenizer_files(folder) else SHIPPED_VOCABULARY)
+    encoder = None if folder is None else encoder_folder(folder)  # a folder within it, in old ones of sentences
+    tokenizer = load_tokenizer(encoder if encoder and tokenizer_files(encoder) else SHIPPED_VOCABULARY)
     model_config = named_config(config, vocabulary_size(tokenizer))
+    folder = folder if labelled.task == EMBED else encoder
     if labelled.task == RTD and folder is None:
         model_config = ElectraConfig.like(model_config)
     check_vocabulary(tokenizer, model_config.vocab_size)
@@ -183,7 +186,7 @@ def named_config(name: str, vocabulary: int) -> BertConfig:
         return replace(NAMED[name], vocab_size=vocabulary)
     if not name or not Path(name).is_dir():
         raise UserError(f"--config: expected {', '.join(NAMED)} or a checkpoint's folder, got {name!r}")
-    return checkpoint.read_config(name)
+    return checkpoint.read_config(encoder_folder(name))
 
 
 def enough(documents: list[Document], tokens: int) -> list[Document]:

@@ -15,7 +15,8 @@ from minibert.tasks.questions import read_questions
 from minibert.tasks.task import Answer, Classify, Tag, Task, own_names
 from minibert.tasks.words import read_words
 
-TASKS = ("classify", "regress", "tag", "answer", "embed")
+EMBED = "embed"
+TASKS = ("classify", "regress", "tag", "answer", EMBED)
 MLM, RTD = UNLABELLED = "mlm", "rtd"  # masked language model; replaced-token detection
 
 

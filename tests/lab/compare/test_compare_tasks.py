@@ -219,6 +219,23 @@ def test_a_trace_is_of_its_task(run: Run, tmp_path: Path) -> None:
     assert status == 2 and "was recorded with --task regress, here it is mlm" in err
 
 
+@pytest.mark.parametrize("task", ["embed", "mlm"])
+def test_an_encoder_of_sentences_may_lie_in_a_folder_of_its_own(task: str, run: Run, tmp_path: Path) -> None:
+    """As sentence-transformers wrote it before its release 3."""
+    config = mb.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    mb.BertForMaskedLM(config, "numpy").save_pretrained(tmp_path / "0_Transformer")
+    kinds = {"0_Transformer": "Transformer", "1_Pooling": "Pooling"}
+    modules = [
+        {"idx": i, "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds.items())
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    status, out, err = run("compare", "--task", task, "--config", tmp_path, "--backends", "numpy", *SMALL)
+    assert status == 0 and "PASS" in out, err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
