@@ -34,6 +34,7 @@ from minibert.train.guard import NonFiniteError
 from minibert.train.loop import LOG, read_state
 from minibert.train.optim import AdamW
 from minibert.train.trainer import Data, Trainer, prepare
+from tests import planted
 from tests.children import child
 
 TINY = BertConfig(
@@ -220,8 +221,9 @@ def test_replays_have_the_bits_of_single_ops(emulator: Any, monkeypatch: pytest.
     assert [shape.longest for shape in steps.recorded] == [24, 30] and steps.replays == 6
 
 
-def test_graphs_share_their_memory(emulator: Any) -> None:
+def test_graphs_share_their_memory() -> None:
     """That of every further shape of batch is hardly more than the results that are held."""
+    emulator = planted.emulator()  # of its own: with a graph that another test left alive they would share too
 
     def taken(shapes: list[list[int]]) -> int:
         gc.collect()
