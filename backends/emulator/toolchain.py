@@ -204,7 +204,8 @@ def compile_kernels(source: Path, defines: Mapping[str, str], include: Sequence[
 
     Raises UserError with the compiler's first errors, or with the line of what the emulator does not do.
     """
-    asked = source, *sorted(defines.items()), *include, sanitize, compiler(), cache_folder()
+    source = source.absolute()
+    asked = source, *sorted(defines.items()), *map(Path.absolute, include), sanitize, compiler(), cache_folder()
     known = _made.get(asked)
     if known is None or known.seen != _seen(known.target, known.files):
         begun = time.time_ns()
@@ -240,7 +241,6 @@ def _compiled(
 ) -> tuple[Path, list[Path]]:
     """The library, and what it is made of."""
     path = compiler()
-    source = source.absolute()
     defined = [f"-D{name}={value}" for name, value in sorted(defines.items())]
     flags = [*LANGUAGE, *KERNEL_FLAGS, *(SANITIZED if sanitize else FAST)]
     if _major_version(path) >= 12:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.timing import sides
+from bench.tasks.tables import say_peak
 from minibert.cli.options import console, plain_table
 from minibert.tasks.picture import figure_library, save
 
@@ -36,7 +36,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
 
 def report(document: dict[str, Any], json_file: Path | None, picture: Path | None) -> int:
     """Show, write and draw; 1 if a figure is impossible or the sides do not compute the same."""
-    facts, peaks = document["measures"]["pretraining"], document["peaks"]
+    facts = document["measures"]["pretraining"]
     document["ok"] = not (facts["refused"] or facts["impossible"])
     if json_file is not None:
         json_file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
@@ -65,10 +65,5 @@ def report(document: dict[str, Any], json_file: Path | None, picture: Path | Non
     for what in facts["libraries"].values():
         if what != "minibert":
             console.print(what, highlight=False, markup=False, soft_wrap=True)
-    console.print(
-        f"measured peak, the better of before and after: {peaks['fma_gflops']:.0f} GFLOP/s of multiply-adds in "
-        "registers; a side's share is of the work that it does itself, padding and whole head included",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
-    sides.say_quiet(document["disturbance"])
+    say_peak(document, "padding and whole head included")
     return 0 if document["ok"] else 1

@@ -138,10 +138,15 @@ def report(document: dict[str, Any], json_file: Path | None) -> int:
     if document["peaks"] is None:
         console.print("nothing was timed", highlight=False)
         return 0 if document["ok"] else 1
+    say_peak(document, "padding included")
+    return 0 if document["ok"] else 1
+
+
+def say_peak(document: Mapping[str, Any], included: str) -> None:
+    """What shares of the peak are of, and whether the machine was quiet."""
     console.print(
         f"measured peak, the better of before and after: {document['peaks']['fma_gflops']:.0f} GFLOP/s of "
-        "multiply-adds in registers; a side's share is of the work that it does itself, padding included",
+        f"multiply-adds in registers; a side's share is of the work that it does itself, {included}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     sides.say_quiet(document["disturbance"])
-    return 0 if document["ok"] else 1

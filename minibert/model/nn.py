@@ -240,12 +240,12 @@ def as_one(layers: Sequence[Linear]) -> tuple[Tensor, Tensor]:
     kept = first.kept  # read once: other threads may be at the same model
     if keeps and kept is not None and kept.holds(parameters):
         return kept.weight, kept.bias
-    first.kept = None
+    first.kept, made_at = None, tick()  # before they are read: who writes them meanwhile is later
     weight = weights[0] if len(layers) == 1 else apply(concatenate, *weights, axis=0)
     bias = biases[0] if len(layers) == 1 else apply(concatenate, *biases, axis=0)
     if keeps:
         weight = Tensor(weight.backend.prepacked(weight.data), weight.backend)
-        first.kept = AsOne(weight, bias, parameters, tick())
+        first.kept = AsOne(weight, bias, parameters, made_at)
     return weight, bias
 
 

@@ -163,6 +163,20 @@ def test_an_edited_header_in_a_folder_within_is_compiled_again(tmp_path: Path) -
     assert toolchain.compile_kernels(source, {}, [], sanitize=False) != first
 
 
+def test_a_name_means_another_file_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    for number in (1, 2, 1):
+        folder = tmp_path / str(number)
+        if not folder.exists():
+            folder.mkdir()
+            kernel = f'extern "C" __global__ void answer(int* out) {{ out[0] = {number}; }}\n'
+            (folder / "answer.cu").write_text(kernel)
+        monkeypatch.chdir(folder)
+        for _ in range(2):  # what was found once is found by the times of its files
+            made.append(toolchain.compile_kernels(Path("answer.cu"), {}, [], sanitize=False))
+    assert made[0] == made[1] == made[4] == made[5] != made[2] == made[3]
+
+
 @pytest.mark.parametrize("disk_is_full", [False, True])
 def test_a_cache_that_cannot_be_written(
     disk_is_full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

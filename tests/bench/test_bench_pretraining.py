@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
-import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +16,12 @@ from bench.timing import harness
 from bench.timing.batches import Batch
 from minibert import backends
 from minibert.data import SHIPPED_TEXT, SHIPPED_VOCABULARY, load_tokenizer, read_documents
-from minibert.lab.measure.peaks import Peaks
 from minibert.model.bert import BertForMaskedLM
 from minibert.model.checkpoint import read_config
 from minibert.train.config import TrainingConfig
 from minibert.train.trainer import prepare
+from tests.bench.test_bench_tasks import run, tarred
 from tests.small_model import CONFIG
-
-PEAKS = Peaks(gflops=1e9, product="1 x 1 x 1", fma_gflops=1e9, triad_gbps=1.0, fill_gbps=1.0, cache_bytes=0)
-
-
-def run(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    """The command as the shell runs it; its exit status."""
-    monkeypatch.setattr("minibert.lab.measure.peaks.measure_peaks", lambda: PEAKS)
-    monkeypatch.setattr(sys, "argv", ["bench", *words])
-    with pytest.raises(SystemExit) as exit_:
-        harness.run_main(module.bench)
-    return int(exit_.value.code or 0)
 
 
 def check(document: dict[str, Any], sides: list[str]) -> dict[str, Any]:
@@ -126,8 +112,8 @@ def test_mistakes_end_in_a_line(
 def test_a_turn_ends_in_time_and_is_compared_where_all_had_one() -> None:
     one, other = (harness.Contestant(name, lambda: None, 1) for name in "ab")
     runs = [pretraining.Run(side, None, 100.0) for side in (one, other)]  # type: ignore[arg-type]
-    for run, turns in zip(runs, ([2.0, 3.0, 4.0], [9.0, None, 8.0]), strict=True):
-        run.steps, run.flops, run.turns = 2, 4, list(turns)
+    for each, turns in zip(runs, ([2.0, 3.0, 4.0], [9.0, None, 8.0]), strict=True):
+        each.steps, each.flops, each.turns = 2, 4, list(turns)
     assert [(each.name, each.flops, each.seconds) for each in pretraining.contestants(runs)] == [
         ("a", 2, [2.0, 4.0]), ("b", 2, [9.0, 8.0]),
     ]  # fmt: skip
@@ -164,16 +150,6 @@ def test_a_chinese_model_is_pretrained_on_news_and_the_texts_to_train_on_alone(
     assert all(text[-1] not in tokens for text in test.texts), "the rows to be judged by teach nothing"
     assert all(text[-1] in tokens for text in train.texts)
     assert "pretraining, step 3: held-out loss" in capsys.readouterr().err
-
-
-def tarred(files: dict[str, bytes], kind: str = "gz") -> bytes:
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode=f"w:{kind}") as tar:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-    return made.getvalue()
 
 
 def test_prose_is_what_its_packages_hold(tmp_path: Path) -> None:

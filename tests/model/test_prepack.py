@@ -126,6 +126,22 @@ def test_many_threads_at_one_model(model: mb.BertModel) -> None:
         assert all(np.array_equal(out, expected) for out in pool.map(work, range(120)))
 
 
+def test_what_is_written_while_it_is_packed_is_not_missed(model: mb.BertModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, packing = model.encoder.layer[0].attention.self.key.weight, type(model.backend).prepacked
+
+    def written_meanwhile(backend: Any, weight: Any) -> Any:
+        packed = packing(backend, weight)
+        monkeypatch.undo()  # once
+        key.assign(np.ones((24, 24)))
+        return packed
+
+    monkeypatch.setattr(type(model.backend), "prepacked", written_meanwhile)
+    found(model.prepack())
+    plain = mb.BertModel(CONFIG, "numba", str(model.dtype))
+    plain.load_state_dict(model.state_dict())
+    assert np.array_equal(found(model), found(plain))
+
+
 def test_it_is_freed_with_the_model() -> None:
     before = len(prepacked._kept)
     model = mb.BertModel(CONFIG, "numba").prepack()
