@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from minibert.kernels.cpu.vectors import FEATURES, INDEX, TRIPLE, Emitter, signature_of
 
 VECTORS = 3  # that a micropanel is wide, at most
-AHEAD = 32  # rows of a micropanel: what is so far ahead is asked for, three to six kilobytes
+AHEAD = 32  # rows of a micropanel: what is so far ahead is asked for, six kilobytes at most
 # rows: 32 registers, or 16, hold MR * VECTORS sums, a row of B and an element of A
 MR = 8 if "+avx512f" in FEATURES or TRIPLE.startswith(("aarch64", "arm64")) else 4
 
