@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 import minibert as mb
 from minibert.data import load_tokenizer
+from minibert.data.panics import no_panic
 from minibert.data.sequences import ids_of
 from minibert.errors import UserError
 from tests.torture import corpus
@@ -50,12 +52,30 @@ def test_more_layers_than_the_weights_have_are_still_drawn(tmp_path: Path) -> No
         mb.BertForMaskedLM.from_pretrained(tmp_path, backend="numpy")
 
 
-def test_a_panic_of_the_tokenizers_library_is_an_error_in_a_line(tmp_path: Path) -> None:
+def test_a_panic_of_the_tokenizers_library_is_an_error_in_a_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     corpus.make_tokenizer(tmp_path)
     changed(tmp_path / "tokenizer.json", lambda content: content["post_processor"]["special_tokens"].clear())
     with pytest.raises(UserError, match=r"fails on .*tokenizer\.json") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == "", "what the library printed itself"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_others_write_while_a_tokenizer_is_loaded_comes_afterwards(
+    fails: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with ExitStack() as stack:
+        if fails:
+            stack.enter_context(pytest.raises(ValueError, match="no panic"))
+        stack.enter_context(no_panic("loading", silent=True))
+        os.write(2, b"of another thread\n")
+        assert capfd.readouterr().err == ""
+        if fails:
+            raise ValueError("no panic")
+    assert capfd.readouterr().err == "of another thread\n"
 
 
 def test_a_panic_in_the_middle_of_a_text_is_one_too() -> None:

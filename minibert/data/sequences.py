@@ -11,8 +11,9 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from minibert.data.masking import PAIRING_STREAM, SPLIT_STREAM, below, check_seed, shuffled
+from minibert.data.panics import no_panic
 from minibert.data.text import Document, in_pieces
-from minibert.data.tokenizer import SpecialIds, no_panic
+from minibert.data.tokenizer import SpecialIds
 from minibert.errors import UserError
 from minibert.kernels.philox import Stream, random_words
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer, normalizers
 
 from minibert.data.lines import AnyPath, decode
+from minibert.data.panics import no_panic
 from minibert.data.tokenizer_config import (
     ADDED_TOKENS,
     CONFIG,
@@ -132,7 +132,7 @@ def load_tokenizer(folder_or_file: AnyPath) -> Tokenizer:
         path = found[0]
     if not path.is_file():
         raise UserError(f"no tokenizer at {path}: expected a folder with tokenizer.json or vocab.txt, or such a file")
-    with no_panic(f"the tokenizers library fails on {path}"):
+    with no_panic(f"the tokenizers library fails on {path}", silent=True):
         tokenizer, settings = (from_json if path.suffix == ".json" else from_vocabulary)(path)
     tokenizer.settings = settings  # type: ignore[attr-defined]
     tokenizer.no_padding()
@@ -148,21 +148,10 @@ def read_text(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-@contextmanager
-def no_panic(what: str) -> Iterator[None]:
-    """The library's Rust panics on some files and texts: no Exception, so that it would pass by who catches errors."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise UserError(f"{what}: {' '.join(str(error).split())}; use another tokenizer, or mend its files") from None
-
-
 def parse(text: str, path: Path) -> Tokenizer:
     failure = f"{path} is no tokenizer.json that the tokenizers library can read"
     try:
-        with no_panic(failure):
+        with no_panic(failure, silent=True):
             return Tokenizer.from_str(text)
     except UserError:
         raise
