@@ -18,7 +18,7 @@ from rich.table import Table
 
 from minibert import backends
 from minibert.backends import Backend
-from minibert.errors import UserError
+from minibert.errors import UserError, WriteError
 
 PIPED_WIDTH = 10_000  # characters where no terminal says how many there are: a line in a file is not to be cut
 
@@ -141,7 +141,7 @@ def refuse_unwritable(**files: Path | None) -> None:
         if not existing.exists():
             raise UserError(f"{path}: there is no folder {existing}; make it first")
         if not os.access(existing, os.W_OK):
-            raise UserError(f"{path} cannot be written; name another file")
+            raise WriteError(f"{path} cannot be written: {existing} is read-only for you; name another file")
         if path.is_file() and path.stat().st_size and not is_earlier_result(path):
             what = "part of a model" if _is_part_of_a_model(path) else f"no {kind} that minibert wrote"
             raise UserError(f"{path} is {what}, which is not replaced: name another file")

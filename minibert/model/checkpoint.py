@@ -241,13 +241,14 @@ def written_later() -> Iterator[dict[Path, Write]]:
 
 
 def make_folder(folder: AnyPath) -> Path:
-    """A folder to write to, made where it is not there. Raises UserError where it cannot be."""
+    """A folder to write to, made where there is none. Raises UserError below a file, WriteError where it may not be."""
     folder = path_of(folder, "a folder to write to")
     try:
         if LATER.get() is None:
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; name another folder") from None
+        kind = UserError if isinstance(error, NotADirectoryError | FileExistsError) else WriteError
+        raise kind(f"cannot write into {folder}: {error.strerror}; name another folder") from None
     return folder
 
 

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from minibert.errors import UserError, pip_install
+from minibert.errors import UserError, WriteError, pip_install
 from minibert.tasks.finetune import FineTuning, FineTuningConfig, lower_is_better
 from minibert.tasks.space import Space
 from minibert.train.checkpoint import STATE, checkpoints, is_resumable, read_state, refuse_to_overwrite, remove
@@ -77,7 +77,7 @@ class Search:
             with self.alone():
                 self.study = self.open(prune)
         except OSError as error:
-            raise UserError(f"cannot write into {self.folder}: {error}; choose another --output") from None
+            raise WriteError(f"cannot write into {self.folder}: {error}; choose another --output") from None
         written = {name: str(values) for name, values in space.items()}
         self.refuse_another({"metric": metric, "seed": seed, **written, **(about or {})})
 

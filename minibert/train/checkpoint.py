@@ -264,13 +264,21 @@ def alone(output: Path) -> Iterator[None]:
 
 
 def refuse_to_overwrite(output: Path) -> None:
-    """Raise UserError for a folder that holds something already: a run begins in one of its own."""
+    """Raise UserError for a folder that holds something already: a run begins in one of its own.
+
+    Raises WriteError where it could not be written into, which would show only once the text has been read.
+    """
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: name a folder for the output")
     if output.is_dir() and not is_unbegun(output):
         resumable = is_resumable(output)
         mend = "go on with the run in it by --resume (Trainer.resume), or name another" if resumable else "name another"
         raise UserError(f"the output folder {output} is not empty: {mend}")
+    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"cannot write into {output}: {there} is a file; choose another --output")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise WriteError(f"cannot write into {output}: {there} is read-only for you; choose another --output")
 
 
 def is_unbegun(output: Path) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from minibert.data import save_tokenizer
-from minibert.errors import Interrupted, UserError
+from minibert.errors import Interrupted, UserError, WriteError
 from minibert.kernels.op import holds_floats
 from minibert.model.checkpoint import written_later
 from minibert.train.checkpoint import (
@@ -147,7 +147,7 @@ class Loop:
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot write into {self.output}: {error}; choose another --output") from None
+            raise WriteError(f"cannot write into {self.output}: {error}; choose another --output") from None
         with alone(self.output), ThreadPoolExecutor(1) as self.writer.pool:  # leaving, it waits for the write in flight
             yield from self.steps()
         if project := self.options.get("wandb"):
