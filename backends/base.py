@@ -99,6 +99,9 @@ class Backend:
             result = kernel(*arrays, **params)
         else:
             result = op.formula(self.xp, *arrays, **params)
+            if op.whole_outputs:
+                made = tuple(r.astype(op.whole_outputs.get(k, r.dtype)) for k, r in enumerate(outputs(result)))
+                result = made if isinstance(result, tuple) else made[0]
             for written, value in zip(op.writes, outputs(result), strict=False):
                 arrays[written][...] = value
         if op.writes:

@@ -1,10 +1,12 @@
-"""The array module a formula is written against: NumPy, with the two things that BERT needs and NumPy lacks.
+"""The array module a formula is written against: NumPy, with the few things that BERT needs and NumPy lacks.
 
 Formulas use these primitives and no others, so that whoever supplies another module gets another reading of them:
 operators + - * / ** @ and comparisons, indexing, `.shape .ndim .size`, the methods `sum mean max reshape swapaxes
-transpose`, the functions `exp log sqrt tanh erf maximum where concatenate broadcast_to segment_sum stored`, and any
-function on integers. `stored(x)` is x: it marks what an implementation may keep in memory on the way, where arrays in
-16 bits lose digits. `kernels/readings/reading.py` holds the same list for the other readings.
+transpose`, the functions `exp log sqrt tanh erf rint maximum where concatenate broadcast_to segment_sum stored
+as_floats integer_matmul`, and any function on integers. `stored(x)` is x: it marks what an implementation may keep in
+memory on the way, where arrays in 16 bits lose digits. `as_floats(whole, like)` are integers in the dtype of `like`,
+`integer_matmul(a, b)` a product of integers, exact while its sums stay below 2^53. `kernels/readings/reading.py` holds
+the same list for the other readings.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from minibert.kernels.op import Array
 
 
 class NumpyModule:
-    """NumPy plus `erf`, `segment_sum` and `stored`; its `concatenate` copies nothing that it need not."""
+    """NumPy plus `erf` and the other functions that it has not; its `concatenate` copies nothing that it need not."""
 
     @staticmethod
     def erf(x: Array) -> Array:
@@ -30,6 +32,15 @@ class NumpyModule:
     @staticmethod
     def stored(x: Array) -> Array:
         return x
+
+    @staticmethod
+    def as_floats(whole: Array, like: Array) -> Array:
+        return whole.astype(like.dtype)
+
+    @staticmethod
+    def integer_matmul(a: Array, b: Array) -> Array:
+        """In float64, for which there is BLAS."""
+        return (a.astype(np.float64) @ b.astype(np.float64)).astype(np.int64)
 
     @staticmethod
     def concatenate(arrays: Sequence[Array], axis: int = 0) -> Array:

@@ -63,6 +63,8 @@ class Op:
     input it is timed on.
     `writes` names the arrays that it updates in place; the formula then returns their new values in that order.
     `bytes` overrides the memory traffic that sizes of inputs and outputs suggest, where an op reads less.
+    `whole_outputs` says which outputs are whole numbers, and in which dtype arrays hold them: those of the formula are
+    floats all the same.
     `wide_inputs` and `wide_outputs` name the arrays that stay float32 where the others are stored in 16 bits:
     statistics, losses, what an optimiser sums up.
     """
@@ -78,6 +80,7 @@ class Op:
     kept: Callable[..., dict[int, Array]] | None = None
     writes: tuple[int, ...] = ()
     bytes: Callable[..., int] | None = None
+    whole_outputs: Mapping[int, str] = field(default_factory=dict)
     wide_inputs: tuple[int, ...] = ()
     wide_outputs: tuple[int, ...] = ()
     family: str = field(init=False)

@@ -125,8 +125,8 @@ class CudaBackend(Backend):
         if isinstance(result, DeviceArray):
             return result
         host = np.asarray(result)
-        if not holds_floats(host):
-            return self.asarray(host)
+        if not holds_floats(host) or number in op.whole_outputs:
+            return self.asarray(host, dtype=op.whole_outputs.get(number))
         floats = (a.dtype for i, a in enumerate(arrays) if holds_floats(a) and i not in op.wide_inputs)
         storage = next(floats, np.dtype(np.float32))
         wide = storage.name in NARROW and number in op.wide_outputs

@@ -201,6 +201,11 @@ def inline(function: Function) -> Function:
     return numba.njit(**HELPER_OPTIONS)(function)
 
 
+def inline_unfused(function: Function) -> Function:
+    """`inline`, where each operation rounds by itself: what has to be the same bits on every machine."""
+    return numba.njit(**{**HELPER_OPTIONS, "fastmath": False})(function)
+
+
 def helper(function: Function) -> Function:
     """Compile a helper that has loops of its own: called by each kernel, not inlined into it; never reordered."""
     return numba.njit(**{**HELPER_OPTIONS, "forceinline": False})(function)

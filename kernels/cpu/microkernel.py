@@ -2,8 +2,8 @@
 
 This is the microkernel of Goto and van de Geijn ("Anatomy of High-Performance Matrix Multiplication", 2008) and of BLIS
 (Van Zee and van de Geijn, 2015): MR rows of A times a micropanel of B, with all sums in registers. A loop in Python
-gives no hold on what stays in a register, so these functions are written in LLVM's vector types, for float32 and
-float64.
+gives no hold on what stays in a register, so these functions are written in LLVM's vector types, for float32, float64
+and words of four bytes.
 
 Arrays are one-dimensional here; offsets, strides and sizes count elements, and nothing is checked.
 """
@@ -75,7 +75,7 @@ def _write_microkernel(emit: Emitter, vectors: int) -> None:
         phi.add_incoming(INDEX(0), before)
         phi.add_incoming(after_it, loop)
     for phi, total in zip(sums, totals, strict=True):
-        phi.add_incoming(emit.vector([0.0] * emit.lanes), before)
+        phi.add_incoming(emit.zero(), before)
         phi.add_incoming(total, loop)
     builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
     builder.position_at_end(after)
@@ -87,4 +87,4 @@ def _write_microkernel(emit: Emitter, vectors: int) -> None:
                     c_row_i = emit.at(c, emit.times(c_row, i))
                     for v in range(vectors):
                         place, total = emit.at(c_row_i, v * emit.lanes), totals[i * vectors + v]
-                        emit.store(builder.fadd(emit.load(place), total) if adds else total, place)
+                        emit.store(emit.add(emit.load(place), total) if adds else total, place)

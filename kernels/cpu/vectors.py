@@ -2,6 +2,9 @@
 
 Written in LLVM's vector types, for float32 and float64. Arrays are one-dimensional here; offsets, strides and sizes
 count elements, and nothing is checked.
+
+In products an int32 is a word of four bytes that follow one another along K, unsigned on the left, signed on the right,
+and multiplying two words is the sum of their four products.
 """
 
 from __future__ import annotations
@@ -63,11 +66,72 @@ class Emitter:
         first = self.builder.insert_element(nothing, self.builder.load(pointer), I32(0))
         return self.shuffle(first, nothing, [0] * self.lanes)
 
+    def zero(self) -> Any:
+        return self.vector([0] * self.lanes if self.holds_words() else [0.0] * self.lanes)
+
+    def add(self, a: Any, b: Any) -> Any:
+        return self.builder.add(a, b) if self.holds_words() else self.builder.fadd(a, b)
+
+    def holds_words(self) -> bool:
+        """Whether the elements are int32."""
+        return bool(self.vector.element == I32)
+
     def multiply_add(self, a: Any, b: Any, c: Any) -> Any:
         """a * b + c, in one instruction where the processor has it."""
+        if self.holds_words():
+            return add_products_of_bytes(self.builder, self.lanes, c, a, b)
         module, name = self.builder.module, f"llvm.fmuladd.v{self.lanes}{self.vector.element.intrinsic_name}"
         kind = ir.FunctionType(self.vector, [self.vector] * 3)
         return self.builder.call(module.globals.get(name) or ir.Function(module, kind, name), [a, b, c])
+
+
+def add_products_of_bytes(builder: ir.IRBuilder, lanes: int, total: Any, a: Any, b: Any) -> Any:
+    """total + the sum of the four products of the bytes in each word, those of `a` unsigned, of `b` signed: exact.
+
+    vpdpbusd does it; else vpmaddwd adds two products of 16 bits (vpmaddubsw saturates); else LLVM writes what there is.
+    An intrinsic that the processor lacks ends the process, so its features are asked first.
+    """
+    word = ir.VectorType(I32, lanes)
+
+    def call(name: str, kind: Any, *arguments: Any) -> Any:
+        signature = ir.FunctionType(kind, [a.type for a in arguments])
+        function = builder.module.globals.get(name) or ir.Function(builder.module, signature, name)
+        return builder.call(function, arguments)
+
+    def shifted(value: Any, by: int, how: str) -> Any:
+        return getattr(builder, how)(value, value.type([by] * (lanes if value.type == word else 2 * lanes)))
+
+    if has_byte_products(lanes):
+        return call(f"llvm.x86.avx512.vpdpbusd.{32 * lanes}", word, total, a, b)
+    pairs = PAIR_PRODUCTS.get(lanes)
+    if pairs is None or not has(pairs[0]):
+        for byte in range(4):
+            left = builder.and_(shifted(a, 8 * byte, "lshr"), word([255] * lanes))
+            right = shifted(shifted(b, 24 - 8 * byte, "shl"), 24, "ashr")
+            total = builder.add(total, builder.mul(left, right))
+        return total
+    halves = ir.VectorType(ir.IntType(16), 2 * lanes)
+    a, b = builder.bitcast(a, halves), builder.bitcast(b, halves)
+    low = call(pairs[1], word, shifted(shifted(a, 8, "shl"), 8, "lshr"), shifted(shifted(b, 8, "shl"), 8, "ashr"))
+    high = call(pairs[1], word, shifted(a, 8, "lshr"), shifted(b, 8, "ashr"))
+    return builder.add(builder.add(total, low), high)
+
+
+# By lanes: what the processor must have, and the instruction that adds pairs of products of int16.
+PAIR_PRODUCTS = {
+    4: ("sse2", "llvm.x86.sse2.pmadd.wd"),
+    8: ("avx2", "llvm.x86.avx2.pmadd.wd"),
+    16: ("avx512bw", "llvm.x86.avx512.pmaddw.d.512"),
+}
+
+
+def has(feature: str) -> bool:
+    return f"+{feature}" in FEATURES.split(",")
+
+
+def has_byte_products(lanes: int) -> bool:
+    """Whether vpdpbusd takes so many words."""
+    return (has("avx512vnni") and (lanes == 16 or has("avx512vl"))) or (has("avxvnni") and lanes < 16)
 
 
 def signature_of(*kinds: Any) -> Any:

@@ -20,7 +20,7 @@ SPACING = 2.0**-24  # of v: an odd number of these
 
 def _gumbel(xp: Any, x: Array, *, stream: Stream) -> Array:
     words = random_words(stream, int(np.prod(x.shape)), xp).reshape(x.shape)
-    v = xp.asarray((words >> xp.uint32(9)) * xp.uint32(2) + xp.uint32(1), dtype=getattr(x, "dtype", None)) * SPACING
+    v = xp.as_floats((words >> xp.uint32(9)) * xp.uint32(2) + xp.uint32(1), x) * SPACING
     y = x - xp.log(-xp.log(v))
     return y
 

@@ -48,9 +48,11 @@ def bound(
         results = map(module.reading.lift, outputs(op.formula(module, *given, **params)))
     bounds = []
     for k, result in enumerate(results):
-        wide = storage is None or k in op.wide_outputs
+        wide = storage is None or k in op.wide_outputs or k in op.whole_outputs
         kept = result if wide else module.stored(result)
-        stored = precision if wide else str(storage)
+        if k in op.whole_outputs:
+            kept = kept.if_finite()
+        stored = op.whole_outputs.get(k, precision if wide else str(storage))
         bounds.append(Bound(kept.value, kept.error, kept.likely, kept.terms, stored, output_name(op, k)))
     return bounds
 
@@ -71,7 +73,8 @@ def exact(
         for i, (_, is_kept) in _kept(op, bounded, _lifted(bounded, arrays), params).items():
             given[i] = given[i].unless(is_kept & ~made[i].within(roundoff))
         results = map(module.reading.lift, outputs(op.formula(module, *given, **params)))
-        stored = (result if k in op.wide_outputs else module.stored(result) for k, result in enumerate(results))
+        unchanged = {*op.wide_outputs, *op.whole_outputs}
+        stored = (result if k in unchanged else module.stored(result) for k, result in enumerate(results))
         return [result.within(roundoff) for result in stored]
 
 

@@ -104,6 +104,16 @@ class Bounded(Reading):
         size = np.abs(self.value) + kept.tiny
         return self.erring(Both(*(kept.roundoff * (size + error) for error in (self.error, self.likely))))
 
+    def if_finite(self) -> Self:
+        """What integers hold of these numbers: anything where they are not finite, for there is no such integer."""
+        finite = np.isfinite(self.value)
+        value, error, likely, *more = self.parts
+        value, error, likely = (
+            np.where(finite, part, there)
+            for part, there in zip((value, error, likely), (0.0, np.inf, np.inf), strict=True)
+        )
+        return type(self)(value, error, likely, *more)
+
     def before_rounding(self) -> Self:
         """An input as it may have been before it was rounded to what is at hand."""
         kept = self.storage or self.precision
@@ -312,6 +322,16 @@ class Bounded(Reading):
 
         return self._function(value, np.where(value > 0, 0.5 / root, 0), inherited, ALLOWANCE["sqrt"])
 
+    def rint(self) -> Self:
+        """Nothing is rounded but what lies near a tie, which may go to its other side."""
+        value = np.rint(self.value)
+
+        def moved(e: np.ndarray) -> np.ndarray:
+            return np.maximum(np.rint(self.value + e) - value, value - np.rint(self.value - e))
+
+        none = np.zeros(value.shape, np.int32)
+        return type(self)(value, moved(self.error), moved(self.likely), np.abs(value), none, none)
+
     def tanh(self) -> Self:
         return self._steepest_at_0(np.tanh(self.value), lambda x: np.cosh(np.minimum(x, 300)) ** -2.0, "tanh")
 
@@ -333,10 +353,16 @@ def _product(a: np.ndarray, b: np.ndarray) -> Any:
 
 
 class BoundedModule(ReadingModule):
-    """With the rounding of what is `stored`."""
+    """With the rounding of what is `stored`, and of integers that a float cannot hold."""
 
     def stored(self, x: Any) -> Any:
         return self.reading.lift(x).stored()
+
+    def as_floats(self, whole: np.ndarray, like: Any) -> Any:
+        exact = super().as_floats(whole, like)
+        roundoff = self.reading.precision.roundoff
+        more = np.where(np.abs(exact.value) * roundoff > 0.5, roundoff * np.abs(exact.value), 0.0)
+        return exact.erring(Both(more, more))
 
 
 @cache

@@ -72,6 +72,9 @@ class Dual(Reading):
         value = np.tanh(self.value)
         return self._chain(value, 1 - value * value)
 
+    def rint(self) -> Self:
+        return self._chain(np.rint(self.value), np.zeros_like(self.value))
+
     def erf(self) -> Self:
         return self._chain(numpy_module.erf(self.value), 2 / np.sqrt(np.pi) * np.exp(-self.value * self.value))
 

@@ -18,6 +18,9 @@ PRECISIONS = {
     "float32": Precision(2.0**-24, 2.0**-126, (2 - 2.0**-23) * 2.0**127),
     "float16": Precision(2.0**-11, 2.0**-14, (2 - 2.0**-10) * 2.0**15),
     "bfloat16": Precision(2.0**-8, 2.0**-126, (2 - 2.0**-7) * 2.0**127),
+    # of what an op makes in whole numbers
+    "uint8": Precision(2.0**-8, 1.0, 2.0**8 - 1),
+    "int32": Precision(2.0**-31, 1.0, 2.0**31 - 1),
 }
 
 

@@ -14,7 +14,9 @@ from typing import Any, Self
 
 import numpy as np
 
-UNARY = ("exp", "log", "sqrt", "tanh", "erf")
+from minibert.kernels.array_module import numpy_module
+
+UNARY = ("exp", "log", "sqrt", "tanh", "erf", "rint")
 ARITHMETIC = (
     "add", "subtract", "multiply", "divide", "negative", "matmul", "sum", "max", "maximum", "segment_sum", *UNARY,
 )  # fmt: skip
@@ -178,6 +180,12 @@ class ReadingModule:
 
     def stored(self, x: Any) -> Any:
         return x
+
+    def as_floats(self, whole: np.ndarray, like: Any) -> Any:
+        return self.reading.lift(np.asarray(whole, np.float64))
+
+    def integer_matmul(self, a: np.ndarray, b: np.ndarray) -> Any:
+        return numpy_module.integer_matmul(a, b)
 
     def broadcast_to(self, x: Any, shape: tuple[int, ...]) -> Any:
         return x.each(lambda part: np.broadcast_to(part, shape))

@@ -339,5 +339,7 @@ def _reach(
 def _unbounded(case: Case, arrays: Sequence[np.ndarray], params: Mapping[str, Any]) -> list[Bound]:
     """What the formula gives in float64, where it is only asked which results are finite."""
     wide = [a.astype(np.float64) if holds_floats(a) else a for a in arrays]
-    values = map(np.asarray, outputs(case.op.formula(numpy_module, *wide, **params)))
+    values = [np.asarray(value) for value in outputs(case.op.formula(numpy_module, *wide, **params))]
+    for number in case.op.whole_outputs:  # there is no integer that is not finite
+        values[number] = np.where(np.isfinite(values[number]), values[number], 0.0)
     return [Bound(v, v, v, v, case.dtype, output_name(case.op, number)) for number, v in enumerate(values)]
