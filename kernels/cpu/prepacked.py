@@ -1,9 +1,9 @@
-"""Weights whose micropanels are kept: products by them pack nothing."""
+"""Weights whose micropanels are kept: products by them pack nothing. Those of int8 are packed as words of four bytes."""
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,8 +11,16 @@ from minibert.kernels.cpu.product import PACKED, VECTORS, Operand, operand, pack
 from minibert.kernels.cpu.vectors import VECTOR_BYTES
 from minibert.kernels.op import Array
 
-# By the `id` of a weight: itself, for an id is given again to another, and its micropanels.
-_kept: dict[int, tuple[weakref.ref[Array], Array]] = {}
+WORD = 4  # bytes
+
+
+class Kept(NamedTuple):
+    weight: weakref.ref[Array]  # itself, for an id is given again to another
+    panels: Array
+    row_sums: Array | None  # of a weight of int8
+
+
+_kept: dict[int, Kept] = {}  # by the `id` of a weight
 
 
 def prepacked(weight: Array) -> Array:
@@ -21,22 +29,50 @@ def prepacked(weight: Array) -> Array:
     They are of its values now: who changes these takes a new one.
     """
     weight = weight.view()
-    n, depth = weight.shape
-    flat, k, column = operand(weight.T)
-    lanes = VECTOR_BYTES // weight.itemsize
-    panels = _aligned(VECTORS * lanes * -(-n // (VECTORS * lanes)) * depth, weight.dtype)
+    (flat, k, column), n, depth = _transposed(weight), len(weight), _depth(weight)
+    lanes = VECTOR_BYTES // flat.itemsize
+    panels = _aligned(VECTORS * lanes * -(-n // (VECTORS * lanes)) * depth, flat.dtype)
     pack_panels(flat, 0, k, column, depth, n, panels)
-    key = id(weight)
-    _kept[key] = weakref.ref(weight, lambda _: _kept.pop(key, None)), panels
+    key, row_sums = id(weight), _row_sums(weight) if weight.dtype == np.int8 else None
+    _kept[key] = Kept(weakref.ref(weight, lambda _: _kept.pop(key, None)), panels, row_sums)
     return weight
 
 
 def transpose_of(weight: Array) -> Operand:
     """Its transpose (in, out), as `gemm` takes it: packed, if `prepacked` gave this very array."""
-    kept, depth = _kept.get(id(weight)), weight.shape[1]
-    if kept is None or kept[0]() is not weight:
-        return operand(weight.T)
-    return Operand(kept[1], PACKED, depth)
+    kept = _found(weight)
+    return _transposed(weight) if kept is None else Operand(kept.panels, PACKED, _depth(weight))
+
+
+def row_sums_of(weight: Array) -> Array:
+    """(out,) int32 sums of the rows of a weight of int8."""
+    kept = _found(weight)
+    return _row_sums(weight) if kept is None or kept.row_sums is None else kept.row_sums
+
+
+def words_of(x: Array) -> Array:
+    """Rows of bytes as rows of int32, filled up with zeros to whole words."""
+    missing = -x.shape[1] % WORD
+    x = np.pad(x, ((0, 0), (0, missing))) if missing else np.ascontiguousarray(x)
+    return x.reshape(-1).view(np.int32).reshape(len(x), x.shape[1] // WORD)
+
+
+def _found(weight: Array) -> Kept | None:
+    kept = _kept.get(id(weight))
+    return None if kept is None or kept.weight() is not weight else kept
+
+
+def _transposed(weight: Array) -> Operand:
+    return operand((words_of(weight) if weight.dtype == np.int8 else weight).T)
+
+
+def _depth(weight: Array) -> int:
+    """Rows of the transpose."""
+    return -(-weight.shape[1] // WORD) if weight.dtype == np.int8 else weight.shape[1]
+
+
+def _row_sums(weight: Array) -> Array:
+    return weight.sum(axis=1, dtype=np.int32)
 
 
 def _aligned(count: int, dtype: np.dtype[Any]) -> Array:

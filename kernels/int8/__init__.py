@@ -22,7 +22,7 @@ import numpy as np
 
 from minibert.kernels.activation import gelu_formula
 from minibert.kernels.array_module import numpy_module
-from minibert.kernels.drawing import Drawing
+from minibert.kernels.drawing import LARGEST, Drawing
 from minibert.kernels.op import Array, BertSize, Op, Sample
 
 LEVELS = 255.0  # steps from the least to the largest of a row
@@ -65,7 +65,7 @@ def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw_layer(**params: tuple[Any, ...]) -> Callable[..., Sample]:
-    def draw(draw: Drawing, rows: int, inputs: int, outs: int) -> Sample:
+    def draw(draw: Drawing, rows: int, inputs: int = 2**16, outs: int = LARGEST) -> Sample:
         weight, weight_scale = quantize_weight(draw.floats(outs, inputs))
         chosen = {name: draw.among(*choices) for name, choices in params.items()}
         return _on(draw.floats(rows, inputs), weight, weight_scale, draw.floats(outs), **chosen)
