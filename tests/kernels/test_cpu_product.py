@@ -138,7 +138,12 @@ def test_parts_cover_the_product_once(m: int, n: int, depth: int, threads: int) 
 # ------------------------------------------------------------------------------------------- other instruction sets
 
 # NUMBA_CPU_NAME, NUMBA_CPU_FEATURES, and the bytes of a vector that follow from them
-INSTRUCTION_SETS = {"SSE2": ("generic", "", 16), "AVX2": ("x86-64-v3", "+avx,+avx2,+fma", 32)}
+INSTRUCTION_SETS = {
+    "SSE2": ("generic", "", 16),
+    "AVX2": ("x86-64-v3", "+avx,+avx2,+fma", 32),
+    "AVX-512": ("x86-64-v4", "+avx,+avx2,+fma,+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512cd", 64),
+}
+NEEDED = {"SSE2": (), "AVX2": ("avx2", "fma"), "AVX-512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd")}
 CHILD = """
 import sys, pytest
 from minibert.kernels.cpu.vectors import VECTOR_BYTES
@@ -149,19 +154,20 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "right or transposed
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="this processor has one width of vectors")
 def test_products_stay_correct_with_the_instructions_of_older_processors(root: Path, tmp_path: Path) -> None:
-    """The tests of this file and of the microkernels, on half and a quarter of 512 bits, in processes of their own."""
+    """The tests of this file, the microkernels and int8, on vectors of three lengths, in processes of their own."""
     host = llvm.get_host_cpu_features()
-    files = [str(root / "tests/kernels" / name) for name in ("test_cpu_microkernel.py", "test_cpu_product.py")]
+    files = {name: ["test_cpu_microkernel.py", "test_cpu_product.py", "test_int8.py"] for name in INSTRUCTION_SETS}
+    files["AVX-512"] = ["test_int8.py"]  # the others are compiled for it wherever it is there
     children = {}
     for name, (processor, features, width) in INSTRUCTION_SETS.items():
-        if name == "SSE2" or (host.get("avx2") and host.get("fma")):
+        if all(host.get(feature) for feature in NEEDED[name]):
             environment = {
                 **os.environ, "PYTHONPATH": str(root), "MINIBERT_CACHE_DIR": str(tmp_path / name),
                 "NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": features,
             }  # fmt: skip
             children[name] = subprocess.Popen(
-                [sys.executable, "-c", CHILD, str(width), *files], cwd=root, env=environment, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                [sys.executable, "-c", CHILD, str(width), *files[name]], cwd=root / "tests/kernels", env=environment,
+                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )  # fmt: skip
     said = {name: child.communicate(timeout=600)[0] for name, child in children.items()}
     for name, child in children.items():

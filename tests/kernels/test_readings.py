@@ -153,8 +153,9 @@ def test_sixteen_bits_of_storage(op: Op, storage: str) -> None:
             results = outputs(op.formula(numpy_module, *arrays, **params))
         stored, plain = (bound(op, *arrays, storage=s, **params) for s in (storage, None))
         for k, (result, b, p) in enumerate(zip(results, stored, plain, strict=True)):
-            kept = np.asarray(result, np.float32) if k in op.wide_outputs else ROUND[storage](np.asarray(result))
-            assert b.dtype == ("float32" if k in op.wide_outputs else storage)
+            wide = k in op.wide_outputs or k in op.whole_outputs
+            kept = np.asarray(result, np.float32) if wide else ROUND[storage](np.asarray(result))
+            assert b.dtype == op.whole_outputs.get(k, "float32" if wide else storage)
             off = abs(kept.astype(np.float64) - b.value)
             overflows = abs(b.value) + b.error > LARGEST[storage]
             assert np.all((off <= b.error * ORACLE) | overflows)
