@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 from minibert.errors import UserError, warn
+from minibert.model.compressed import KEY, check_quantization
 
 # transformers' names of the two GELUs, by erf and by tanh, each with the `approximate` of the op that computes it. (Its
 # gelu_10 is another function: it is cut off at 10.)
@@ -28,7 +29,6 @@ ONLY = {
     "add_cross_attention": False,
     "pruned_heads": {},
     "per_layer_config": {},
-    "quantization_config": {},
 }
 
 # Fields that a config.json of transformers' holds only where they say something, and may hold as null.
@@ -142,6 +142,7 @@ class BertConfig:
                 raise UserError(
                     f"config: {key} {reprlib.repr(value)} is not supported: this is {kind} with {key} {only!r} only"
                 )
+        check_quantization(values.get(KEY))
         for key in [key for key in values if key not in own]:
             near = get_close_matches(key, own - values.keys(), n=1, cutoff=0.85)
             if near:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,13 +102,16 @@ def _few(texts: Sequence[str], most: int) -> str:
 
 
 def match(
-    arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], ignore_mismatched_sizes: bool = False
+    arrays: Mapping[str, np.ndarray],
+    expected: Mapping[str, tuple[int, ...]],
+    ignore_mismatched_sizes: bool = False,
+    integers: Collection[str] = (),
 ) -> tuple[Arrays, LoadReport]:
     """The arrays under the model's parameter names, and what did not match, under the names it has in the file.
 
     `expected` gives the model's names and shapes. Accepted are legacy names, the encoder's prefix or its absence, a
     wrapper's prefix, and a tied decoder's second name. Raises UserError where nothing matches, where an array is not of
-    floats, and where a shape differs, unless that is to be ignored.
+    floats (but those of `integers`), and where a shape differs, unless that is to be ignored.
     """
     names = _names(arrays)
     source = {target: name for target in expected if (name := _find(names, target))}
@@ -119,7 +122,7 @@ def match(
     matched, wrong = {}, []
     for target, name in source.items():
         array, shape = arrays[name], tuple(expected[target])
-        if array.dtype.kind in "iub":
+        if array.dtype.kind in "iub" and target not in integers:
             raise UserError(f"{name} is of {array.dtype}, expected floats: if it is quantised, save it dequantised")
         if array.shape == shape:
             matched[target] = array
@@ -161,6 +164,12 @@ def own_decoder(arrays: Mapping[str, np.ndarray]) -> str | None:
         if decoder in names and words is not None and not _equal(arrays, words, names[decoder]):
             return decoder
     return None
+
+
+def finder(arrays: Mapping[str, np.ndarray]) -> Callable[[str], str | None]:
+    """A function from a parameter's name to that of its array, None where there is none."""
+    names = _names(arrays)
+    return lambda target: _find(names, target)
 
 
 def _names(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:

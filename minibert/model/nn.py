@@ -200,8 +200,7 @@ class Module:
 class AsOne(NamedTuple):
     """Linear layers side by side, as one: what is kept of them while none of their parameters is written."""
 
-    weight: Tensor
-    bias: Tensor
+    operands: tuple[Tensor, ...]
     parameters: list[Parameter]  # of which it was made
     made_at: int
 
@@ -225,6 +224,23 @@ class Linear(Module):
     def __call__(self, x: Tensor) -> Tensor:  # (N, in) -> (N, out)
         return side_by_side(x, self)
 
+    @staticmethod
+    def joined(layers: Sequence[Any]) -> tuple[Tensor, ...]:
+        """What is multiplied by, of layers of this kind side by side: weight (sum of out, in) and bias."""
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        if len(layers) == 1:
+            return weights[0], biases[0]
+        return apply(concatenate, *weights, axis=0), apply(concatenate, *biases, axis=0)
+
+    @staticmethod
+    def product(x: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        """Of rows (N, in) and what `joined` gave: (N, sum of out)."""
+        return apply(linear, x, *operands)
+
+    @staticmethod
+    def gelu_of_product(x: Tensor, operands: Sequence[Tensor], approximate: str) -> Tensor:
+        return apply(linear_gelu, x, *operands, approximate=approximate)
+
     def prepack(self) -> Any:
         self.prepacks = True
         return self
@@ -233,20 +249,19 @@ class Linear(Module):
         return {name: value for name, value in vars(self).items() if name != "kept"}
 
 
-def as_one(layers: Sequence[Linear]) -> tuple[Tensor, Tensor]:
-    """Weight (sum of out, in) and bias of linear layers side by side."""
-    first, weights, biases = layers[0], [layer.weight for layer in layers], [layer.bias for layer in layers]
-    keeps, parameters = first.prepacks and not grad_enabled(), [*weights, *biases]
+def as_one(layers: Sequence[Linear]) -> tuple[Tensor, ...]:
+    """What is multiplied by, of linear layers of a kind side by side, the weight first."""
+    first, parameters = layers[0], [p for layer in layers for p in layer.parameters()]
+    keeps = first.prepacks and not grad_enabled()
     kept = first.kept  # read once: other threads may be at the same model
     if keeps and kept is not None and kept.holds(parameters):
-        return kept.weight, kept.bias
+        return kept.operands
     first.kept, made_at = None, tick()  # before they are read: who writes them meanwhile is later
-    weight = weights[0] if len(layers) == 1 else apply(concatenate, *weights, axis=0)
-    bias = biases[0] if len(layers) == 1 else apply(concatenate, *biases, axis=0)
+    weight, *others = first.joined(layers)
     if keeps:
         weight = Tensor(weight.backend.prepacked(weight.data), weight.backend)
-        first.kept = AsOne(weight, bias, parameters, made_at)
-    return weight, bias
+        first.kept = AsOne((weight, *others), parameters, made_at)
+    return weight, *others
 
 
 def side_by_side(x: Tensor, *layers: Linear) -> Tensor:
@@ -255,7 +270,11 @@ def side_by_side(x: Tensor, *layers: Linear) -> Tensor:
     Low-rank updates of some of them are one more: x A' of each, side by side, (N, sum of r), times a matrix
     (sum of out, sum of r) in which the B of each stands at its layer's rows and its A's columns.
     """
-    y = apply(linear, x, *as_one(layers))
+    first = layers[0]
+    if all(type(layer) is type(first) for layer in layers):
+        y = first.product(x, as_one(layers))
+    else:
+        y = apply(concatenate, *(layer.product(x, as_one([layer])) for layer in layers), axis=1)
     ends = np.cumsum([layer.weight.declared_shape[0] for layer in layers]).tolist()
     tuned = [(layer.low_rank, end) for layer, end in zip(layers, ends, strict=True) if layer.low_rank is not None]
     tuned = [(low_rank, end) for low_rank, end in tuned if low_rank.rank]
@@ -282,7 +301,7 @@ def activated(dense: Linear, x: Tensor, hidden_act: str) -> Tensor:  # (N, in) -
     if hidden_act in GELU and dense.low_rank is not None:
         return apply(gelu, dense(x), approximate=GELU[hidden_act])
     if hidden_act in GELU:
-        return apply(linear_gelu, x, *as_one([dense]), approximate=GELU[hidden_act])
+        return dense.gelu_of_product(x, as_one([dense]), GELU[hidden_act])
     return apply(tanh if hidden_act == "tanh" else relu, dense(x))
 
 

@@ -17,9 +17,10 @@ from minibert.backends.base import Backend, dtype_of
 from minibert.errors import UserError, warn
 from minibert.model import checkpoint
 from minibert.model.config import BertConfig, with_labels
-from minibert.model.matching import LoadReport, match, own_decoder
+from minibert.model.matching import LoadReport, finder, match, own_decoder
 from minibert.model.nn import Module, Parameter, Place
 from minibert.model.packing import as_array
+from minibert.model.quantized import said_in, with_layers_of
 
 # Arguments of from_pretrained in transformers that go by another name here.
 INSTEAD = {
@@ -133,9 +134,11 @@ class PreTrained(Module):
         """
         if not isinstance(arrays, Mapping):
             raise UserError(f"load_state_dict: expected a mapping from names to arrays, got {type(arrays).__name__}")
+        given = {name: _numbers(name, array) for name, array in arrays.items()}
+        integers = with_layers_of(self, given, finder(given))
         parameters: dict[str, Parameter] = dict(self.named_parameters())
         shapes = {name: p.declared_shape for name, p in parameters.items()}
-        matched, report = match({n: _numbers(n, a) for n, a in arrays.items()}, shapes, ignore_mismatched_sizes)
+        matched, report = match(given, shapes, ignore_mismatched_sizes, integers)
         if strict and report:
             raise UserError(f"the weights do not fit the model: {report}")
         for name, values in matched.items():
@@ -193,7 +196,7 @@ class PreTrained(Module):
     def save_pretrained(self, folder: str | Path, tokenizer_files: Any = None) -> None:
         """Write config.json and model.safetensors as transformers reads them; `tokenizer_files` are copied there."""
         checkpoint.write_folder(
-            folder, self.config, self.state_dict(), tokenizer_files, architecture=type(self).__name__
+            folder, said_in(self.config, self), self.state_dict(), tokenizer_files, architecture=type(self).__name__
         )
 
 
