@@ -21,8 +21,8 @@ UsageMistake: Any = typer.BadParameter.__mro__[2]
 
 # The modules here that add commands to `app`.
 COMMANDS = (
-    "bisect", "build", "check", "compare", "diff", "embed", "fill_mask", "finetune", "predict", "pretrain", "search",
-    "tables", "tokenizer", "watch",
+    "bisect", "build", "check", "compare", "diff", "embed", "fill_mask", "finetune", "predict", "pretrain", "quantize",
+    "search", "tables", "tokenizer", "watch",
 )  # fmt: skip
 
 app = typer.Typer(

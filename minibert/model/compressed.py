@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minibert.errors import UserError
+from minibert.model.matching import ENCODER
 
 KEY, METHOD, FORMAT = "quantization_config", "compressed-tensors", "int-quantized"
 WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "token", "dynamic": True}
 
 
-def quantization_config(floats: Sequence[str]) -> dict[str, Any]:
-    """Of a model whose linear layers are in int8, all but those named."""
-    group = {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": ACTIVATIONS}
+def quantization_config(int8: Sequence[str]) -> dict[str, Any]:
+    """Of a model in which the linear layers of these names are in int8: in the encoder alone, or with a head, too."""
+    ends = [f"re:(.*\\.)?{re.escape(ENCODER.sub('', name))}$" for name in int8]
+    group = {"targets": ends, "weights": WEIGHTS, "input_activations": ACTIVATIONS}
     return {
-        "quant_method": METHOD, "format": FORMAT, "quantization_status": "compressed", "ignore": list(floats),
+        "quant_method": METHOD, "format": FORMAT, "quantization_status": "compressed", "ignore": [],
         "config_groups": {"group_0": group},
     }  # fmt: skip
 

@@ -82,12 +82,16 @@ def int8_layers(module: Module) -> list[str]:
     return [name for name, layer, _ in linear_layers(module) if isinstance(layer, Int8Linear)]
 
 
-def make_int8(model: Any, names: Collection[str], values: bool = False) -> None:
+Replaced = tuple[Callable[[Linear], None], Linear]  # what puts a layer back in its place, and the one that was there
+
+
+def make_int8(model: Any, names: Collection[str], values: bool = False) -> list[Replaced]:
     """Put layers in int8 in the place of those named; with `values`, of the same weights, rounded.
 
     None of the model's parameters asks for a gradient from then on.
     """
-    for name, layer, put in linear_layers(model):
+    replaced = []
+    for name, layer, put in list(linear_layers(model)):
         if name not in names or isinstance(layer, Int8Linear):
             continue
         outs, inputs = layer.weight.declared_shape
@@ -100,8 +104,10 @@ def make_int8(model: Any, names: Collection[str], values: bool = False) -> None:
                 parameter.assign(given)
         made.prepacks = layer.prepacks
         put(made)
+        replaced.append((put, layer))
     for parameter in model.parameters():
         parameter.requires_grad = False
+    return replaced
 
 
 def with_layers_of(model: Any, arrays: Mapping[str, np.ndarray], find: Callable[[str], str | None]) -> set[str]:
@@ -124,7 +130,6 @@ def with_layers_of(model: Any, arrays: Mapping[str, np.ndarray], find: Callable[
 def said_in(config: BertConfig, model: Module) -> BertConfig:
     """A config that says which layers are in int8, as transformers reads it."""
     others = {key: value for key, value in config.others.items() if key != KEY}
-    if int8_layers(model):
-        floats = [name for name, layer, _ in linear_layers(model) if not isinstance(layer, Int8Linear)]
-        others[KEY] = quantization_config(floats)
+    if int8 := int8_layers(model):
+        others[KEY] = quantization_config(int8)
     return replace(config, others=others)

@@ -128,6 +128,8 @@ class AdamW:
         everything = [p for group in made for p in group.params]
         if not everything or len(set(map(id, everything))) != len(everything):
             raise UserError(f"AdamW: expected each parameter once, got {len(everything)} with repetitions, or none")
+        if any(p.data.dtype.kind == "i" for p in everything):
+            raise UserError("AdamW: weights in int8 are not trained: take the model in floats that they were made of")
         for group in made:
             group.params = [p for p in group.params if p.requires_grad]
         self.groups = [group for group in made if group.params]

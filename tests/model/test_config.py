@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from minibert.errors import UserError
+from minibert.model.compressed import quantization_config
 from minibert.model.config import ACTIVATIONS, NAMED, ONLY, BertConfig
+
+INT8 = quantization_config(["encoder.layer.0.output.dense"])
 
 
 @pytest.mark.parametrize(
