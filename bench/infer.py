@@ -27,16 +27,21 @@ from bench.timing.batches import Batch, work
 from minibert import backends
 from minibert.backends import Backend
 from minibert.errors import UserError
+from minibert.kernels.cpu.vectors import byte_instructions
 from minibert.model.config import BertConfig
+from minibert.model.quantized import make_int8
 from minibert.model.tensor import no_grad
+from minibert.tasks.quantize import groups_of
 
 MEASURES = {
     "dense": "dense: every sequence has all its tokens",
     "packed": "packed: real text; ours packs it, the others pad it to the longest of each batch",
 }
-OPPONENTS = ("torch", "torch.compile", "onnxruntime")
+OPPONENTS = ("torch", "torch.bf16", "torch.compile", "onnxruntime", "onnxruntime.int8")
 SHORTEST = 0.05  # seconds that one turn lasts: quick passes are repeated in it
 SAME = 1e-3  # of the largest output: outputs further apart are not those of the same model
+NEAR = 0.3  # of it, where one of the two computes in fewer bits; those of another model are 1 apart
+FEWER_BITS = ("int8", "bfloat16")  # as the library of a side says
 
 
 @dataclass(frozen=True)
@@ -44,21 +49,29 @@ class Task(frame.Task):
     """What is to be measured."""
 
     logits: bool = False
+    int8: bool = False
 
 
 @dataclass(frozen=True)
 class Options(frame.Options):
-    """The option that inference alone has."""
+    """The options that inference alone has."""
 
     logits: Annotated[bool, typer.Option(help="The vocabulary's logits on every position.")] = False
+    int8: Annotated[bool, typer.Option("--int8", help="Ours with the encoder's linear layers in int8.")] = False
 
 
 class OurInference(frame.Ours):
     """minibert's model on one backend."""
 
-    def __init__(self, config: BertConfig, weights: torch_peer.Weights, backend: Backend, logits: bool) -> None:
+    def __init__(
+        self, config: BertConfig, weights: torch_peer.Weights, backend: Backend, logits: bool, int8: bool = False
+    ) -> None:
         super().__init__(config, weights, backend)
         self.logits = logits
+        if int8:
+            layers = [name for group in groups_of(self.model).values() for name in group]
+            make_int8(self.model, layers, values=True)
+            self.library += f", {len(layers)} linear layers in int8 ({byte_instructions()})"
         self.model.eval().prepack()
 
     def prepare(self, batch: Batch) -> Any:
@@ -77,14 +90,16 @@ class OurInference(frame.Ours):
 
 def side(name: str, task: Task, weights: torch_peer.Weights, example: Batch) -> Any:
     """The side of this name: a backend of ours, or another library. Raises whatever that library raises."""
-    if name == "onnxruntime":
+    if name.startswith("onnxruntime"):
         if onnx_peer.missing():
             raise UserError(onnx_peer.missing())
-        return onnx_peer.OnnxInference(task.config, weights, task.threads, task.logits, example)
+        return onnx_peer.OnnxInference(task.config, weights, task.threads, task.logits, example, name.endswith("int8"))
     if name in OPPONENTS:
-        compiled = name == "torch.compile"
-        return torch_peer.TorchInference(task.config, weights, task.threads, task.logits, compiled=compiled)
-    return OurInference(task.config, weights, backends.get(name), task.logits)
+        return torch_peer.TorchInference(
+            task.config, weights, task.threads, task.logits, compiled=name.endswith("compile"),
+            bfloat16=name.endswith("bf16"),
+        )  # fmt: skip
+    return OurInference(task.config, weights, backends.get(name), task.logits, task.int8)
 
 
 def turn(one: Any, prepared: Any) -> None:
@@ -103,17 +118,19 @@ def found(one: Any, batch: Batch, timed: bool) -> np.ndarray:
 
 def judge(facts: dict[str, Any], each: Mapping[str, np.ndarray], timed: bool) -> None:
     """How far outputs are from the first side's: the largest distance, over the largest output."""
-    (_, first), *others = each.items()
+    (first_name, first), *others = each.items()
     largest = float(np.abs(first).max())
     apart = {name: float(np.abs(rows - first).max()) / largest for name, rows in others}
     facts.setdefault("apart", {})["after" if timed else "before"] = apart
-    facts["refused"] = refusal(apart)
+    few = [name for name, library in facts["libraries"].items() if any(kind in library for kind in FEWER_BITS)]
+    facts["fewer_bits"] = few
+    facts["refused"] = refusal(apart, {name: NEAR if {name, first_name} & {*few} else SAME for name in apart})
 
 
-def refusal(apart: Mapping[str, float]) -> str:
+def refusal(apart: Mapping[str, float], allowed: Mapping[str, float]) -> str:
     """Why the sides do not compute the same; empty where they do."""
     for name, distance in apart.items():
-        if not distance <= SAME:
+        if not distance <= allowed[name]:
             return f"the outputs of {name} are {distance:.2g} of the largest away: it does not compute the same"
     return ""
 

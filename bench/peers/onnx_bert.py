@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import tempfile
 import warnings
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,20 @@ def missing() -> str:
 
 
 class OnnxInference:
-    """A session on the CPU with these weights: the last hidden state, or the logits of every position."""
+    """A session on the CPU with these weights: the last hidden state, or the logits of every position.
 
-    name = "onnxruntime"
+    With `int8` products in 8 bits, the graph unfused: fused, it took a sixth longer in them.
+    """
 
-    def __init__(self, config: BertConfig, weights: Weights, threads: int, logits: bool, example: Batch) -> None:
+    def __init__(
+        self, config: BertConfig, weights: Weights, threads: int, logits: bool, example: Batch, int8: bool = False
+    ) -> None:
         onnxruntime = import_module("onnxruntime")
+        self.name = "onnxruntime.int8" if int8 else "onnxruntime"
         with tempfile.TemporaryDirectory() as folder:
             exported, fused = Path(folder) / "bert.onnx", Path(folder) / "fused.onnx"
             export(TorchInference(config, weights, threads, logits), self.prepare(example), exported)
-            what = fuse(config, exported, fused)
+            what = (quantize if int8 else partial(fuse, config))(exported, fused)
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
             # threads that wait by spinning would take the cores from the others' turns
@@ -80,6 +85,21 @@ def export(peer: TorchInference, inputs: dict[str, np.ndarray], path: Path) -> N
             )  # fmt: skip
     finally:
         logging.disable(level)
+
+
+def quantize(path: Path, quantized: Path) -> str:
+    """The graph with products in int8 into another file: weights by channel, activations as they come, by tensor."""
+    tool = import_module("onnxruntime.quantization")
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        tool.quantize_dynamic(
+            str(path), str(quantized), per_channel=True, weight_type=tool.QuantType.QInt8,
+            extra_options={"DefaultTensorType": 1},
+        )  # fmt: skip
+    finally:
+        logging.disable(level)
+    return "int8, weights by channel, activations by tensor"
 
 
 def fuse(config: BertConfig, path: Path, fused: Path) -> str:

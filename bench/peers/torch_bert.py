@@ -101,16 +101,18 @@ class TorchInference:
 
     def __init__(
         self, config: BertConfig, weights: Weights, threads: int, logits: bool = False, compiled: bool = False,
-        plain: bool | None = None,
+        plain: bool | None = None, bfloat16: bool = False,
     ) -> None:  # fmt: skip
         import torch
 
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision("highest")
         self.torch = torch
-        self.name = "torch.compile" if compiled else "torch"
+        self.name = "torch.compile" if compiled else "torch.bf16" if bfloat16 else "torch"
         self.model, self.library = made(config, weights, plain)
         self.model.eval()
+        if bfloat16:
+            self.model, self.library = self.model.to(torch.bfloat16), f"{self.library}, weights and states in bfloat16"
         self.forward = _forward(self.model, logits)
         self._run = torch.compile(self.forward) if compiled else self.forward
 
@@ -124,7 +126,7 @@ class TorchInference:
 
     def rows(self, output: Any, batch: Batch) -> np.ndarray:
         """The outputs of the real tokens: (N, C) or (N, V)."""
-        return np.asarray(output.numpy()[batch.real])
+        return np.asarray(output.float().numpy()[batch.real])
 
 
 def _forward(model: Any, logits: bool) -> Any:

@@ -133,10 +133,13 @@ def compared(contestants: Sequence[Contestant], ours: Sequence[str]) -> dict[str
 def shares(facts: dict[str, Any], peaks: Peaks) -> None:
     """Add each side's share of the peak; above it the figure is wrong, and no ratio is made of it.
 
-    The peak is that of multiply-adds in registers. Beside it stands the share of NumPy's best product.
+    The peak is that of multiply-adds of float32 in registers: of sides that compute in fewer bits there is no share.
+    Beside it stands the share of NumPy's best product.
     """
     facts["share_of_peak"], facts["share_of_product"], facts["impossible"] = {}, {}, []
     for name, taken in facts.get("seconds", {}).items():
+        if name in facts.get("fewer_bits", ()):
+            continue
         rate = facts["flops"][name] / taken["median"] * 1e-9
         share = rate / peaks.limit_gflops
         facts["share_of_peak"][name], facts["share_of_product"][name] = share, rate / peaks.gflops

@@ -70,7 +70,7 @@ def table(facts: Mapping[str, Any], opponents: Sequence[str]) -> Table:
         shown.add_row(
             who, *("-" if wrong else f"{taken[k] * 1e3:.1f}" for k in ("median", "p20", "p80")),
             *(cell for cells in ratios for cell in cells),
-            *("-" if wrong else f"{facts[kind][who]:.0%}" for kind in kinds),
+            *("-" if wrong or who not in facts[kind] else f"{facts[kind][who]:.0%}" for kind in kinds),
             "" if memory is None else f"{memory * 1e-6:.0f}", f"{facts['first_call_s'][who]:.2f}",
             *([f"{facts['last_loss'][who]:.4f}"] if "last_loss" in facts else []),
             "[red]impossible[/red]" if wrong else "",

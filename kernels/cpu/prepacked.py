@@ -1,4 +1,4 @@
-"""Weights whose micropanels are kept: products by them pack nothing. Those of int8 are packed as words of four bytes."""
+"""Weights whose micropanels are kept: products by them pack nothing. Those of int8 are words of four bytes."""
 
 from __future__ import annotations
 

@@ -347,3 +347,25 @@ def test_torch_and_onnxruntime_give_the_same_outputs(name: str, logits: bool) ->
     assert set(facts["apart"]["after"]) == set(opponents) and max(facts["apart"]["after"].values()) < 1e-5
     if "onnxruntime" in opponents:
         assert f"{SMALL.num_hidden_layers} Attention" in facts["libraries"]["onnxruntime"]
+
+
+@pytest.mark.parity
+def test_sides_in_fewer_bits_are_near_and_have_no_share_of_the_peak_of_float32() -> None:
+    opponents = ["torch", "torch.bf16"]
+    if importlib.util.find_spec("onnxruntime") is not None:
+        opponents += ["onnxruntime", "onnxruntime.int8"]
+    task = infer.Task(SMALL, 2, 16, 1, int8=True)
+    facts = infer.measure("dense", task, ["numba"], opponents, 3, silent)
+    assert not facts["refused"] and not facts["skipped"]
+    assert "12 linear layers in int8" in facts["libraries"]["numba"]
+    assert set(facts["fewer_bits"]) == {"numba"} | {name for name in opponents if name.endswith(("bf16", "int8"))}
+    assert 1e-4 < max(facts["apart"]["after"].values()) < infer.NEAR
+    harness.shares(facts, PEAKS)
+    assert set(facts["share_of_peak"]) == {name for name in ("torch", "onnxruntime") if name in opponents}
+
+
+def test_int8_is_said_and_near_floats() -> None:
+    task = infer.Task(SMALL, 2, 16, 1, int8=True)
+    facts = infer.measure("dense", task, ["numpy", "numba"], [], 3, silent)
+    assert not facts["refused"] and facts["fewer_bits"] == ["numpy", "numba"]
+    assert all("linear layers in int8 (" in library for library in facts["libraries"].values())
