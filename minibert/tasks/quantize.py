@@ -6,7 +6,7 @@ The measure is 1 - cosine between the mean of the last hidden states of a text b
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-import minibert as mb
 from minibert.data import load_tokenizer, special_ids
 from minibert.data.sequences import ids_of
 from minibert.data.tokenizer import FILES
@@ -51,8 +50,8 @@ def load(folder: Path, backend: Any) -> Loaded:
         loaded = Loaded(encoder.model, encoder.tokenizer, encoder.save_pretrained)
     else:
         name = architecture_of(read_config(folder)) or "BertModel"
-        kind = getattr(mb, name, None)
-        if not (isinstance(kind, type) and issubclass(kind, PreTrained)):
+        kind: Any = next((each for each in subclasses(PreTrained) if each.__name__ == name), None)
+        if kind is None:
             raise UserError(f"{folder} holds a {name}: expected a model that has a class of that name here")
         model, info = kind.from_pretrained(folder, backend, output_loading_info=True)
         if info["missing_keys"]:
@@ -62,6 +61,13 @@ def load(folder: Path, backend: Any) -> Loaded:
     if int8_layers(loaded.model):
         raise UserError(f"{folder} is in int8 already: name the model that it was made of")
     return loaded
+
+
+def subclasses(kind: type) -> Iterator[type]:
+    """All of them, of whatever depth, that have been imported."""
+    for each in kind.__subclasses__():
+        yield each
+        yield from subclasses(each)
 
 
 @dataclass
