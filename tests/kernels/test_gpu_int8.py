@@ -116,7 +116,8 @@ def layer(rows: int, outs: int, inputs: int, factor: float = 1.0) -> tuple[np.nd
 
 @pytest.mark.parametrize(
     ("rows", "outs", "inputs"),
-    [(1, 1, 1), (3, 5, 7), (1, 4, 16), (64, 64, 64), (65, 63, 61), (5, 130, 80), (70, 8, 132), (2, 3, 1031), (9, 68, 192)],
+    [(1, 1, 1), (3, 5, 7), (1, 4, 16), (64, 64, 64), (65, 63, 61),
+     (5, 130, 80), (70, 8, 132), (2, 3, 1031), (9, 68, 192)],
 )  # fmt: skip
 def test_a_layer_in_whole_numbers_has_the_formulas_bits(emulator: Any, rows: int, outs: int, inputs: int) -> None:
     for factor in (1.0, 1e-20, 1e-38):
