@@ -4,26 +4,22 @@
 //   tanh, gelu_*, gelu_*_grad    some 20 to 60 instructions an element: bandwidth in float32; in 16 bits a byte brings
 //                                twice as many elements, and arithmetic is not far behind
 
+#include "activation/gpu_gelu.cuh"
 #include "gpu_packs.cuh"
 
 constexpr int THREADS = 256;
-constexpr float SQRT_HALF = 0.70710678118654752f;
 constexpr float DENSITY_AT_0 = 0.39894228040143268f;  // 1 / sqrt(2 pi), of the normal distribution
-constexpr float SQRT_2_OVER_PI = 0.79788456080286536f;
-constexpr float CUBIC = 0.044715f;
-
-__device__ __forceinline__ float tanh_of_cubic(float x) { return tanhf(SQRT_2_OVER_PI * (x + CUBIC * x * x * x)); }
 
 // --------------------------------------------------------------------------------------------------------- forward
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     gelu_erf(const Storage* __restrict__ x, Storage* __restrict__ y, long long count) {
-    each(x, y, count, [](float v) { return v * 0.5f * (1 + erff(v * SQRT_HALF)); });
+    each(x, y, count, [](float v) { return gelu_by_erf(v); });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     gelu_tanh(const Storage* __restrict__ x, Storage* __restrict__ y, long long count) {
-    each(x, y, count, [](float v) { return v * 0.5f * (1 + tanh_of_cubic(v)); });
+    each(x, y, count, [](float v) { return gelu_by_tanh(v); });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)

@@ -39,6 +39,7 @@ TYPES: dict[str, tuple[tuple[str, ...], str]] = {
     "long long": (("int64",), "q"),
     "unsigned long long": (("uint64",), "Q"),
     "unsigned char": (("bool", "uint8"), "B"),
+    "signed char": (("int8",), "b"),
     "unsigned short": (("uint16",), "H"),
     "Storage": (tuple(STORAGE), ""),
 }

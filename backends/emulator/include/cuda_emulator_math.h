@@ -59,6 +59,24 @@ CUDA_EMULATOR_INLINE unsigned long long __umul64hi(unsigned long long a, unsigne
 }
 CUDA_EMULATOR_INLINE int __mul24(int a, int b) { return (a << 8 >> 8) * (b << 8 >> 8); }
 CUDA_EMULATOR_INLINE unsigned __umul24(unsigned a, unsigned b) { return (a & 0xffffff) * (b & 0xffffff); }
+namespace cuda_emulator {
+
+// Four products of bytes added to `sum`, which may go round.
+template <class Byte, class Word>
+CUDA_EMULATOR_INLINE Word dot_of_bytes(Word a, Word b, Word sum) {
+    unsigned total = unsigned(sum);
+    for (int shift = 0; shift < 32; shift += 8) {
+        total += unsigned(int(Byte(unsigned(a) >> shift)) * int(Byte(unsigned(b) >> shift)));
+    }
+    return Word(total);
+}
+
+}  // namespace cuda_emulator
+
+CUDA_EMULATOR_INLINE int __dp4a(int a, int b, int sum) { return cuda_emulator::dot_of_bytes<signed char>(a, b, sum); }
+CUDA_EMULATOR_INLINE unsigned __dp4a(unsigned a, unsigned b, unsigned sum) {
+    return cuda_emulator::dot_of_bytes<unsigned char>(a, b, sum);
+}
 CUDA_EMULATOR_INLINE unsigned __sad(int x, int y, unsigned z) { return z + unsigned(x < y ? y - x : x - y); }
 
 // --- minimum and maximum: of NaN and a number, the number ---
