@@ -63,7 +63,7 @@ def load(folder: Path, backend: Any) -> Loaded:
     return loaded
 
 
-def subclasses(kind: type) -> Iterator[type]:
+def subclasses(kind: type[Any]) -> Iterator[type[Any]]:
     """All of them, of whatever depth, that have been imported."""
     for each in kind.__subclasses__():
         yield each
