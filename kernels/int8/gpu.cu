@@ -53,20 +53,20 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS)
     const int first = threadIdx.x * PACK, stride = ROW_THREADS * PACK;
     for (long long row = blockIdx.x; row < rows; row += gridDim.x) {
         float values[PACK], above = 0, below = 0;
-        bool broken = false;
+        float broken = 0;
         for (int column = first; column < columns; column += stride) {
             load_part(x + row * columns + column, columns - column, aligned, 0.0f, values);
 #pragma unroll
             for (int i = 0; i < PACK; ++i) {
                 above = fmaxf(above, values[i]);
                 below = fmaxf(below, -values[i]);
-                broken |= values[i] != values[i];  // a NaN, which fmaxf drops
+                if (values[i] != values[i]) broken = 1;  // a NaN, which fmaxf drops
             }
         }
         above = block_max(above, scratch);
         below = block_max(below, scratch);
         float scale = fmaxf(__fdiv_rn(__fadd_rn(above, below), LEVELS), SMALLEST);
-        if (__syncthreads_or(broken)) scale = __int_as_float(0x7fc00000);
+        if (block_max(broken, scratch) > 0) scale = __int_as_float(0x7fc00000);
         const float inverse = __frcp_rn(scale);
         const float zero_point = clipped(rintf(__fmul_rn(below, inverse)));
         if (threadIdx.x == 0) {
