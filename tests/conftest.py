@@ -29,7 +29,8 @@ SLOW = frozenset(
         "backends/test_cuda_products.py backends/test_cuda_streams.py backends/test_cupy_driver.py",
         "backends/test_emulator.py backends/test_emulator_toolchain.py backends/test_nvrtc.py",
         "cli/test_kernel_budget.py kernels/test_barriers.py kernels/test_gpu_elementwise.py kernels/test_gpu_linear.py",
-        "kernels/test_gpu_loss_and_update.py kernels/test_planted_faults.py kernels/test_planted_launches.py",
+        "kernels/test_gpu_int8.py kernels/test_gpu_loss_and_update.py kernels/test_planted_faults.py",
+        "kernels/test_planted_launches.py",
         "train/test_cuda_training.py test_docs_cuda.py faults/test_cuda_faults.py::first_failure",
         # measurements
         "bench/test_bench.py bench/test_bench_ablation.py bench/test_bench_ops.py bench/test_bench_scaling.py",
@@ -41,7 +42,7 @@ SLOW = frozenset(
         "cli/test_search.py::test_processes_share_the_trials_and_what_one_left_another_goes_on_with",
         "page/test_page_browser.py test_docs.py test_fast.py test_wheel.py kernels/test_overlap.py",
         "kernels/test_regression.py train/test_checkpoint.py::test_a_process_that_is_killed",
-        "cli/test_signals.py cli/test_full_disk.py cli/test_jobs.py",
+        "cli/test_signals.py cli/test_full_disk.py cli/test_jobs.py cli/test_read_only.py",
         "kernels/test_cache.py::test_what_is_damaged_is_compiled_anew_with_a_warning",
         "train/test_parts.py::test_a_process_whose_memory_is_limited_goes_on_in_parts",
         "train/test_memory.py::test_prediction_is_near_what_is_measured data/test_long_texts.py torture/test_texts.py",
@@ -59,11 +60,11 @@ SLOW = frozenset(
         "torture/test_kills.py::test_runs_that_are_killed_end_as_those_left_alone",
         "torture/test_kills.py::test_moments_that_are_lost_are_seen",
         # kernels compiled in many ways, or on many threads
-        "kernels/test_cpu_microkernel.py kernels/test_cpu_product.py kernels/test_cpu_threads.py",
+        "kernels/test_cpu_microkernel.py kernels/test_cpu_product.py kernels/test_cpu_threads.py kernels/test_int8.py",
         "kernels/test_vectorised.py kernels/test_cpu_math.py::test_float32_stays_within_its_ulp_over_all_bit_patterns",
         # runs of many steps, drawings of whole pages
         "lab/lockstep/test_bisect.py lab/lockstep/test_diff.py lab/lockstep/test_diff_sides.py",
-        "model/test_foreign_checkpoints.py model/test_parity.py data/test_tokenizer_parity.py",
+        "tasks/test_quantize.py model/test_foreign_checkpoints.py model/test_parity.py data/test_tokenizer_parity.py",
         "model/test_recompute.py::test_a_model_that_forgets_until_backward_has_the_same_gradients",
         "page/test_page.py::page page/test_page.py::small_facts page/test_page_recorded.py::small_facts",
         "lab/compare/test_compare_facts.py::test_the_page_is_made_of_what_was_found",
