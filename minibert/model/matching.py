@@ -124,6 +124,8 @@ def match(
         array, shape = arrays[name], tuple(expected[target])
         if array.dtype.kind in "iub" and target not in integers:
             raise UserError(f"{name} is of {array.dtype}, expected floats: if it is quantised, save it dequantised")
+        if array.dtype != np.int8 and target in integers:
+            raise UserError(f"{name} is of {array.dtype}, expected int8, as the layer is that it is for")
         if array.shape == shape:
             matched[target] = array
         else:

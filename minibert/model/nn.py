@@ -216,6 +216,7 @@ class Linear(Module):
     low_rank: Any = None  # a minibert.tuning.low_rank.LowRank
     prepacks = False  # see `prepack`
     kept: AsOne | None = None  # this layer and those that it stands beside
+    parts: tuple[str, ...] = ("weight", "bias")  # its own parameters
 
     def __init__(self, in_features: int, out_features: int, place: Place) -> None:
         self.weight = Parameter((out_features, in_features), "normal", place)
@@ -251,7 +252,7 @@ class Linear(Module):
 
 def as_one(layers: Sequence[Linear]) -> tuple[Tensor, ...]:
     """What is multiplied by, of linear layers of a kind side by side, the weight first."""
-    first, parameters = layers[0], [p for layer in layers for p in layer.parameters()]
+    first, parameters = layers[0], [getattr(layer, part) for layer in layers for part in layer.parts]
     keeps = first.prepacks and not grad_enabled()
     kept = first.kept  # read once: other threads may be at the same model
     if keeps and kept is not None and kept.holds(parameters):

@@ -29,6 +29,8 @@ NO_GRADIENT = (
 class Int8Linear(Linear):
     """y = x W' + b; weight (out_features, in_features) int8, weight_scale (out_features, 1)."""
 
+    parts = ("weight", "weight_scale", "bias")
+
     def __init__(self, in_features: int, out_features: int, place: Place) -> None:
         scale_dtype = "float64" if place.dtype == "float64" else "float32"
         self.weight = Parameter((out_features, in_features), "zeros", Place(place.backend, "int8"))
@@ -124,7 +126,7 @@ def with_layers_of(model: Any, arrays: Mapping[str, np.ndarray], find: Callable[
             whole.append(name)
     if whole:
         make_int8(model, whole)
-    return {f"{name}.weight" for name in whole}
+    return {f"{name}.weight" for name in int8_layers(model)}
 
 
 def said_in(config: BertConfig, model: Module) -> BertConfig:

@@ -121,6 +121,12 @@ def test_a_weight_without_its_scale_is_refused(tmp_path: Path) -> None:
         mb.BertForMaskedLM.from_pretrained(tmp_path)
 
 
+def test_floats_are_not_cut_to_integers() -> None:
+    model = in_int8()
+    with pytest.raises(UserError, match=r"expected int8, as the layer is that it is for"):
+        model.load_state_dict(mb.BertForMaskedLM(QUIET, "numpy", seed=3).state_dict(), strict=False)
+
+
 def test_a_layer_in_int8_is_a_linear_layer_to_who_looks_for_one() -> None:
     layer = Int8Linear(8, 4, mb.BertModel(replace(QUIET, num_hidden_layers=1), "numpy").place)
     assert isinstance(layer, Linear) and [p.declared_shape for p in layer.parameters()] == [(4, 8), (4, 1), (4,)]
