@@ -45,6 +45,14 @@ def _takes_places(kernel: Kernel | None) -> bool:
         return False
 
 
+def with_integers(op: Op, result: Any) -> Any:
+    """What a formula gave, its whole numbers in the dtype that arrays hold them in."""
+    if not op.whole_outputs:
+        return result
+    made = tuple(x.astype(op.whole_outputs.get(k, x.dtype)) for k, x in enumerate(outputs(result)))
+    return made if isinstance(result, tuple) else made[0]
+
+
 class Watcher(Protocol):
     """Stands in the door: sees one call, makes it by `call()`, and returns its result."""
 
@@ -98,10 +106,7 @@ class Backend:
         if kernel is not None:
             result = kernel(*arrays, **params)
         else:
-            result = op.formula(self.xp, *arrays, **params)
-            if op.whole_outputs:
-                made = tuple(r.astype(op.whole_outputs.get(k, r.dtype)) for k, r in enumerate(outputs(result)))
-                result = made if isinstance(result, tuple) else made[0]
+            result = with_integers(op, op.formula(self.xp, *arrays, **params))
             for written, value in zip(op.writes, outputs(result), strict=False):
                 arrays[written][...] = value
         if op.writes:

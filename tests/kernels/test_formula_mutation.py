@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from minibert import backends
+from minibert.backends.base import with_integers
 from minibert.kernels import OPS
 from minibert.kernels.op import Op
 from minibert.lab.conform.check import run_check
@@ -117,7 +118,7 @@ def with_mistake(op: Op, mistake: Mistake) -> Callable[..., Any]:
     formula = scope[op.formula.__name__]
 
     def kernel(*arrays: np.ndarray, **params: Any) -> Any:
-        results = formula(NUMPY.xp, *arrays, **params)
+        results = with_integers(op, formula(NUMPY.xp, *arrays, **params))
         for i, value in zip(op.writes, results if op.writes else (), strict=True):
             arrays[i][...] = value
         return results

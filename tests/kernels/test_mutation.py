@@ -16,7 +16,7 @@ import pytest
 from minibert import backends
 from minibert.backends import Backend
 from minibert.kernels import OPS
-from minibert.kernels.op import Op, input_name, outputs
+from minibert.kernels.op import Op, holds_floats, input_name, outputs
 from minibert.lab.conform.check import CheckResult, planned, run_check
 
 Memory = dict[Any, np.ndarray]  # what a mutant keeps from call to call
@@ -29,12 +29,15 @@ ON_NUMBA = [op for op in OPS.values() if NUMBA.by(op) != "formula"]  # the formu
 
 
 def too_large(x: np.ndarray, memory: Memory) -> np.ndarray:
-    return x * x.dtype.type(1.001)
+    """By a thousandth, or of whole numbers by one."""
+    return x * x.dtype.type(1.001) if holds_floats(x) else x + x.dtype.type(1)
 
 
 def one_element_too_large(x: np.ndarray, memory: Memory) -> np.ndarray:
     x = np.array(x)
-    x[np.unravel_index(np.abs(x).argmax(), x.shape)] *= x.dtype.type(1.001)
+    if x.size:
+        at = np.unravel_index(np.abs(x).argmax(), x.shape)
+        x[at] = too_large(x[at], memory)
     return x
 
 
