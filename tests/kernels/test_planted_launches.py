@@ -124,7 +124,7 @@ WRONG = (
         "inputs_left_alone",
     ),
     Fault(
-        "a constant of fewer digits", "activation/gpu.cu", "gelu",
+        "a constant of fewer digits", "activation/gpu_gelu.cuh", "gelu",
         "CUBIC = 0.044715f", "CUBIC = 0.0447f",
         "follows_formula",
     ),
