@@ -45,7 +45,7 @@ def quantize(
     """Write a model whose encoder multiplies in int8: weights by output channel, activations by row as they come.
 
     Smaller and faster where it is used (`predict`, `embed`, `evaluate`, `fill-mask`), and not to be trained.
-    """  # fmt: skip
+    """
     refuse_to_overwrite(output)
     place = fastest_or(backend, threads)
     loaded = load(folder, place)
