@@ -15,13 +15,14 @@ import numpy as np
 
 from bench.peers.torch_bert import missing
 from minibert.backends import BackendUnavailable
+from minibert.backends.base import with_integers
 from minibert.errors import pip_install
 from minibert.kernels import Op
 from minibert.kernels.op import Array
 
 
 class TorchModule:
-    """torch's NumPy functions, with the three things that formulas need and NumPy lacks."""
+    """torch's NumPy functions, with the things that formulas need and NumPy lacks."""
 
     def __init__(self) -> None:
         self.torch, self.functions = import_module("torch"), import_module("torch._numpy")
@@ -32,6 +33,15 @@ class TorchModule:
     @staticmethod
     def stored(x: Array) -> Array:
         return x
+
+    @staticmethod
+    def as_floats(whole: Array, like: Array) -> Array:
+        return whole.astype(like.dtype)
+
+    @staticmethod
+    def integer_matmul(a: Array, b: Array) -> Array:
+        """In float64, as NumPy's: torch multiplies integers without its library."""
+        return (a.astype("float64") @ b.astype("float64")).astype("int64")
 
     def segment_sum(self, rows: Array, ids: Array, count: int) -> Array:
         """out[i] = sum of rows[k] over ids[k] == i; rows (N, ...) -> (count, ...)."""
@@ -64,7 +74,7 @@ class TorchFormula:
 
     def run(self, op: Op, *arrays: Array, **params: Any) -> Any:
         with self.xp.torch.inference_mode():
-            return op.formula(self.xp, *arrays, **params)
+            return with_integers(op, op.formula(self.xp, *arrays, **params))
 
     def numpy(self, x: Array) -> np.ndarray:
         return np.asarray(x.tensor.numpy() if hasattr(x, "tensor") else x)

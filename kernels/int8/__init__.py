@@ -44,7 +44,7 @@ def _quantize_rows(xp: Any, x: Array) -> tuple[Array, Array, Array]:
 def _linear_int8(
     xp: Any, q: Array, scale: Array, zero_point: Array, weight: Array, weight_scale: Array, bias: Array
 ) -> Array:
-    sums = xp.integer_matmul(q, weight.T) - zero_point.astype(np.int64) * weight.sum(axis=1, dtype=np.int64)
+    sums = xp.integer_matmul(q, weight.T) - zero_point.astype("int64") * weight.sum(axis=1, dtype="int64")
     y = xp.as_floats(sums, scale) * scale * weight_scale + bias
     return y
 
