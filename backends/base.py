@@ -16,7 +16,8 @@ import numpy as np
 from minibert.backends.blas import blas_threads, set_blas_threads
 from minibert.errors import UserError, pip_install
 from minibert.kernels.adjoining import adjoining
-from minibert.kernels.op import Array, Op, outputs
+from minibert.kernels.op import Array, Op, holds_floats, outputs
+from minibert.kernels.readings import cost
 
 Kernel = Callable[..., Any]
 NARROW = ("float16", "bfloat16")  # arithmetic is in float32, and what an op calls wide is stored in it too
@@ -43,6 +44,19 @@ def _takes_places(kernel: Kernel | None) -> bool:
         return kernel is not None and "into" in signature(kernel).parameters
     except ValueError:  # a callable that says nothing of its parameters
         return False
+
+
+def storage_of(op: Op, arrays: Sequence[Array]) -> np.dtype[Any] | None:
+    """The dtype in which a call keeps its floats: that of the first which op does not call wide; None without one."""
+    floats = (a.dtype for i, a in enumerate(arrays) if holds_floats(a) and i not in op.wide_inputs)
+    return next(floats, None)
+
+
+@cache
+def _computes(op: Op) -> bool:
+    """Whether its formula does arithmetic; else it moves elements, whatever they are."""
+    sample = next(iter(op.samples(np.random.default_rng(0))))
+    return cost(op, *sample.arrays, **sample.params).flops > 0
 
 
 def with_integers(op: Op, result: Any) -> Any:
@@ -103,6 +117,10 @@ class Backend:
 
     def _run(self, op: Op, arrays: tuple[Array, ...], params: dict[str, Any]) -> Any:
         kernel = self.kernel(op)
+        if any([a.dtype.itemsize == 2 for a in arrays]) and not getattr(kernel, "takes_bfloat16", False):
+            storage = storage_of(op, arrays)
+            if storage is not None and storage.name in NARROW and (kernel is not None or _computes(op)):
+                return self._run_widened(op, arrays, params, storage)
         if kernel is not None:
             result = kernel(*arrays, **params)
         else:
@@ -113,6 +131,32 @@ class Backend:
             return tuple(arrays[i] for i in op.writes)
         asarray = self.xp.asarray
         return tuple(map(asarray, result)) if isinstance(result, tuple) else asarray(result)
+
+    def _run_widened(self, op: Op, arrays: tuple[Array, ...], params: dict[str, Any], storage: np.dtype[Any]) -> Any:
+        """On copies in float32, as 16 bits are for memory alone; what the op does not call wide is stored in 16 again."""
+        wide = tuple(self.widened(a) if a.dtype == storage else a for a in arrays)
+        result = self._run(op, wide, {name: value for name, value in params.items() if name != "into"})
+        if op.writes:
+            for written in op.writes:
+                if arrays[written] is not wide[written]:
+                    self.narrow(wide[written], arrays[written])
+            return tuple(arrays[i] for i in op.writes)
+        stored = tuple(
+            r if not holds_floats(r) or k in op.wide_outputs or k in op.whole_outputs else self.narrow(r, storage)
+            for k, r in enumerate(outputs(result))
+        )
+        return stored if isinstance(result, tuple) else stored[0]
+
+    def widened(self, x: Array) -> Array:
+        """A copy in float32 of an array in 16 bits."""
+        return x.astype(np.float32)
+
+    def narrow(self, x: Array, to: Any) -> Array:
+        """`x` (float32) rounded to 16 bits: to a dtype, as a new array, or into an array that is given."""
+        if isinstance(to, np.dtype):
+            return x.astype(to)
+        to[...] = x
+        return to
 
     def _run_into(self, op: Op, arrays: tuple[Array, ...], params: dict[str, Any], *into: Array | None) -> Any:
         given = {**params, "into": into} if _takes_places(self.kernel(op)) else params

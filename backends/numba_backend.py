@@ -18,6 +18,8 @@ from minibert.kernels.op import Array
 
 
 class NumbaBackend(Backend):
+    dtypes = ("float32", "float64", "bfloat16")
+
     def describe(self) -> str:
         mode = ", deterministic" if deterministic() else ""
         threads, bits = cpu_threads.num_threads(), 8 * VECTOR_BYTES

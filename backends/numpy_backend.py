@@ -8,6 +8,8 @@ from minibert.kernels.array_module import numpy_module
 
 
 class NumpyBackend(Backend):
+    dtypes = ("float32", "float64", "float16", "bfloat16")
+
     def describe(self) -> str:
         return described()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from minibert.backends.base import NARROW, Backend
+from minibert.backends.base import NARROW, Backend, storage_of
 from minibert.backends.cuda.array import DeviceArray, NotOnDevice, ghost
 from minibert.backends.cuda.driver import Driver
 from minibert.backends.cuda.graph import Capture, LiveInt
@@ -127,8 +127,7 @@ class CudaBackend(Backend):
         host = np.asarray(result)
         if not holds_floats(host) or number in op.whole_outputs:
             return self.asarray(host, dtype=op.whole_outputs.get(number))
-        floats = (a.dtype for i, a in enumerate(arrays) if holds_floats(a) and i not in op.wide_inputs)
-        storage = next(floats, np.dtype(np.float32))
+        storage = storage_of(op, arrays) or np.dtype(np.float32)
         wide = storage.name in NARROW and number in op.wide_outputs
         return self.asarray(host, dtype=np.float32 if wide else storage)
 
