@@ -133,7 +133,7 @@ class Backend:
         return tuple(map(asarray, result)) if isinstance(result, tuple) else asarray(result)
 
     def _run_widened(self, op: Op, arrays: tuple[Array, ...], params: dict[str, Any], storage: np.dtype[Any]) -> Any:
-        """On copies in float32, as 16 bits are for memory alone; what the op does not call wide is stored in 16 again."""
+        """On copies in float32: 16 bits are for memory. What the op does not call wide is stored in them again."""
         wide = tuple(self.widened(a) if a.dtype == storage else a for a in arrays)
         result = self._run(op, wide, {name: value for name, value in params.items() if name != "into"})
         if op.writes:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 import sys
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numba
+import numpy as np
 
 from minibert.backends.base import Backend
 from minibert.backends.blas import deterministic, set_product_threads
 from minibert.kernels.array_module import numpy_module
 from minibert.kernels.cpu import threads as cpu_threads
+from minibert.kernels.cpu.bfloat16 import narrowed, widened
 from minibert.kernels.cpu.prepacked import prepacked
 from minibert.kernels.cpu.vectors import VECTOR_BYTES
 from minibert.kernels.op import Array
@@ -24,6 +27,12 @@ class NumbaBackend(Backend):
         mode = ", deterministic" if deterministic() else ""
         threads, bits = cpu_threads.num_threads(), 8 * VECTOR_BYTES
         return f"Numba {numba.__version__} ({threads} threads, vectors of {bits} bits{mode})"
+
+    def widened(self, x: Array) -> Array:
+        return widened(x)
+
+    def narrow(self, x: Array, to: Any) -> Array:
+        return narrowed(x, np.empty(x.shape, to) if isinstance(to, np.dtype) else to)
 
     def prepacked(self, weight: Array) -> Array:
         return prepacked(weight)

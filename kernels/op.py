@@ -116,6 +116,12 @@ def library(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return kernel
 
 
+def takes_bfloat16(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a kernel for a CPU that reads and writes arrays of bfloat16 itself: others are given copies in float32."""
+    kernel.takes_bfloat16 = True  # type: ignore[attr-defined]
+    return kernel
+
+
 def holds_floats(array: Array) -> bool:
     """Whether the elements are floats; ml_dtypes' bfloat16 is one, although NumPy files it under V."""
     return array.dtype.kind in "fV"

@@ -1,4 +1,4 @@
-"""Weights whose micropanels are kept: products by them pack nothing. Those of int8 are words of four bytes."""
+"""Weights whose micropanels are kept: products by them pack nothing. Those of int8 and bfloat16 are words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minibert.kernels.cpu.product import PACKED, VECTORS, Operand, operand, pack
 from minibert.kernels.cpu.vectors import VECTOR_BYTES
 from minibert.kernels.op import Array
 
-WORD = 4  # bytes
+WORDS = {1: np.dtype(np.int32), 2: np.dtype(np.uint32)}  # by the bytes of an element: see `cpu_vectors`
 
 
 class Kept(NamedTuple):
@@ -51,10 +51,11 @@ def row_sums_of(weight: Array) -> Array:
 
 
 def words_of(x: Array) -> Array:
-    """Rows of bytes as rows of int32, filled up with zeros to whole words."""
-    missing = -x.shape[1] % WORD
+    """Rows of int8 or bfloat16 as rows of words, filled up with zeros to whole ones."""
+    word = WORDS[x.itemsize]
+    missing = -x.shape[1] % (word.itemsize // x.itemsize)
     x = np.pad(x, ((0, 0), (0, missing))) if missing else np.ascontiguousarray(x)
-    return x.reshape(-1).view(np.int32).reshape(len(x), x.shape[1] // WORD)
+    return x.reshape(-1).view(word).reshape(len(x), -1)
 
 
 def _found(weight: Array) -> Kept | None:
@@ -63,12 +64,13 @@ def _found(weight: Array) -> Kept | None:
 
 
 def _transposed(weight: Array) -> Operand:
-    return operand((words_of(weight) if weight.dtype == np.int8 else weight).T)
+    return operand((words_of(weight) if weight.itemsize in WORDS else weight).T)
 
 
 def _depth(weight: Array) -> int:
     """Rows of the transpose."""
-    return -(-weight.shape[1] // WORD) if weight.dtype == np.int8 else weight.shape[1]
+    word = WORDS.get(weight.itemsize, weight.dtype)
+    return -(-weight.shape[1] * weight.itemsize // word.itemsize)
 
 
 def _row_sums(weight: Array) -> Array:

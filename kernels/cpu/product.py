@@ -2,7 +2,9 @@
 
 `gemm` is the product on one core, called by any kernel that multiplies. It packs B into micropanels of NR columns, some
 rows and columns at a time, so few that they stay in the second-level cache, and reads A where it lies, MR rows at a
-time (packed only where the terms of a row lie far apart). `cpu_microkernel` names the papers.
+time (packed only where the terms of a row lie far apart). `cpu_microkernel` names the papers. Words of several
+elements, with C in another dtype, are multiplied in tiles where the processor has them; terms are words then, and lie
+one after the other in a row of A.
 
 Each element of C is a sum in an order that the number of its terms alone decides: neither the number of threads nor
 the other rows and columns change a bit of it.
@@ -18,6 +20,15 @@ import numpy as np
 from minibert.kernels.cpu.jit import inline, jit
 from minibert.kernels.cpu.microkernel import MR, VECTORS, microkernel_1, microkernel_2, microkernel_3
 from minibert.kernels.cpu.threads import blocks, num_threads, rows_worth_a_thread, run_rows
+from minibert.kernels.cpu.tiles import (
+    TILE_ROWS,
+    by_tiles,
+    multiply_tiles_1,
+    multiply_tiles_2,
+    multiply_tiles_3,
+    release_tiles,
+    set_tiles,
+)
 from minibert.kernels.cpu.vectors import VECTOR_BYTES, copy_vector, transpose_square
 from minibert.kernels.op import Array
 
@@ -49,9 +60,9 @@ def lanes_of(x: Array) -> int:
 
 @jit
 def scratch_for(x: Array) -> Array:
-    """What `gemm` packs into: B's micropanels, WIDE rows of A, and the sums at an edge of C; aligned to vectors."""
+    """What `gemm` packs a B like x into: micropanels, WIDE rows of A, sums at an edge of C; aligned to vectors."""
     nr = VECTORS * lanes_of(x)
-    buffer = np.empty(PANELS * DEPTH * nr + WIDE * DEPTH + MR * nr + lanes_of(x), x.dtype)
+    buffer = np.empty(PANELS * DEPTH * nr + WIDE * DEPTH + max(MR, TILE_ROWS) * nr + lanes_of(x), x.dtype)
     return buffer[-(buffer.ctypes.data // x.itemsize) % lanes_of(x) :]
 
 
@@ -71,6 +82,8 @@ def gemm(
             c[c_start + i * c_row + j] = 0
     group = PANELS * VECTORS * lanes_of(c)
     strip = PANELS * DEPTH * VECTORS * lanes_of(c)
+    edges = scratch[strip + WIDE * DEPTH :].view(c.dtype)
+    height = TILE_ROWS if by_tiles(b) else MR
     step = UNIT * max(1, ceil_div(ceil_div(depth, max(1, ceil_div(depth, DEPTH))), UNIT))
     for j in range(0, n, group):
         columns = min(group, n - j)
@@ -78,47 +91,48 @@ def gemm(
             terms, more = min(step, depth - k), add or k > 0
             if b_k != PACKED:
                 pack_panels(b, b_start + k * b_k + j * b_column, b_k, b_column, terms, columns, scratch)
-            for i in range(0, m, MR):
-                rows, place = min(MR, m - i), c_start + i * c_row + j
+            for i in range(0, m, height):
+                rows, place = min(height, m - i), c_start + i * c_row + j
                 left = a_start + i * a_row + k * a_k
+                set_tiles(b, rows, terms)
                 if b_k == PACKED:
                     first = b_start + j * depth
                     strip_by_panels(
-                        a, left, a_row, a_k, rows, terms, columns, b, first, k, depth, scratch, c, place, c_row, more
+                        a, left, a_row, a_k, rows, terms, columns, b, first, k, depth, edges, c, place, c_row, more
                     )
                     continue
                 if a_k < FAR:
                     strip_by_panels(
-                        a, left, a_row, a_k, rows, terms, columns, scratch, 0, 0, terms, scratch, c, place, c_row, more
+                        a, left, a_row, a_k, rows, terms, columns, scratch, 0, 0, terms, edges, c, place, c_row, more
                     )
                     continue
                 if i % WIDE == 0:
                     pack_columns(a, left, a_k, terms, min(WIDE, m - i), WIDE, scratch, strip)
                 strip_by_panels(
-                    scratch, strip + i % WIDE, a_row, WIDE, rows, terms, columns, scratch, 0, 0, terms, scratch,
+                    scratch, strip + i % WIDE, a_row, WIDE, rows, terms, columns, scratch, 0, 0, terms, edges,
                     c, place, c_row, more,
                 )  # fmt: skip
+    release_tiles(b)
 
 
 @jit
 def strip_by_panels(
     a: Array, a_start: int, a_row: int, a_k: int, rows: int, terms: int, columns: int,
-    b: Array, b_start: int, k: int, depth: int, scratch: Array, c: Array, c_start: int, c_row: int, add: bool,
+    b: Array, b_start: int, k: int, depth: int, edges: Array, c: Array, c_start: int, c_row: int, add: bool,
 ) -> None:  # fmt: skip
     """Up to MR rows of A times rows k .. k + terms of micropanels, which have `depth` rows and begin at b_start."""
     lanes = lanes_of(c)
     nr = VECTORS * lanes
-    edge = PANELS * DEPTH * nr + WIDE * DEPTH
     for j in range(0, columns, nr):
         wide = min(nr, columns - j)
         vectors = ceil_div(wide, lanes)
         panel = b_start + j * depth + k * vectors * lanes
-        if rows == MR and wide == vectors * lanes:
+        if (rows == MR or by_tiles(b)) and wide == vectors * lanes:
             tile(vectors, a, a_start, a_row, a_k, rows, b, panel, terms, c, c_start + j, c_row, add)
             continue
-        tile(vectors, a, a_start, a_row, a_k, rows, b, panel, terms, scratch, edge, nr, False)
+        tile(vectors, a, a_start, a_row, a_k, rows, b, panel, terms, edges, 0, nr, False)
         for i in range(rows):
-            sums, out = scratch[edge + i * nr :], c[c_start + i * c_row + j :]
+            sums, out = edges[i * nr :], c[c_start + i * c_row + j :]
             for column in range(wide):
                 out[column] = out[column] + sums[column] if add else sums[column]
 
@@ -128,7 +142,14 @@ def tile(
     vectors: int, a: Array, a_start: int, a_row: int, a_k: int, rows: int, b: Array, b_start: int, depth: int,
     c: Array, c_start: int, c_row: int, add: bool,
 ) -> None:  # fmt: skip
-    if vectors == 3:
+    if by_tiles(b):
+        if vectors == 3:
+            multiply_tiles_3(a, a_start, a_row, b, b_start, depth, c, c_start, c_row, add)
+        elif vectors == 2:
+            multiply_tiles_2(a, a_start, a_row, b, b_start, depth, c, c_start, c_row, add)
+        else:
+            multiply_tiles_1(a, a_start, a_row, b, b_start, depth, c, c_start, c_row, add)
+    elif vectors == 3:
         microkernel_3(a, a_start, a_row, a_k, rows, b, b_start, depth, c, c_start, c_row, add)
     elif vectors == 2:
         microkernel_2(a, a_start, a_row, a_k, rows, b, b_start, depth, c, c_start, c_row, add)
@@ -203,7 +224,7 @@ def product_parts(
     a: Array, a_row: int, a_k: int, b: Array, b_k: int, b_column: int, c: Array, c_row: int, m: int, n: int, depth: int,
     add: bool, cuts: tuple[int, int], start: int, stop: int,
 ) -> None:  # fmt: skip
-    scratch = scratch_for(c)
+    scratch = scratch_for(b)
     for part in range(start, stop):
         i, rows, j, columns = part_of(c, m, n, cuts, part)
         gemm(
@@ -279,8 +300,9 @@ def _rows_are_contiguous(x: Array) -> bool:
 
 
 def run_parts(
-    kernel: Any, m: int, n: int, depth: int, dtype: np.dtype[Any], *args: Any, far: bool = False, packed: bool = False
-) -> None:
+    kernel: Any, m: int, n: int, depth: int, dtype: np.dtype[Any], *args: Any, far: bool = False,
+    packed: bool = False, words: bool = False,
+) -> None:  # fmt: skip
     """Call `kernel(*args, cuts, start, stop)` for all parts of a product (m, depth) by (depth, n)."""
     down, across = cuts_of(m, n, depth, VECTORS * (VECTOR_BYTES // dtype.itemsize), num_threads(), far, packed)
     grain = rows_worth_a_thread(m * n * depth // (down * across), COST)

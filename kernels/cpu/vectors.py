@@ -3,8 +3,9 @@
 Written in LLVM's vector types, for float32 and float64. Arrays are one-dimensional here; offsets, strides and sizes
 count elements, and nothing is checked.
 
-In products an int32 is a word of four bytes that follow one another along K, unsigned on the left, signed on the right,
-and multiplying two words is the sum of their four products.
+In products a word of 32 bits holds elements that follow one another along K, and multiplying two words is the sum of
+their products: an int32 four bytes, unsigned on the left, signed on the right, whose sums are int32; an uint32 a pair
+of bfloat16, whose sums are float32.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from numba.extending import intrinsic
 TRIPLE, _, FEATURES = cpu_target.target_context.codegen().magic_tuple()  # FEATURES: "+avx2,+fma,-avx512f,..."
 VECTOR_BYTES = 64 if "+avx512f" in FEATURES else 32 if "+avx" in FEATURES else 16
 
+BYTES, PAIRS = "int32", "uint32"  # dtypes of words
 READ, SECOND_LEVEL, DATA = 0, 2, 1  # as llvm.prefetch has them: no write, a temporal locality of 2 of 3, no code
 I32, INDEX = ir.IntType(32), ir.IntType(types.intp.bitwidth)
 
@@ -30,6 +32,7 @@ class Emitter:
 
     def __init__(self, context: Any, builder: ir.IRBuilder, kinds: Any, args: Any) -> None:
         self.builder, self.values = builder, list(args)
+        self.pairs = any(isinstance(kind, types.Array) and str(kind.dtype) == PAIRS for kind in kinds)
         for n, kind in enumerate(kinds):
             if isinstance(kind, types.Array):
                 self.values[n] = context.make_array(kind)(context, builder, args[n]).data
@@ -63,7 +66,8 @@ class Emitter:
 
     def broadcast(self, pointer: Any) -> Any:
         nothing = self.vector(ir.Undefined)
-        first = self.builder.insert_element(nothing, self.builder.load(pointer), I32(0))
+        value = self.builder.bitcast(self.builder.load(pointer), self.vector.element)
+        first = self.builder.insert_element(nothing, value, I32(0))
         return self.shuffle(first, nothing, [0] * self.lanes)
 
     def zero(self) -> Any:
@@ -80,6 +84,8 @@ class Emitter:
         """a * b + c, in one instruction where the processor has it."""
         if self.holds_words():
             return add_products_of_bytes(self.builder, self.lanes, c, a, b)
+        if self.pairs:
+            return add_products_of_pairs(self.builder, self.lanes, c, a, b)
         module, name = self.builder.module, f"llvm.fmuladd.v{self.lanes}{self.vector.element.intrinsic_name}"
         kind = ir.FunctionType(self.vector, [self.vector] * 3)
         return self.builder.call(module.globals.get(name) or ir.Function(module, kind, name), [a, b, c])
@@ -117,6 +123,26 @@ def add_products_of_bytes(builder: ir.IRBuilder, lanes: int, total: Any, a: Any,
     return builder.add(builder.add(total, low), high)
 
 
+def add_products_of_pairs(builder: ir.IRBuilder, lanes: int, total: Any, a: Any, b: Any) -> Any:
+    """fma(a0, b0, fma(a1, b1, total)) of the pairs in each word: the upper one first, as vdpbf16ps has it.
+
+    That instruction also takes subnormal numbers for 0.
+    """
+    words, floats = ir.VectorType(I32, lanes), total.type
+    a, b = builder.bitcast(a, words), builder.bitcast(b, words)
+
+    def call(name: str, *arguments: Any) -> Any:
+        kind = ir.FunctionType(floats, [argument.type for argument in arguments])
+        return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), arguments)
+
+    if has_pair_products(lanes):
+        return call(f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}", total, a, b)
+    upper = [builder.bitcast(builder.and_(x, words([0xFFFF0000] * lanes)), floats) for x in (a, b)]
+    lower = [builder.bitcast(builder.shl(x, words([16] * lanes)), floats) for x in (a, b)]
+    fused = f"llvm.fma.v{lanes}f32"
+    return call(fused, *lower, call(fused, *upper, total))
+
+
 # By lanes: what the processor must have, and the instruction that adds pairs of products of int16.
 PAIR_PRODUCTS = {
     4: ("sse2", "llvm.x86.sse2.pmadd.wd"),
@@ -132,6 +158,11 @@ def has(feature: str) -> bool:
 def has_byte_products(lanes: int) -> bool:
     """Whether vpdpbusd takes so many words."""
     return (has("avx512vnni") and (lanes == 16 or has("avx512vl"))) or (has("avxvnni") and lanes < 16)
+
+
+def has_pair_products(lanes: int) -> bool:
+    """Whether vdpbf16ps takes so many words."""
+    return has("avx512bf16") and (lanes == 16 or has("avx512vl"))
 
 
 def byte_instructions() -> str:

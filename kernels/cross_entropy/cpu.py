@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from minibert.kernels.cpu.arrays import contiguous, row_numbers
+from minibert.kernels.cpu.bfloat16 import narrowed, widened
 from minibert.kernels.cpu.jit import jit
 from minibert.kernels.cpu.math import constant, exp, vmax
 from minibert.kernels.cpu.threads import rows_worth_a_thread, run_rows
 from minibert.kernels.cross_entropy import IGNORED
 from minibert.kernels.linear.cpu import product_with_transpose
-from minibert.kernels.op import Array
+from minibert.kernels.op import Array, takes_bfloat16
 
 
 @jit
@@ -99,11 +100,15 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
     return _mean(losses, count, logits.dtype), dlogits
 
 
+@takes_bfloat16
 def linear_cross_entropy(x: Array, weight: Array, bias: Array, labels: Array) -> tuple[Array, Array]:
     rows, classes = len(x), len(weight)
     bias = contiguous(bias, (classes,), "bias")
+    narrow = x.dtype if x.dtype.itemsize == 2 else None
+    bias = bias if narrow is None else widened(bias)
     labels, count = _labels(labels, rows, classes)
     losses, logits = np.empty(rows), product_with_transpose(x, weight)
     grain = rows_worth_a_thread(classes)
     run_rows(bias_cross_entropy_rows, rows, logits, bias, labels, count, losses, grain=grain)
-    return _mean(losses, count, logits.dtype), logits
+    dlogits = logits if narrow is None else narrowed(logits, np.empty(logits.shape, narrow))
+    return _mean(losses, count, logits.dtype), dlogits

@@ -9,13 +9,14 @@ import numpy as np
 
 from minibert.kernels.activation.cpu import gelu_erf_loop, gelu_tanh_loop
 from minibert.kernels.cpu.arrays import contiguous
+from minibert.kernels.cpu.bfloat16 import widened
 from minibert.kernels.cpu.jit import jit
 from minibert.kernels.cpu.prepacked import transpose_of
 from minibert.kernels.cpu.product import PACKED, gemm, operand, part_of, product, run_parts, scratch_for
-from minibert.kernels.op import Array
+from minibert.kernels.linear.bfloat16 import BY_ERF, BY_TANH, NO_GELU, linear_of_pairs, product_of_pairs
+from minibert.kernels.op import Array, takes_bfloat16
 from minibert.kernels.reduction.cpu import reduce_sum
 
-NO_GELU, BY_ERF, BY_TANH = range(3)
 KINDS = {None: NO_GELU, "none": BY_ERF, "tanh": BY_TANH}  # by `approximate`
 
 
@@ -47,19 +48,30 @@ def linear_parts(
 
 
 def product_with_transpose(x: Array, weight: Array) -> Array:
-    """x W' for x (..., in) and W (out, in), row after row whatever the order of x's axes."""
+    """x W' for x (..., in) and W (out, in), row after row whatever the order of x's axes; of bfloat16 in float32."""
     rows = x if x.ndim == 2 else np.ascontiguousarray(x).reshape(-1, x.shape[-1])
-    return product(rows, weight.swapaxes(0, 1)).reshape(*x.shape[:-1], len(weight))
+    right = weight.swapaxes(0, 1)
+    y = product_of_pairs(rows, right, wide=True) if _in_pairs(x) else product(rows, right)
+    return y.reshape(*x.shape[:-1], len(weight))
 
 
+def _in_pairs(x: Array) -> bool:
+    return bool(x.dtype.itemsize == 2)
+
+
+def _product(a: Array, b: Array, out: Array | None = None, *, add: bool = False) -> Array:
+    return (product_of_pairs if _in_pairs(a) else product)(a, b, out, add=add)
+
+
+@takes_bfloat16
 def matmul(a: Array, b: Array) -> Array:
     if a.ndim == b.ndim == 2:
-        return product(a, b)
+        return _product(a, b)
     stack = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     a, b = (_stacked(x, stack) for x in (a, b))
     y = np.empty((*stack, a.shape[-2], b.shape[-1]), a.dtype)
     for index in np.ndindex(stack):
-        product(a[index], b[index], y[index])
+        _product(a[index], b[index], y[index])
     return y
 
 
@@ -69,10 +81,12 @@ def _stacked(x: Array, stack: tuple[int, ...]) -> Array:
     return np.lib.stride_tricks.as_strided(x, shape, np.broadcast_to(x, shape).strides)
 
 
+@takes_bfloat16
 def linear(x: Array, weight: Array, bias: Array) -> Array:
     return _linear(x, weight, bias)[0]
 
 
+@takes_bfloat16
 def linear_gelu(x: Array, weight: Array, bias: Array, *, approximate: str = "none") -> tuple[Array, Array]:
     before, y = _linear(x, weight, bias, approximate)
     return y, before
@@ -84,6 +98,10 @@ def _linear(x: Array, weight: Array, bias: Array, gelu: str | None = None) -> tu
     bias = contiguous(bias, (n,), "bias")
     if x.shape[-1] != depth:
         raise ValueError(f"x: expected rows of {depth}, got {x.shape}")
+    if _in_pairs(x):
+        made = linear_of_pairs(np.ascontiguousarray(x).reshape(-1, depth), weight, bias, KINDS[gelu])
+        before, y = (a.reshape(*x.shape[:-1], n) for a in made)
+        return before, y
     before = np.empty((*x.shape[:-1], n), x.dtype)
     y = before if gelu is None else np.empty_like(before)
     m = prod(x.shape[:-1])
@@ -96,12 +114,17 @@ def _linear(x: Array, weight: Array, bias: Array, gelu: str | None = None) -> tu
     return before, y
 
 
+@takes_bfloat16
 def linear_grad(g: Array, x: Array, *, into: Sequence[Array | None] = (None,)) -> tuple[Array, Array]:
-    return product(g.swapaxes(0, 1), x, into[0]), reduce_sum(g, axis=0)
+    dw = _product(g.swapaxes(0, 1), x, into[0])
+    if _in_pairs(g):
+        return dw, reduce_sum(widened(g), axis=0).astype(g.dtype)
+    return dw, reduce_sum(g, axis=0)
 
 
+@takes_bfloat16
 def add_linear_grad(total: Array, g: Array, x: Array) -> None:
-    if total.flags.c_contiguous:
-        product(g.swapaxes(0, 1), x, total, add=True)
+    if total.flags.c_contiguous or _in_pairs(total):
+        _product(g.swapaxes(0, 1), x, total, add=True)
     else:
-        total += product(g.swapaxes(0, 1), x)
+        total += _product(g.swapaxes(0, 1), x)

@@ -1,0 +1,145 @@
+"""bfloat16 on a CPU: the upper half of a float32. Numba does not know it, so its kernels see the bits, as uint16.
+
+Products take words that hold two elements which follow one another along K.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minibert.kernels.cpu.jit import inline, jit
+from minibert.kernels.cpu.product import Operand, transpose
+from minibert.kernels.cpu.threads import blocks, rows_worth_a_thread, run_rows
+from minibert.kernels.op import Array
+
+BLOCK = 4096  # elements that are converted at once
+COST = 0.1  # nanoseconds an element, for `rows_worth_a_thread`
+TALL = 64  # rows that are transposed at once
+
+
+@inline
+def rounded(bits: int) -> int:
+    """The bits of a float32 (uint32) to the nearest bfloat16, ties to even; a NaN stays one."""
+    last = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    near = np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + last)
+    quiet = np.uint32(bits | np.uint32(0x400000))
+    is_nan = np.uint32(bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.uint16((quiet if is_nan else near) >> np.uint32(16))
+
+
+@jit
+def widen_blocks(x: Array, y: Array, start: int, stop: int) -> None:
+    """From bits in uint16 to those in uint32."""
+    for block in range(start, stop):
+        source, target = x[block * BLOCK : (block + 1) * BLOCK], y[block * BLOCK : (block + 1) * BLOCK]
+        for j in range(source.size):
+            target[j] = np.uint32(source[j]) << np.uint32(16)
+
+
+@jit
+def narrow_blocks(x: Array, y: Array, start: int, stop: int) -> None:
+    for block in range(start, stop):
+        source, target = x[block * BLOCK : (block + 1) * BLOCK], y[block * BLOCK : (block + 1) * BLOCK]
+        for j in range(source.size):
+            target[j] = rounded(source[j])
+
+
+def widened(x: Array) -> Array:
+    """bfloat16 -> a new array of float32, of the same values."""
+    y = np.empty(x.shape, np.float32)
+    _convert(widen_blocks, np.ascontiguousarray(x).view(np.uint16), y.view(np.uint32))
+    return y
+
+
+def narrowed(x: Array, out: Array) -> Array:
+    """float32 rounded into an array of bfloat16."""
+    if out.flags.c_contiguous:
+        _convert(narrow_blocks, np.ascontiguousarray(x).view(np.uint32), out.view(np.uint16))
+    else:
+        out[...] = x
+    return out
+
+
+def _convert(kernel: Any, x: Array, y: Array) -> None:
+    run_rows(kernel, blocks(x.size, BLOCK), x.reshape(-1), y.reshape(-1), grain=rows_worth_a_thread(BLOCK, COST))
+
+
+# --- words of two ----------------------------------------------------------------------------------------------------
+
+
+@jit
+def interleave_rows(x: Array, x_row: int, columns: int, count: int, out: Array, start: int, stop: int) -> None:
+    """Row k of `out`: the words of rows 2 k and 2 k + 1 of x, whose `count` rows are x_row apart; beyond them is 0."""
+    for k in range(start, stop):
+        lower, words = x[2 * k * x_row :], out[k]
+        if 2 * k + 1 < count:
+            upper = x[(2 * k + 1) * x_row :]
+            for j in range(columns):
+                words[j] = np.uint32(lower[j]) | np.uint32(np.uint32(upper[j]) << np.uint32(16))
+        else:
+            for j in range(columns):
+                words[j] = np.uint32(lower[j])
+
+
+@jit
+def transpose_blocks(x: Array, x_row: int, columns: int, y: Array, y_row: int, start: int, stop: int) -> None:
+    """y (columns, rows) = x (rows, columns) transposed, TALL columns of x at a time."""
+    for block in range(start, stop):
+        first = block * TALL
+        transpose(x, first, x_row, y_row, min(TALL, columns - first), y, first * y_row, y_row)
+
+
+def left_words(x: Array) -> Operand:
+    """x (M, K) of bfloat16 as rows of words that lie one after the other."""
+    if x.strides[1] == x.itemsize or x.shape[1] == 1:
+        words = _words_of_rows(x)
+        return Operand(_flat(words), words.strides[0] // words.itemsize, 1)
+    paired = _interleaved(x.T)
+    words = np.empty(paired.shape[::-1], np.uint32)
+    depth, rows = paired.shape
+    grain = rows_worth_a_thread(TALL * depth, COST)
+    run_rows(
+        transpose_blocks, blocks(rows, TALL), paired.reshape(-1), rows, rows, words.reshape(-1), depth, grain=grain
+    )
+    return Operand(words.reshape(-1), depth, 1)
+
+
+def right_words(x: Array) -> Operand:
+    """x (K, N) of bfloat16 as (K / 2, N) words, in the order in which x lies in memory."""
+    if x.strides[0] == x.itemsize:
+        words = _words_of_rows(x.T)
+        return Operand(_flat(words), 1, words.strides[0] // words.itemsize)
+    words = _interleaved(x)
+    return Operand(words.reshape(-1), words.shape[1], 1)
+
+
+def _words_of_rows(x: Array) -> Array:
+    """Rows of K elements as rows of words, where they lie if they can be read so; a missing element is 0."""
+    rows, count = x.shape
+    row = x.strides[0]
+    if count % 2 or row % 4 or row < 2 * count or x.ctypes.data % 4:
+        whole = np.zeros((rows, count + count % 2), np.uint16)
+        whole[:, :count] = x.view(np.uint16)
+        return whole.view(np.uint32)
+    return np.lib.stride_tricks.as_strided(x.view(np.uint16)[:, :2].view(np.uint32), (rows, count // 2), (row, 4))
+
+
+def _flat(words: Array) -> Array:
+    """All that lies between the first word and the last."""
+    rows, columns = words.shape
+    extent = (rows - 1) * (words.strides[0] // words.itemsize) + columns
+    return np.lib.stride_tricks.as_strided(words, (extent,), (words.itemsize,))
+
+
+def _interleaved(x: Array) -> Array:
+    """x (K, N) of bfloat16 as (K / 2, N) words."""
+    count, columns = x.shape
+    bits = x.view(np.uint16) if x.strides[1] == x.itemsize and x.strides[0] > 0 else np.ascontiguousarray(x).view("u2")
+    row = bits.strides[0] // bits.itemsize
+    flat = np.lib.stride_tricks.as_strided(bits, ((count - 1) * row + columns,), (bits.itemsize,))
+    words = np.empty((blocks(count, 2), columns), np.uint32)
+    grain = rows_worth_a_thread(2 * columns, COST)
+    run_rows(interleave_rows, len(words), flat, row, columns, count, words, grain=grain)
+    return words
