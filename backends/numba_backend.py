@@ -14,6 +14,7 @@ from minibert.backends.base import Backend
 from minibert.backends.blas import deterministic, set_product_threads
 from minibert.kernels.array_module import numpy_module
 from minibert.kernels.cpu import threads as cpu_threads
+from minibert.kernels.cpu.arrays import empty_on_lines
 from minibert.kernels.cpu.bfloat16 import narrowed, widened
 from minibert.kernels.cpu.prepacked import prepacked
 from minibert.kernels.cpu.vectors import VECTOR_BYTES
@@ -32,7 +33,7 @@ class NumbaBackend(Backend):
         return widened(x)
 
     def narrow(self, x: Array, to: Any) -> Array:
-        return narrowed(x, np.empty(x.shape, to) if isinstance(to, np.dtype) else to)
+        return narrowed(x, empty_on_lines(x.shape, to) if isinstance(to, np.dtype) else to)
 
     def prepacked(self, weight: Array) -> Array:
         return prepacked(weight)

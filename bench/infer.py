@@ -27,7 +27,7 @@ from bench.timing.batches import Batch, work
 from minibert import backends
 from minibert.backends import Backend
 from minibert.errors import UserError
-from minibert.kernels.cpu.vectors import byte_instructions
+from minibert.kernels.cpu.tiles import byte_instructions
 from minibert.model.config import BertConfig
 from minibert.model.quantized import make_int8
 from minibert.model.tensor import no_grad
@@ -37,11 +37,10 @@ MEASURES = {
     "dense": "dense: every sequence has all its tokens",
     "packed": "packed: real text; ours packs it, the others pad it to the longest of each batch",
 }
-OPPONENTS = ("torch", "torch.bf16", "torch.compile", "onnxruntime", "onnxruntime.int8")
+OPPONENTS = ("torch", "torch.bf16", "torch.compile", "onnxruntime", "onnxruntime.int8", "numba.float32")
 SHORTEST = 0.05  # seconds that one turn lasts: quick passes are repeated in it
 SAME = 1e-3  # of the largest output: outputs further apart are not those of the same model
 NEAR = 0.3  # of it, where one of the two computes in fewer bits; those of another model are 1 apart
-FEWER_BITS = ("int8", "bfloat16")  # as the library of a side says
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,10 @@ class OurInference(frame.Ours):
     """minibert's model on one backend."""
 
     def __init__(
-        self, config: BertConfig, weights: torch_peer.Weights, backend: Backend, logits: bool, int8: bool = False
-    ) -> None:
-        super().__init__(config, weights, backend)
+        self, config: BertConfig, weights: torch_peer.Weights, backend: Backend, logits: bool, int8: bool = False,
+        dtype: str = "float32",
+    ) -> None:  # fmt: skip
+        super().__init__(config, weights, backend, dtype)
         self.logits = logits
         if int8:
             layers = [name for group in groups_of(self.model).values() for name in group]
@@ -94,12 +94,16 @@ def side(name: str, task: Task, weights: torch_peer.Weights, example: Batch) -> 
         if onnx_peer.missing():
             raise UserError(onnx_peer.missing())
         return onnx_peer.OnnxInference(task.config, weights, task.threads, task.logits, example, name.endswith("int8"))
+    if name.endswith(frame.IN_FLOAT32):
+        ours = OurInference(task.config, weights, backends.get(name.removesuffix(frame.IN_FLOAT32)), task.logits)
+        ours.name = name
+        return ours
     if name in OPPONENTS:
         return torch_peer.TorchInference(
             task.config, weights, task.threads, task.logits, compiled=name.endswith("compile"),
             bfloat16=name.endswith("bf16"),
         )  # fmt: skip
-    return OurInference(task.config, weights, backends.get(name), task.logits, task.int8)
+    return OurInference(task.config, weights, backends.get(name), task.logits, task.int8, task.dtype)
 
 
 def turn(one: Any, prepared: Any) -> None:
@@ -122,8 +126,7 @@ def judge(facts: dict[str, Any], each: Mapping[str, np.ndarray], timed: bool) ->
     largest = float(np.abs(first).max())
     apart = {name: float(np.abs(rows - first).max()) / largest for name, rows in others}
     facts.setdefault("apart", {})["after" if timed else "before"] = apart
-    few = [name for name, library in facts["libraries"].items() if any(kind in library for kind in FEWER_BITS)]
-    facts["fewer_bits"] = few
+    few = facts["fewer_bits"] = frame.in_fewer_bits(facts)
     facts["refused"] = refusal(apart, {name: NEAR if {name, first_name} & {*few} else SAME for name in apart})
 
 

@@ -7,7 +7,7 @@ same work    a loss on every position: both sides make logits, loss and gradient
 masked head  15 % of the positions are predicted: ours runs the head on those, torch on all, as BertForMaskedLM does
 packed       real text of real lengths: ours packs it, torch pads to the longest of each batch, with its attention mask
 
-PyTorch is transformers' BertForMaskedLM where that is installed, with sdpa and fused AdamW. Before the timing and, on
+PyTorch is transformers' BertForMaskedLM where that is installed, with sdpa and fused AdamW; torch.bf16 under autocast. Before the timing and, on
 inputs not seen, after it, loss and gradient norm without dropout are compared; where they differ nothing is reported.
 """
 
@@ -31,8 +31,9 @@ MEASURES = {
     "masked_head": "masked head: 15 % of the positions predicted, ours runs the head on those alone",
     "packed": "packed: real text; ours packs it, torch pads it to the longest of each batch",
 }
-OPPONENTS = ("torch", "torch.compile")
+OPPONENTS = ("torch", "torch.bf16", "torch.compile", "numba.float32")
 SAME = 1e-3  # relative: figures without dropout further apart are not those of the same work
+NEAR = 0.03  # where one of the two multiplies in fewer bits
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,10 @@ class Task(frame.Task):
 class OurTraining(frame.Ours):
     """minibert's model and optimiser on one backend."""
 
-    def __init__(self, config: BertConfig, weights: torch_peer.Weights, backend: Backend) -> None:
-        super().__init__(config, weights, backend)
+    def __init__(
+        self, config: BertConfig, weights: torch_peer.Weights, backend: Backend, dtype: str = "float32"
+    ) -> None:
+        super().__init__(config, weights, backend, dtype)
         self.weights = weights
         self.model.train()
         groups = parameter_groups(self.model, WEIGHT_DECAY)
@@ -86,10 +89,16 @@ class OurTraining(frame.Ours):
 
 
 def side(name: str, task: Task, weights: torch_peer.Weights, example: Batch) -> Any:
-    """The side of this name: a backend of ours, "torch" or "torch.compile"."""
+    """The side of this name: a backend of ours, or torch in one of its ways."""
+    if name.endswith(frame.IN_FLOAT32):
+        ours = OurTraining(task.config, weights, backends.get(name.removesuffix(frame.IN_FLOAT32)))
+        ours.name = name
+        return ours
     if name in OPPONENTS:
-        return torch_peer.TorchTraining(task.config, weights, task.threads, compiled=name == "torch.compile")
-    return OurTraining(task.config, weights, backends.get(name))
+        return torch_peer.TorchTraining(
+            task.config, weights, task.threads, compiled=name.endswith("compile"), bfloat16=name.endswith("bf16")
+        )
+    return OurTraining(task.config, weights, backends.get(name), task.dtype)
 
 
 def turn(one: Any, prepared: Any) -> float:
@@ -117,7 +126,9 @@ def judge(facts: dict[str, Any], each: Mapping[str, Sequence[float]], timed: boo
     facts["fresh_without_dropout" if timed else "without_dropout"] = {
         who: dict(zip(names, values, strict=True)) for who, values in each.items()
     }
-    facts["refused"] = harness.apart(each, SAME)
+    few = facts["fewer_bits"] = frame.in_fewer_bits(facts)
+    near = each if next(iter(each)) in few else few  # whatever is compared with fewer bits
+    facts["refused"] = harness.apart(each, SAME, dict.fromkeys(near, NEAR))
 
 
 BENCH = frame.Bench(

@@ -49,22 +49,26 @@ class TorchTraining:
     """Training steps on the CPU: the full head on every position, as BertForMaskedLM does it."""
 
     def __init__(
-        self, config: BertConfig, weights: Weights, threads: int, compiled: bool = False, plain: bool | None = None
-    ) -> None:
+        self, config: BertConfig, weights: Weights, threads: int, compiled: bool = False, plain: bool | None = None,
+        bfloat16: bool = False,
+    ) -> None:  # fmt: skip
         import torch
 
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision("highest")
         torch.manual_seed(0)
         self.torch, self.weights = torch, weights
-        self.name = "torch.compile" if compiled else "torch"
+        self.name = "torch.compile" if compiled else "torch.bf16" if bfloat16 else "torch"
         self.model, self.library = made(config, weights, plain)
+        self.library += ", products in bfloat16 (autocast)" if bfloat16 else ""
+        self.bfloat16 = bfloat16
         self.model.train()
         self.optimizer, self.parameters = fused_adamw(self.model)
         self._loss_of = torch.compile(self._loss) if compiled else self._loss
 
     def _loss(self, inputs: dict[str, Any]) -> Any:
-        return self.model(**inputs).loss
+        with self.torch.autocast("cpu", self.torch.bfloat16, enabled=self.bfloat16):
+            return self.model(**inputs).loss
 
     def prepare(self, batch: Batch) -> dict[str, Any]:
         """The batch as tensors, padded to its longest sequence."""

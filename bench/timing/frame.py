@@ -23,6 +23,7 @@ from minibert import backends
 from minibert.backends import MOST_THREADS, Backend, determinism
 from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP, notes, refuse_unwritable
 from minibert.errors import UserError, pip_install
+from minibert.kernels.cpu.tiles import pair_instructions
 from minibert.lab.measure import quiet
 from minibert.model.bert import BertForMaskedLM
 from minibert.model.config import BertConfig
@@ -42,6 +43,7 @@ class Task:
     seed: int = 0
     sequences: str = "filled"
     deterministic: bool = False
+    dtype: str = "float32"
 
     def batches(self, measure: str, seed: int) -> list[Batch]:
         if measure == "packed":
@@ -77,6 +79,7 @@ class Options:
         None
     )
     deterministic: Annotated[bool, typer.Option("--deterministic", help=DETERMINISTIC_HELP)] = False
+    dtype: Annotated[str, typer.Option(help="Of our arrays: float32 or bfloat16.")] = "float32"
     seed: Annotated[int, typer.Option(min=0)] = 0
     memory: Annotated[bool, typer.Option(help="Measure peak memory, each side in a process of its own.")] = True
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the facts to this file.")] = None
@@ -101,12 +104,23 @@ class Bench:
     shortest: float = 0.0  # seconds that a turn lasts: quick ones are repeated in it
 
 
+FEWER_BITS = ("int8", "bfloat16")  # as the library of a side says
+IN_FLOAT32 = ".float32"  # after the name of a backend: ours in float32, beside the same in fewer bits
+
+
+def in_fewer_bits(facts: Mapping[str, Any]) -> list[str]:
+    """The sides whose products are not of float32: they find nearly the same, and have no share of its peak."""
+    return [name for name, library in facts["libraries"].items() if any(kind in library for kind in FEWER_BITS)]
+
+
 class Ours:
     """minibert's model on one backend: a side, but for what it does with a batch."""
 
-    def __init__(self, config: BertConfig, weights: torch_peer.Weights, backend: Backend) -> None:
+    def __init__(self, config: BertConfig, weights: torch_peer.Weights, backend: Backend, dtype: str) -> None:
         self.name, self.library, self.backend = backend.name, "minibert", backend
-        self.model = BertForMaskedLM(config, backend, "float32", initialise=False)
+        if dtype == "bfloat16":
+            self.library += f", weights and states in bfloat16 ({pair_instructions()})"
+        self.model = BertForMaskedLM(config, backend, dtype, initialise=False)
         self.model.load_state_dict(dict(weights))
 
 
@@ -143,7 +157,7 @@ def run(bench: Bench, options: Options) -> int:
         raise UserError(f"--sequences: expected {' or '.join(SEQUENCES)}, got {options.sequences!r}")
     refuse_unwritable(json=options.json_file, csv=options.csv_file)
     refuse_other_csv(options.csv_file)
-    if {"torch", "torch.compile"} & set(opponents) and torch_peer.missing():
+    if any(name.startswith("torch") for name in opponents) and torch_peer.missing():
         raise UserError(f"--vs {options.versus}: {torch_peer.missing()}; {pip_install('[parity]')}, or leave it out")
     task = task_of(bench, options)
     places = harness.cpu_backends(options.names, task.threads)
@@ -239,7 +253,7 @@ def contestant(
 ) -> harness.Contestant:
     """One side as the harness times it; `losses` keeps the last of each."""
     prepared = [side.prepare(b) for b in batches]
-    flops = sum(bench.flops(task, b, side.name in bench.opponents) for b in batches) // len(batches)
+    flops = sum(bench.flops(task, b, not isinstance(side, Ours)) for b in batches) // len(batches)
 
     def call() -> None:
         for p in prepared:

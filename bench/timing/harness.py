@@ -152,12 +152,15 @@ def shares(facts: dict[str, Any], peaks: Peaks) -> None:
                 facts["ratio_p20_p80"][name][other] = None
 
 
-def apart(found: Mapping[str, Sequence[float]], most: float) -> str:
-    """Why the sides do not do the same work, by figures that should agree (relative); empty where they do."""
+def apart(found: Mapping[str, Sequence[float]], most: float, more: Mapping[str, float] | None = None) -> str:
+    """Why the sides do not do the same work, by figures that should agree (relative); empty where they do.
+
+    `more` is allowed to the sides that it names.
+    """
     reference, *_ = found
     for name, values in found.items():
         for a, b in zip(found[reference], values, strict=True):
-            if not abs(a - b) <= most * abs(a):
+            if not abs(a - b) <= (more or {}).get(name, most) * abs(a):
                 return f"{name} gives {b:.7g} where {reference} gives {a:.7g}: they do not do the same work"
     return ""
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
+
+LINE = 64  # bytes of a cache line: tiles whose rows lie across two take four times as long
 
 
 def flat(*arrays: np.ndarray) -> list[np.ndarray]:
@@ -28,3 +33,21 @@ def row_numbers(ids: np.ndarray, rows: int, name: str) -> np.ndarray:
     if ids.size and not (ids.min() >= 0 and ids.max() < rows):
         raise ValueError(f"{name}: expected numbers from 0 to {rows - 1}, got {ids.min()} to {ids.max()}")
     return np.ascontiguousarray(ids, np.int64).reshape(-1)
+
+
+def empty_on_lines(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that nobody has written, at the beginning of a cache line."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(size + LINE, np.uint8)
+    start = -buffer.ctypes.data % LINE
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def on_lines(array: np.ndarray) -> np.ndarray:
+    """`array`, whose rows are contiguous, or a copy whose rows begin at cache lines if its own could, and do not."""
+    row = array.strides[0]
+    if row % LINE or not array.ctypes.data % LINE:
+        return array
+    copy = empty_on_lines(array.shape, array.dtype)
+    copy[...] = array
+    return copy

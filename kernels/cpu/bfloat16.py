@@ -8,10 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
-from minibert.kernels.cpu.jit import inline, jit
+from minibert.kernels.cpu.arrays import empty_on_lines, on_lines
+from minibert.kernels.cpu.jit import jit
 from minibert.kernels.cpu.product import Operand, transpose
 from minibert.kernels.cpu.threads import blocks, rows_worth_a_thread, run_rows
+from minibert.kernels.cpu.vectors import I32
 from minibert.kernels.op import Array
 
 BLOCK = 4096  # elements that are converted at once
@@ -19,23 +24,36 @@ COST = 0.1  # nanoseconds an element, for `rows_worth_a_thread`
 TALL = 64  # rows that are transposed at once
 
 
-@inline
-def rounded(bits: int) -> int:
-    """The bits of a float32 (uint32) to the nearest bfloat16, ties to even; a NaN stays one."""
-    last = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
-    near = np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + last)
-    quiet = np.uint32(bits | np.uint32(0x400000))
-    is_nan = np.uint32(bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    return np.uint16((quiet if is_nan else near) >> np.uint32(16))
+@intrinsic
+def to_bfloat16(typing_context: Any, x: Any) -> Any:
+    """The bits of the bfloat16 nearest to a float32, ties to even; a NaN stays one. In integers, for it vectorises."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[0], I32)
+        half = builder.add(I32(0x7FFF), builder.and_(builder.lshr(bits, I32(16)), I32(1)))
+        number = builder.fcmp_ordered("==", args[0], args[0])
+        near = builder.select(number, builder.add(bits, half), builder.or_(bits, I32(0x400000)))
+        return builder.trunc(builder.lshr(near, I32(16)), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
+def from_bfloat16(typing_context: Any, bits: Any) -> Any:
+    """The float32 of a bfloat16's bits."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.shl(builder.zext(args[0], I32), I32(16)), ir.FloatType())
+
+    return types.float32(types.uint16), generate
 
 
 @jit
 def widen_blocks(x: Array, y: Array, start: int, stop: int) -> None:
-    """From bits in uint16 to those in uint32."""
     for block in range(start, stop):
         source, target = x[block * BLOCK : (block + 1) * BLOCK], y[block * BLOCK : (block + 1) * BLOCK]
         for j in range(source.size):
-            target[j] = np.uint32(source[j]) << np.uint32(16)
+            target[j] = from_bfloat16(source[j])
 
 
 @jit
@@ -43,20 +61,20 @@ def narrow_blocks(x: Array, y: Array, start: int, stop: int) -> None:
     for block in range(start, stop):
         source, target = x[block * BLOCK : (block + 1) * BLOCK], y[block * BLOCK : (block + 1) * BLOCK]
         for j in range(source.size):
-            target[j] = rounded(source[j])
+            target[j] = to_bfloat16(source[j])
 
 
 def widened(x: Array) -> Array:
     """bfloat16 -> a new array of float32, of the same values."""
     y = np.empty(x.shape, np.float32)
-    _convert(widen_blocks, np.ascontiguousarray(x).view(np.uint16), y.view(np.uint32))
+    _convert(widen_blocks, np.ascontiguousarray(x).view(np.uint16), y)
     return y
 
 
 def narrowed(x: Array, out: Array) -> Array:
     """float32 rounded into an array of bfloat16."""
     if out.flags.c_contiguous:
-        _convert(narrow_blocks, np.ascontiguousarray(x).view(np.uint32), out.view(np.uint16))
+        _convert(narrow_blocks, np.ascontiguousarray(x), out.view(np.uint16))
     else:
         out[...] = x
     return out
@@ -94,10 +112,10 @@ def transpose_blocks(x: Array, x_row: int, columns: int, y: Array, y_row: int, s
 def left_words(x: Array) -> Operand:
     """x (M, K) of bfloat16 as rows of words that lie one after the other."""
     if x.strides[1] == x.itemsize or x.shape[1] == 1:
-        words = _words_of_rows(x)
+        words = on_lines(_words_of_rows(x))
         return Operand(_flat(words), words.strides[0] // words.itemsize, 1)
     paired = _interleaved(x.T)
-    words = np.empty(paired.shape[::-1], np.uint32)
+    words = empty_on_lines(paired.shape[::-1], np.uint32)
     depth, rows = paired.shape
     grain = rows_worth_a_thread(TALL * depth, COST)
     run_rows(

@@ -91,10 +91,12 @@ def gemm(
             terms, more = min(step, depth - k), add or k > 0
             if b_k != PACKED:
                 pack_panels(b, b_start + k * b_k + j * b_column, b_k, b_column, terms, columns, scratch)
+            set_tiles(b, min(height, m), terms)
             for i in range(0, m, height):
                 rows, place = min(height, m - i), c_start + i * c_row + j
                 left = a_start + i * a_row + k * a_k
-                set_tiles(b, rows, terms)
+                if rows < height and i > 0:
+                    set_tiles(b, rows, terms)
                 if b_k == PACKED:
                     first = b_start + j * depth
                     strip_by_panels(

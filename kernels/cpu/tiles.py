@@ -20,7 +20,17 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from minibert.kernels.cpu.vectors import BYTES, INDEX, PAIRS, VECTOR_BYTES, has, signature_of
+from minibert.kernels.cpu.vectors import (
+    BYTES,
+    INDEX,
+    PAIR_PRODUCTS,
+    PAIRS,
+    VECTOR_BYTES,
+    has,
+    has_byte_products,
+    has_pair_products,
+    signature_of,
+)
 
 TILE_ROWS = 16
 WORD = 4  # bytes
@@ -43,6 +53,25 @@ INSTRUCTIONS = {
     for dtype, feature, instruction in ((BYTES, "amx-int8", "tdpbusd"), (PAIRS, "amx-bf16", "tdpbf16ps"))
     if PERMITTED and has(feature)
 }
+
+
+def byte_instructions() -> str:
+    """What multiplies bytes here."""
+    lanes = VECTOR_BYTES // WORD
+    if BYTES in INSTRUCTIONS:
+        return f"{INSTRUCTIONS[BYTES]} of tiles"
+    if has_byte_products(lanes):
+        return f"vpdpbusd of {8 * VECTOR_BYTES} bits"
+    pairs = PAIR_PRODUCTS.get(lanes)
+    return f"vpmaddwd of {8 * VECTOR_BYTES} bits" if pairs is not None and has(pairs[0]) else "products of int32"
+
+
+def pair_instructions() -> str:
+    """What multiplies bfloat16 here."""
+    if PAIRS in INSTRUCTIONS:
+        return f"{INSTRUCTIONS[PAIRS]} of tiles"
+    bits = f"of {8 * VECTOR_BYTES} bits"
+    return f"vdpbf16ps {bits}" if has_pair_products(VECTOR_BYTES // WORD) else f"fused float32 {bits}"
 
 
 class _Tiles:

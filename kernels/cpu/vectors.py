@@ -165,15 +165,6 @@ def has_pair_products(lanes: int) -> bool:
     return has("avx512bf16") and (lanes == 16 or has("avx512vl"))
 
 
-def byte_instructions() -> str:
-    """What multiplies bytes here."""
-    lanes = VECTOR_BYTES // 4
-    if has_byte_products(lanes):
-        return f"vpdpbusd of {8 * VECTOR_BYTES} bits"
-    pairs = PAIR_PRODUCTS.get(lanes)
-    return f"vpmaddwd of {8 * VECTOR_BYTES} bits" if pairs is not None and has(pairs[0]) else "products of int32"
-
-
 def signature_of(*kinds: Any) -> Any:
     return types.void(*(kind if isinstance(kind, (types.Array, types.Boolean)) else types.intp for kind in kinds))
 

@@ -11,10 +11,11 @@ from math import prod
 
 import numpy as np
 
-from minibert.kernels.cpu.arrays import contiguous, row_numbers
+from minibert.kernels.cpu.arrays import contiguous, empty_on_lines, row_numbers
+from minibert.kernels.cpu.bfloat16 import narrowed, widened
 from minibert.kernels.cpu.jit import jit
 from minibert.kernels.cpu.threads import rows_worth_a_thread, run_rows
-from minibert.kernels.op import Array, library
+from minibert.kernels.op import Array, library, takes_bfloat16
 
 COST = 0.12  # nanoseconds an element, for `rows_worth_a_thread`
 
@@ -38,6 +39,7 @@ def embedding_rows(
             y_row[j] = word_row[j] + position_row[j] + type_row[j]
 
 
+@takes_bfloat16
 def embedding(
     word: Array, position: Array, token_type: Array, input_ids: Array, position_ids: Array, token_type_ids: Array,
     *, padding_idx: int | None = None,
@@ -51,6 +53,10 @@ def embedding(
     if not input_ids.shape == position_ids.shape == token_type_ids.shape:
         shapes = f"{input_ids.shape}, {position_ids.shape}, {token_type_ids.shape}"
         raise ValueError(f"expected word, position and type ids of one shape, got {shapes}")
+    if word.dtype.itemsize == 2:  # only the rows that are read go to float32
+        read = [_rows_in_float32(*one) for one in zip((word, position, token_type), ids, strict=True)]
+        y = embedding(*(table for table, _ in read), *(numbers.reshape(input_ids.shape) for _, numbers in read))
+        return narrowed(y, empty_on_lines(y.shape, word.dtype))
     tables = (
         np.ascontiguousarray(word),
         contiguous(position, (len(position), columns), "position"),
@@ -62,7 +68,14 @@ def embedding(
     return y
 
 
+def _rows_in_float32(table: Array, ids: Array) -> tuple[Array, Array]:
+    """A table of bfloat16 with no rows but those that are named, and their numbers in it."""
+    named, numbers = np.unique(ids, return_inverse=True)
+    return widened(table[named]), numbers
+
+
 @library
+@takes_bfloat16
 def gather_rows(x: Array, index: Array, *, skip: int | None = None) -> Array:
     y = np.take(x, index, axis=0)  # NumPy copies rows at the speed of memory
     if skip is not None:
@@ -94,6 +107,7 @@ def add_rows_loop(
                 y_row[j] = y_row[j] + total[j]
 
 
+@takes_bfloat16
 def scatter_rows(
     x: Array, index: Array, *, num_rows: int, skip: int | None = None, into: Sequence[Array | None] = (None,)
 ) -> Array:
@@ -106,6 +120,7 @@ def scatter_rows(
     return _add_rows_into(y, x, index, skip)
 
 
+@takes_bfloat16
 def add_rows(total: Array, x: Array, index: Array, *, skip: int | None = None) -> Array:
     return _add_rows_into(total, x, index, skip)
 
@@ -121,9 +136,16 @@ def _add_rows_into(y: Array, x: Array, index: Array, skip: int | None) -> Array:
     if skip is not None:
         targets = targets[targets != skip]
     table = np.ascontiguousarray(y).reshape(num_rows, rows.shape[1])
+    narrow = table if table.dtype.itemsize == 2 else None
+    if narrow is not None:  # the rows that are added to go to float32 and back, the others not
+        rows, table = widened(rows), widened(narrow[targets])
+    places = targets if narrow is None else np.arange(len(targets))
     grain = rows_worth_a_thread(rows.shape[1] * max(1, len(numbers) // max(1, len(targets))), COST)
     starts, ends = (ends - counts)[targets], ends[targets]
-    run_rows(add_rows_loop, len(targets), rows, order, targets, starts, ends, table, grain=grain)
+    run_rows(add_rows_loop, len(targets), rows, order, places, starts, ends, table, grain=grain)
+    if narrow is not None:
+        narrow[targets] = narrowed(table, np.empty(table.shape, narrow.dtype))
+        table = narrow
     if not np.shares_memory(table, y):
         y[...] = table.reshape(y.shape)  # its rows are not one after the other
     return y

@@ -5,16 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from minibert.kernels.activation.cpu import gelu_erf_loop, gelu_tanh_loop
-from minibert.kernels.cpu.arrays import contiguous
+from minibert.kernels.cpu.arrays import contiguous, empty_on_lines, on_lines
 from minibert.kernels.cpu.jit import inline_unfused, jit
 from minibert.kernels.cpu.math import vmax
 from minibert.kernels.cpu.prepacked import row_sums_of, transpose_of, words_of
-from minibert.kernels.cpu.product import PACKED, gemm, part_of, run_parts, scratch_for
+from minibert.kernels.cpu.product import PACKED, UNIT, gemm, part_of, run_parts, scratch_for
 from minibert.kernels.cpu.threads import rows_worth_a_thread, run_rows
 from minibert.kernels.int8 import LEVELS, MOST_INPUTS, SMALLEST
 from minibert.kernels.linear.cpu import BY_ERF, BY_TANH, KINDS, NO_GELU
 from minibert.kernels.op import Array
 
+AT_ONCE = 64  # rows whose sums are made before they are scaled, so that these are in cache
 ABREAST = 64  # elements of a row that have a maximum each, so that LLVM takes them in vectors
 COST = 0.25  # nanoseconds an element, for `rows_worth_a_thread`
 
@@ -59,7 +60,11 @@ def quantize_loop(x: Array, q: Array, scales: Array, zero_points: Array, start: 
 def quantize_rows(x: Array) -> tuple[Array, Array, Array]:
     x = np.ascontiguousarray(x)
     rows, columns = x.shape
-    q, scale, zero_point = np.empty(x.shape, np.uint8), np.empty((rows, 1), x.dtype), np.empty((rows, 1), np.int32)
+    q, scale, zero_point = (
+        empty_on_lines(x.shape, np.uint8),
+        np.empty((rows, 1), x.dtype),
+        np.empty((rows, 1), np.int32),
+    )
     run_rows(quantize_loop, rows, x, q, scale, zero_point, grain=rows_worth_a_thread(columns, COST))
     return q, scale, zero_point
 
@@ -67,21 +72,26 @@ def quantize_rows(x: Array) -> tuple[Array, Array, Array]:
 @jit
 def linear_int8_parts(
     q: Array, scale: Array, zero_point: Array, weight: Array, w_k: int, w_column: int, weight_sums: Array,
-    weight_scale: Array, bias: Array, sums: Array, y: Array, gelu: int, m: int, n: int, depth: int,
+    weight_scale: Array, bias: Array, y: Array, gelu: int, m: int, n: int, depth: int,
     cuts: tuple[int, int], start: int, stop: int,
 ) -> None:  # fmt: skip
-    """q (m, depth) and weight (depth, n), with its strides, in words of four bytes give `sums` (m, n), and these y."""
-    scratch, before = scratch_for(sums), np.empty(n, y.dtype)
+    """q (m, depth) and weight (depth, n), with its strides, in words of four bytes give y (m, n)."""
+    scratch, before = scratch_for(weight), np.empty(n, y.dtype)
     for number in range(start, stop):
-        first, rows, left, columns = part_of(sums, m, n, cuts, number)
-        gemm(
-            q, first * depth, depth, 1, weight, left * w_column, w_k, w_column,
-            sums, first * n + left, n, rows, columns, depth, False, scratch,
-        )  # fmt: skip
+        first, rows, left, columns = part_of(weight_sums, m, n, cuts, number)
+        high = min(rows, AT_ONCE) if w_k == PACKED else rows  # else the weight would be packed for each
+        sums = np.empty(high * columns + UNIT, np.int32)
+        sums = sums[-(sums.ctypes.data // sums.itemsize) % UNIT :]  # where tiles are quick: at a cache line
         to_take, factors = weight_sums[left : left + columns], weight_scale[left : left + columns]
         b = bias[left : left + columns]
         for i in range(first, first + rows):
-            totals, out = sums[i * n + left :], y[i * n + left : i * n + left + columns]
+            r = (i - first) % high
+            if r == 0:
+                gemm(
+                    q, i * depth, depth, 1, weight, left * w_column, w_k, w_column,
+                    sums, 0, columns, min(high, first + rows - i), columns, depth, False, scratch,
+                )  # fmt: skip
+            totals, out = sums[r * columns :], y[i * n + left : i * n + left + columns]
             z = out if gelu == NO_GELU else before[:columns]
             for j in range(columns):
                 total = np.int32(totals[j] - np.int32(zero_point[i] * to_take[j]))
@@ -114,12 +124,12 @@ def _linear(
         raise ValueError(f"q: expected rows of at most {MOST_INPUTS}, whose sums are int32, got {q.shape}")
     scale, zero_point = (contiguous(a, (m, 1), name) for a, name in ((scale, "scale"), (zero_point, "zero_point")))
     weight_scale, bias = (contiguous(a, (n,), name) for a, name in ((weight_scale, "weight_scale"), (bias, "bias")))
-    sums, y = np.empty((m, n), np.int32), np.empty((m, n), scale.dtype)
+    y = np.empty((m, n), scale.dtype)
     if m and n:
-        words, columns = words_of(q), transpose_of(weight)
+        words, columns = on_lines(words_of(q)), transpose_of(weight)
         run_parts(
-            linear_int8_parts, m, n, words.shape[1], sums.dtype, words.reshape(-1), scale.reshape(-1),
-            zero_point.reshape(-1), *columns, row_sums_of(weight), weight_scale, bias, sums.reshape(-1),
-            y.reshape(-1), KINDS[gelu], m, n, words.shape[1], packed=columns.row == PACKED,
+            linear_int8_parts, m, n, words.shape[1], words.dtype, words.reshape(-1), scale.reshape(-1),
+            zero_point.reshape(-1), *columns, row_sums_of(weight), weight_scale, bias, y.reshape(-1), KINDS[gelu],
+            m, n, words.shape[1], packed=columns.row == PACKED,
         )  # fmt: skip
     return y

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from minibert.kernels.activation.cpu import gelu_erf_loop, gelu_tanh_loop
-from minibert.kernels.cpu.bfloat16 import left_words, right_words, rounded, widened
+from minibert.kernels.cpu.arrays import empty_on_lines
+from minibert.kernels.cpu.bfloat16 import from_bfloat16, left_words, right_words, to_bfloat16, widened
 from minibert.kernels.cpu.jit import jit
 from minibert.kernels.cpu.prepacked import transpose_of
-from minibert.kernels.cpu.product import PACKED, Operand, gemm, part_of, product_parts, run_parts, scratch_for
+from minibert.kernels.cpu.product import PACKED, UNIT, Operand, gemm, part_of, product_parts, run_parts, scratch_for
 from minibert.kernels.op import Array
 
 NO_GELU, BY_ERF, BY_TANH = range(3)
@@ -28,7 +29,8 @@ def pairs_parts(
     for number in range(start, stop):
         first, rows, left, columns = part_of(bias, m, n, cuts, number)
         high = min(rows, AT_ONCE) if w_k == PACKED else rows  # else B would be packed for each
-        sums = np.empty(high * columns, np.float32)
+        sums = np.empty(high * columns + UNIT, np.float32)
+        sums = sums[-(sums.ctypes.data // sums.itemsize) % UNIT :]  # where tiles are quick: at a cache line
         b = bias[left : left + columns]
         for i in range(first, first + rows, high):
             now = min(high, first + rows - i)
@@ -39,26 +41,24 @@ def pairs_parts(
             for r in range(now):
                 z, place = sums[r * columns : (r + 1) * columns], (i + r) * y_row + left
                 out = y[place : place + columns]
-                for j in range(columns):
-                    z[j] += b[j]
-                bits = after.view(np.uint32)
                 if add:
                     for j in range(columns):
-                        bits[j] = np.uint32(out[j]) << np.uint32(16)
-                    for j in range(columns):
-                        z[j] += after[j]
-                if gelu != NO_GELU:
-                    kept, unrounded = before[place : place + columns], z.view(np.uint32)
-                    for j in range(columns):
-                        kept[j] = rounded(unrounded[j])
-                    if gelu == BY_ERF:
-                        gelu_erf_loop(z, after, 0, columns)
-                    else:
-                        gelu_tanh_loop(z, after, 0, columns)
-                else:
-                    bits = z.view(np.uint32)
+                        z[j] += from_bfloat16(out[j])
                 for j in range(columns):
-                    out[j] = rounded(bits[j])
+                    z[j] += b[j]
+                if gelu == NO_GELU:
+                    for j in range(columns):
+                        out[j] = to_bfloat16(z[j])
+                    continue
+                kept = before[place : place + columns]
+                for j in range(columns):
+                    kept[j] = to_bfloat16(z[j])
+                if gelu == BY_ERF:
+                    gelu_erf_loop(z, after, 0, columns)
+                else:
+                    gelu_tanh_loop(z, after, 0, columns)
+                for j in range(columns):
+                    out[j] = to_bfloat16(after[j])
 
 
 def product_of_pairs(a: Array, b: Array, out: Array | None = None, *, add: bool = False, wide: bool = False) -> Array:
@@ -69,7 +69,7 @@ def product_of_pairs(a: Array, b: Array, out: Array | None = None, *, add: bool 
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(f"expected (M, K) and (K, N), got {a.shape} and {b.shape}")
     (m, k), n = a.shape, b.shape[1]
-    made = np.empty((m, n), np.float32 if wide else a.dtype)
+    made = empty_on_lines((m, n), np.float32 if wide else a.dtype)
     if not m or not n:
         return made if out is None else out
     left, right, depth = left_words(a), right_words(b), -(-k // 2)
@@ -93,8 +93,8 @@ def product_of_pairs(a: Array, b: Array, out: Array | None = None, *, add: bool 
 def linear_of_pairs(x: Array, weight: Array, bias: Array, gelu: int) -> tuple[Array, Array]:
     """x W' + b for x (M, K) of bfloat16, and its GELU where that is wanted, else the same array."""
     (m, k), n = x.shape, len(weight)
-    y = np.empty((m, n), x.dtype)
-    before = y if gelu == NO_GELU else np.empty_like(y)
+    y = empty_on_lines((m, n), x.dtype)
+    before = y if gelu == NO_GELU else empty_on_lines((m, n), x.dtype)
     if m and n:
         _run(left_words(x), transpose_of(weight), widened(bias), before, y, gelu, False, -(-k // 2))
     return before, y
