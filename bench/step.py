@@ -7,8 +7,9 @@ same work    a loss on every position: both sides make logits, loss and gradient
 masked head  15 % of the positions are predicted: ours runs the head on those, torch on all, as BertForMaskedLM does
 packed       real text of real lengths: ours packs it, torch pads to the longest of each batch, with its attention mask
 
-PyTorch is transformers' BertForMaskedLM where that is installed, with sdpa and fused AdamW; torch.bf16 under autocast. Before the timing and, on
-inputs not seen, after it, loss and gradient norm without dropout are compared; where they differ nothing is reported.
+PyTorch is transformers' BertForMaskedLM where that is installed, with sdpa and fused AdamW; "torch.bf16" is the same
+under autocast. Before the timing and, on inputs not seen, after it, loss and gradient norm without dropout are
+compared; where they differ nothing is reported.
 """
 
 from __future__ import annotations

@@ -227,8 +227,12 @@ class Bounded(Reading):
         size = a @ b
         terms = size if self._is_plain() and other._is_plain() else np.maximum(self.terms @ b, a @ other.terms)
 
+        kept = self.storage
+        lost = kept.tiny if kept is not None and kept.tiny == self.precision.tiny else 0.0  # bfloat16 below it may be 0
+        flushed = lost * (a.sum(axis=-1)[..., None] + b.sum(axis=-2)[..., None, :])
+
         def inherited(e: np.ndarray, f: np.ndarray) -> np.ndarray:
-            return (_product(a, f) + _product(e, b + f)) * (1 + r) ** 2 + r * (2 + r) * size
+            return (_product(a, f) + _product(e, b + f)) * (1 + r) ** 2 + r * (2 + r) * size + flushed
 
         k = self.shape[-1]
         return self.made(

@@ -152,7 +152,10 @@ def planted(old: str, new: str) -> ModuleType:
         ('("<", following, depth)', '("<=", following, depth)'),
         ("builder.add(a_column, a_k)", "builder.add(a_column, a_row)"),
         ("vectors * emit.lanes)", "VECTORS * emit.lanes)"),
-        ("self.builder.load(pointer), I32(0)", "self.builder.load(self.at(pointer, 1)), I32(0)"),
+        (
+            "self.builder.load(pointer), self.vector.element",
+            "self.builder.load(self.at(pointer, 1)), self.vector.element",
+        ),
         ("in zip(branches, (True, False), strict=True)", "in zip(branches, (False, True), strict=True)"),
         ("emit.times(c_row, i)", "emit.times(c_row, i + 1)"),
         ("totals[i * vectors + v]", "totals[i * vectors]"),

@@ -148,16 +148,20 @@ CHILD = """
 import sys, pytest
 from minibert.kernels.cpu.vectors import VECTOR_BYTES
 assert VECTOR_BYTES == int(sys.argv[1]), VECTOR_BYTES
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "right or transposed or copied or packed", *sys.argv[2:]]))
+chosen = "right or transposed or copied or packed or added"
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", chosen, *sys.argv[2:]]))
 """
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="this processor has one width of vectors")
 def test_products_stay_correct_with_the_instructions_of_older_processors(root: Path, tmp_path: Path) -> None:
-    """The tests of this file, the microkernels and int8, on vectors of three lengths, in processes of their own."""
+    """The tests of this file, the microkernels, int8 and bfloat16, on vectors of three lengths, each in a process."""
     host = llvm.get_host_cpu_features()
-    files = {name: ["test_cpu_microkernel.py", "test_cpu_product.py", "test_int8.py"] for name in INSTRUCTION_SETS}
-    files["AVX-512"] = ["test_int8.py"]  # the others are compiled for it wherever it is there
+    files = {
+        name: ["test_cpu_microkernel.py", "test_cpu_product.py", "test_int8.py", "test_bfloat16.py"]
+        for name in INSTRUCTION_SETS
+    }
+    files["AVX-512"] = ["test_int8.py", "test_bfloat16.py"]  # the others are compiled for it wherever it is there
     children = {}
     for name, (processor, features, width) in INSTRUCTION_SETS.items():
         if all(host.get(feature) for feature in NEEDED[name]):

@@ -49,6 +49,21 @@ def test_backend_meets_what_is_drawn(name: str, op: Op, backend: Backend, dtype:
     test_backend_meets(name, op, backend, dtype)
 
 
+def in_16_bits() -> Iterator[Any]:
+    """What the door does for all kernels alike once for each op; all that is owed where a kernel reads bfloat16."""
+    for place in (backends.get("numpy"), backends.get("numba")):
+        for op in OPS.values():
+            reads = getattr(place.kernel(op), "takes_bfloat16", False)
+            for name, dtype in planned(place, op, ["bfloat16"]):
+                if dtype == "bfloat16" and (reads or name == "follows_formula"):
+                    yield pytest.param(name, op, place, dtype, id=f"{op.name}-{place.name}-{dtype}-{name}")
+
+
+@pytest.mark.parametrize(("name", "op", "backend", "dtype"), list(in_16_bits()))
+def test_a_processor_computes_in_16_bits(name: str, op: Op, backend: Backend, dtype: str) -> None:
+    test_backend_meets(name, op, backend, dtype)
+
+
 def test_backends_that_do_not_run_here_say_why() -> None:
     assert HERE[0].name == "numpy"
     assert all(status.reason for status in backends.available() if status.backend is None)
