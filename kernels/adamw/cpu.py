@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from minibert.kernels.cpu.arrays import flat
+from minibert.kernels.cpu.bfloat16 import bits_of, loaded, narrowed
 from minibert.kernels.cpu.jit import jit
 from minibert.kernels.cpu.threads import blocks, rows_worth_a_thread, run_rows
-from minibert.kernels.op import Array
+from minibert.kernels.op import Array, takes_bfloat16
 
 BLOCK = 1 << 14  # elements of one partial sum
 LIGHT = rows_worth_a_thread(1, cost=0.4)  # elements
@@ -23,18 +24,19 @@ def adamw_loop(
 ) -> None:  # fmt: skip
     p, g, m, v = param[start:stop], grad[start:stop], exp_avg[start:stop], exp_avg_sq[start:stop]
     for i in range(p.size):
-        gradient = g[i] * scale
+        gradient = loaded(g[i]) * scale
         first = m[i] * beta1 + gradient * rest1
         second = v[i] * beta2 + gradient * gradient * rest2
         m[i], v[i] = first, second
         p[i] = p[i] * decay - first * rate / (math.sqrt(second) / root + eps)
 
 
+@takes_bfloat16
 def adamw(
     param: Array, grad: Array, exp_avg: Array, exp_avg_sq: Array, grad_scale: Array,
     *, lr: float, step: int, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    arrays = (param, grad, exp_avg, exp_avg_sq)
+    arrays = (param, bits_of(grad), exp_avg, exp_avg_sq)
     vectors = flat(*arrays)
     numbers = (
         float(grad_scale), beta1, 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** 0.5, eps,
@@ -42,17 +44,21 @@ def adamw(
     )  # fmt: skip
     run_rows(adamw_loop, param.size, *vectors, *map(param.dtype.type, numbers), grain=LIGHT)
     for array, vector in zip(arrays, vectors, strict=True):
-        if array is not grad and not np.may_share_memory(array, vector):  # strided: a copy was updated
+        if array is not arrays[1] and not np.may_share_memory(array, vector):  # strided: a copy was updated
             array[...] = vector.reshape(array.shape)
     return param, exp_avg, exp_avg_sq
 
 
+@takes_bfloat16
 def adamw_shadow(
     shadow: Array, param: Array, grad: Array, exp_avg: Array, exp_avg_sq: Array, grad_scale: Array, **numbers: Any
 ) -> tuple[Array, Array, Array, Array]:
-    """`shadow` is of use where it is stored in fewer bits; here it is a copy."""
+    """`shadow` is of use where it is stored in fewer bits; else it is a copy."""
     adamw(param, grad, exp_avg, exp_avg_sq, grad_scale, **numbers)
-    shadow[...] = param
+    if shadow.dtype.itemsize == 2:
+        narrowed(param, shadow)
+    else:
+        shadow[...] = param
     return shadow, param, exp_avg, exp_avg_sq
 
 
@@ -62,15 +68,17 @@ def square_norm_blocks(x: Array, partial: Array, start: int, stop: int) -> None:
         part = x[block * BLOCK : (block + 1) * BLOCK]
         total = 0.0
         for i in range(part.size):
-            total += np.float64(part[i]) * np.float64(part[i])
+            x_i = np.float64(loaded(part[i]))
+            total += x_i * x_i
         partial[block] = total
 
 
+@takes_bfloat16
 def square_norm(x: Array) -> Array:
-    (vector,) = flat(x)
+    (vector,) = flat(bits_of(x))
     partial = np.empty(blocks(x.size, BLOCK), np.float64)
     run_rows(square_norm_blocks, len(partial), vector, partial, grain=rows_worth_a_thread(BLOCK, cost=0.03))
-    return np.asarray(partial.sum(), x.dtype)
+    return np.asarray(partial.sum(), np.float32 if x.dtype.itemsize == 2 else x.dtype)
 
 
 @jit

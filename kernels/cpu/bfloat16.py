@@ -24,28 +24,52 @@ COST = 0.1  # nanoseconds an element, for `rows_worth_a_thread`
 TALL = 64  # rows that are transposed at once
 
 
+def _rounded(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+    """In integers: that vectorises, and keeps subnormal numbers, which the processor's instruction does not."""
+    bits = builder.bitcast(args[0], I32)
+    half = builder.add(I32(0x7FFF), builder.and_(builder.lshr(bits, I32(16)), I32(1)))
+    number = builder.fcmp_ordered("==", args[0], args[0])
+    near = builder.select(number, builder.add(bits, half), builder.or_(bits, I32(0x400000)))
+    return builder.trunc(builder.lshr(near, I32(16)), ir.IntType(16))
+
+
+def _as_float32(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+    return builder.bitcast(builder.shl(builder.zext(args[0], I32), I32(16)), ir.FloatType())
+
+
+def _as_it_is(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+    return args[0]
+
+
 @intrinsic
 def to_bfloat16(typing_context: Any, x: Any) -> Any:
-    """The bits of the bfloat16 nearest to a float32, ties to even; a NaN stays one. In integers, for it vectorises."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        bits = builder.bitcast(args[0], I32)
-        half = builder.add(I32(0x7FFF), builder.and_(builder.lshr(bits, I32(16)), I32(1)))
-        number = builder.fcmp_ordered("==", args[0], args[0])
-        near = builder.select(number, builder.add(bits, half), builder.or_(bits, I32(0x400000)))
-        return builder.trunc(builder.lshr(near, I32(16)), ir.IntType(16))
-
-    return types.uint16(types.float32), generate
+    """The bits of the bfloat16 nearest to a float32, ties to even; a NaN stays one."""
+    return types.uint16(types.float32), _rounded
 
 
 @intrinsic
 def from_bfloat16(typing_context: Any, bits: Any) -> Any:
     """The float32 of a bfloat16's bits."""
+    return types.float32(types.uint16), _as_float32
 
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return builder.bitcast(builder.shl(builder.zext(args[0], I32), I32(16)), ir.FloatType())
 
-    return types.float32(types.uint16), generate
+@intrinsic
+def loaded(typing_context: Any, x: Any) -> Any:
+    """An element as arithmetic takes it: a float as it is, the bits of a bfloat16 as a float32."""
+    return (types.float32(x), _as_float32) if x == types.uint16 else (x(x), _as_it_is)
+
+
+@intrinsic
+def stored(typing_context: Any, value: Any, like: Any) -> Any:
+    """A float as an array keeps it: of an array of bfloat16's bits, rounded to these."""
+    if like.dtype == types.uint16:
+        return types.uint16(types.float32, like), _rounded
+    return value(value, like), _as_it_is
+
+
+def bits_of(x: Array) -> Array:
+    """An array as a kernel with `loaded` and `stored` takes it: of bfloat16 the bits."""
+    return x.view(np.uint16) if x.dtype.itemsize == 2 else x
 
 
 @jit

@@ -9,11 +9,22 @@ from minibert.kernels.cpu.arrays import empty_on_lines
 from minibert.kernels.cpu.bfloat16 import from_bfloat16, left_words, right_words, to_bfloat16, widened
 from minibert.kernels.cpu.jit import jit
 from minibert.kernels.cpu.prepacked import transpose_of
-from minibert.kernels.cpu.product import PACKED, UNIT, Operand, gemm, part_of, product_parts, run_parts, scratch_for
+from minibert.kernels.cpu.product import (
+    PACKED,
+    UNIT,
+    Operand,
+    gemm,
+    pack_panels,
+    part_of,
+    product_parts,
+    run_parts,
+    scratch_for,
+)
 from minibert.kernels.op import Array
 
 NO_GELU, BY_ERF, BY_TANH = range(3)
 AT_ONCE = 64  # rows that are multiplied before they are rounded
+KEPT = 1 << 19  # words of a packed B that stay in the second-level cache
 
 
 @jit
@@ -25,17 +36,27 @@ def pairs_parts(
 
     Where there is no GELU `before` is left alone; with `add` the product is added to y.
     """
-    scratch, after = scratch_for(weight), np.empty(n, np.float32)
+    scratch, after, panels = scratch_for(weight), np.empty(n, np.float32), np.empty(0, weight.dtype)
     for number in range(start, stop):
         first, rows, left, columns = part_of(bias, m, n, cuts, number)
-        high = min(rows, AT_ONCE) if w_k == PACKED else rows  # else B would be packed for each
+        right, r_start, r_k, high = weight, left * w_column, w_k, rows
+        if w_k == PACKED:
+            high = min(rows, AT_ONCE)
+        elif rows > AT_ONCE and depth * columns <= KEPT:  # packed once for all rows, which go by a few then
+            high, r_start, r_k = AT_ONCE, 0, PACKED
+            size = depth * (columns + UNIT)
+            if panels.size < size:
+                panels = np.empty(size + UNIT, weight.dtype)
+                panels = panels[-(panels.ctypes.data // panels.itemsize) % UNIT :]
+            pack_panels(weight, left * w_column, w_k, w_column, depth, columns, panels)
+            right = panels
         sums = np.empty(high * columns + UNIT, np.float32)
         sums = sums[-(sums.ctypes.data // sums.itemsize) % UNIT :]  # where tiles are quick: at a cache line
         b = bias[left : left + columns]
         for i in range(first, first + rows, high):
             now = min(high, first + rows - i)
             gemm(
-                x, i * x_row, x_row, 1, weight, left * w_column, w_k, w_column,
+                x, i * x_row, x_row, 1, right, r_start, r_k, w_column,
                 sums, 0, columns, now, columns, depth, False, scratch,
             )  # fmt: skip
             for r in range(now):

@@ -9,7 +9,6 @@ import numpy as np
 
 from minibert.kernels.activation.cpu import gelu_erf_loop, gelu_tanh_loop
 from minibert.kernels.cpu.arrays import contiguous
-from minibert.kernels.cpu.bfloat16 import widened
 from minibert.kernels.cpu.jit import jit
 from minibert.kernels.cpu.prepacked import transpose_of
 from minibert.kernels.cpu.product import PACKED, gemm, operand, part_of, product, run_parts, scratch_for
@@ -116,10 +115,7 @@ def _linear(x: Array, weight: Array, bias: Array, gelu: str | None = None) -> tu
 
 @takes_bfloat16
 def linear_grad(g: Array, x: Array, *, into: Sequence[Array | None] = (None,)) -> tuple[Array, Array]:
-    dw = _product(g.swapaxes(0, 1), x, into[0])
-    if _in_pairs(g):
-        return dw, reduce_sum(widened(g), axis=0).astype(g.dtype)
-    return dw, reduce_sum(g, axis=0)
+    return _product(g.swapaxes(0, 1), x, into[0]), reduce_sum(g, axis=0)
 
 
 @takes_bfloat16

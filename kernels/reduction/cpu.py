@@ -6,12 +6,14 @@ Sums are cut into blocks of fixed size whose totals are added in order, in float
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import numpy as np
 
+from minibert.kernels.cpu.bfloat16 import bits_of, loaded
 from minibert.kernels.cpu.jit import jit
 from minibert.kernels.cpu.threads import blocks, rows_worth_a_thread, run_rows
-from minibert.kernels.op import Array
+from minibert.kernels.op import Array, takes_bfloat16
 
 ROWS = 256  # of one block, added in the precision of the array
 ELEMENTS = 1 << 14  # of one block of a long row
@@ -19,9 +21,10 @@ COST = 0.03  # nanoseconds an element, for `rows_worth_a_thread`: half the time 
 
 
 @jit
-def column_sum_blocks(x: Array, partial: Array, start: int, stop: int) -> None:
+def column_sum_blocks(x: Array, zero: Any, partial: Array, start: int, stop: int) -> None:
+    """`zero` has the dtype that sums are made in."""
     columns = x.shape[1]
-    total = np.empty(columns, x.dtype)
+    total = np.full(columns, zero)
     for block in range(start, stop):
         for j in range(columns):
             total[j] = 0
@@ -30,11 +33,11 @@ def column_sum_blocks(x: Array, partial: Array, start: int, stop: int) -> None:
         for i in range(first, fours, 4):  # four rows for one pass over the totals
             a, b, c, d = x[i], x[i + 1], x[i + 2], x[i + 3]
             for j in range(columns):
-                total[j] += (a[j] + b[j]) + (c[j] + d[j])
+                total[j] += (loaded(a[j]) + loaded(b[j])) + (loaded(c[j]) + loaded(d[j]))
         for i in range(fours, last):
             row = x[i]
             for j in range(columns):
-                total[j] += row[j]
+                total[j] += loaded(row[j])
         block_total = partial[block]
         for j in range(columns):
             block_total[j] = total[j]
@@ -47,10 +50,11 @@ def row_sum_blocks(x: Array, partial: Array, start: int, stop: int) -> None:
         part = x[i, k * ELEMENTS : (k + 1) * ELEMENTS]
         total = 0.0
         for j in range(part.size):
-            total += np.float64(part[j])
+            total += np.float64(loaded(part[j]))
         partial[i, k] = total
 
 
+@takes_bfloat16
 def reduce_sum(x: Array, *, axis: int | tuple[int, ...] | None = None) -> Array:
     summed = range(x.ndim) if axis is None else [a % x.ndim for a in ((axis,) if isinstance(axis, int) else axis)]
     kept = [a for a in range(x.ndim) if a not in summed]
@@ -60,18 +64,25 @@ def reduce_sum(x: Array, *, axis: int | tuple[int, ...] | None = None) -> Array:
         total = _column_sums(np.ascontiguousarray(x).reshape(length, prod(shape)))
     else:
         total = _row_sums(np.ascontiguousarray(x.transpose(*kept, *summed)).reshape(prod(shape), length))
+    if x.dtype.itemsize == 2:
+        return total.astype(np.float32).astype(x.dtype).reshape(shape)
     return total.astype(x.dtype).reshape(shape)
 
 
 def _column_sums(x: Array) -> Array:
     """(R, C) -> (C,)"""
     partial = np.empty((blocks(x.shape[0], ROWS), x.shape[1]))
-    run_rows(column_sum_blocks, len(partial), x, partial, grain=rows_worth_a_thread(ROWS * x.shape[1], COST))
+    zero = (np.float32 if x.dtype.itemsize == 2 else x.dtype.type)(0)
+    run_rows(
+        column_sum_blocks, len(partial), bits_of(x), zero, partial, grain=rows_worth_a_thread(ROWS * x.shape[1], COST)
+    )
     return partial.sum(axis=0)
 
 
 def _row_sums(x: Array) -> Array:
     """(K, R) -> (K,)"""
     partial = np.empty((x.shape[0], blocks(x.shape[1], ELEMENTS)))
-    run_rows(row_sum_blocks, partial.size, x, partial, grain=rows_worth_a_thread(min(x.shape[1], ELEMENTS), COST))
+    run_rows(
+        row_sum_blocks, partial.size, bits_of(x), partial, grain=rows_worth_a_thread(min(x.shape[1], ELEMENTS), COST)
+    )
     return partial.sum(axis=1)
