@@ -24,6 +24,7 @@ from minibert.cli.legend import ULP_HELP, show
 from minibert.cli.options import (
     BACKENDS,
     DETERMINISTIC_HELP,
+    DTYPE_HELP,
     OWN_HELP,
     PRODUCTS_HELP,
     chosen_backends,
@@ -66,7 +67,7 @@ def compare_command(
     tokens: int = typer.Option(1024, min=8, help="Tokens in the batch."),
     max_seq_length: int = typer.Option(128, min=8, help="Longest sequence."),
     kernel: list[str] = typer.Option([], help=HELP),
-    dtype: str = typer.Option("float32", help="float32, float64; on a GPU or the emulator float16, bfloat16."),
+    dtype: str = typer.Option("float32", help=DTYPE_HELP),
     products: str = typer.Option("float32", help=PRODUCTS_HELP),
     threads: int = typer.Option(None, min=1, max=MOST_THREADS, help="Threads of every backend."),
     deterministic: bool = typer.Option(False, "--deterministic", help=DETERMINISTIC_HELP),

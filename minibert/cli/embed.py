@@ -17,7 +17,7 @@ import typer
 from minibert.backends import MOST_THREADS
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
-from minibert.cli.options import BACKENDS, OWN_HELP, notes, refuse_unwritable, takes_options_of
+from minibert.cli.options import BACKENDS, DTYPE_HELP, OWN_HELP, notes, refuse_unwritable, takes_options_of
 from minibert.cli.running import fastest_or
 from minibert.data.lines import Source, name_of, text_lines
 from minibert.errors import UserError
@@ -41,9 +41,7 @@ def load(
     backend: str = typer.Option(
         None, *BACKENDS, show_default="the fastest here", help=f"See `minibert backends`. {OWN_HELP}"
     ),
-    dtype: str = typer.Option(
-        "float32", help="float32, float64; on a GPU float16, bfloat16. Vectors are float32 always."
-    ),
+    dtype: str = typer.Option("float32", help=f"{DTYPE_HELP} Vectors are float32 always."),
     threads: int = typer.Option(
         None, min=1, max=MOST_THREADS, show_default="all cores", help="Threads of kernels and BLAS."
     ),

@@ -15,7 +15,7 @@ from minibert.backends import MOST_THREADS
 from minibert.cli import app
 from minibert.cli.compiling import show_compiling
 from minibert.cli.embed import STDIN, lines_of, say
-from minibert.cli.options import BACKENDS, OWN_HELP, console, plain_table
+from minibert.cli.options import BACKENDS, DTYPE_HELP, OWN_HELP, console, plain_table
 from minibert.cli.running import fastest_or
 from minibert.data import load_tokenizer
 from minibert.errors import UserError
@@ -40,7 +40,7 @@ def fill_mask(
     backend: str = typer.Option(
         None, *BACKENDS, show_default="the fastest here", help=f"See `minibert backends`. {OWN_HELP}"
     ),
-    dtype: str = typer.Option("float32", help="float32, float64; on a GPU float16, bfloat16."),
+    dtype: str = typer.Option("float32", help=DTYPE_HELP),
     threads: int = typer.Option(
         None, min=1, max=MOST_THREADS, show_default="all cores", help="Threads of kernels and BLAS."
     ),

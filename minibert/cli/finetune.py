@@ -16,7 +16,7 @@ from minibert import backends
 from minibert.backends import MOST_THREADS, Backend
 from minibert.cli import app
 from minibert.cli.labelled import TASKS, Columns, note_of, read_examples, task_for
-from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP
+from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, DTYPE_HELP, OWN_HELP
 from minibert.cli.running import (
     SAVE_ERRORS_HELP,
     TENSORBOARD,
@@ -154,7 +154,7 @@ def finetune(
     backend: str = typer.Option(
         None, *BACKENDS, show_default="the fastest here", help=f"See `minibert backends`. {OWN_HELP}"
     ),
-    dtype: str = typer.Option(None, show_default="float32", help="float32, float64; on a GPU float16, bfloat16."),
+    dtype: str = typer.Option(None, show_default="float32", help=DTYPE_HELP),
     deterministic: bool = typer.Option(None, "--deterministic", help=DETERMINISTIC_HELP),
     threads: int = typer.Option(None, min=1, max=MOST_THREADS, show_default="all cores", help="Threads."),
 ) -> int:

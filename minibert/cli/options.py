@@ -208,6 +208,7 @@ def set_products(places: list[Backend], mode: str) -> None:
         place.product_mode = mode
 
 
+DTYPE_HELP = "float32, bfloat16, float64 (not on a GPU), float16 (not on numba)."
 DETERMINISTIC_HELP = "Bit-identical results over runs and numbers of threads, on the backends of the CPU."
 
 

@@ -18,7 +18,7 @@ from minibert.backends import MOST_THREADS
 from minibert.cli import app
 from minibert.cli.finetune import judged, prepared
 from minibert.cli.labelled import Columns, note_of
-from minibert.cli.options import BACKENDS, OWN_HELP, machine, notes, refuse_unwritable
+from minibert.cli.options import BACKENDS, DTYPE_HELP, OWN_HELP, machine, notes, refuse_unwritable
 from minibert.cli.running import fastest_or
 from minibert.data.lines import name_of
 from minibert.errors import UserError
@@ -59,7 +59,7 @@ def evaluate(
     base: Path = typer.Option(None, show_default="as it says", help="Folder of the model that an adapter is of."),
     batch_tokens: int = typer.Option(4096, min=1, help="Tokens of one pass."),
     backend: str = typer.Option(None, *BACKENDS, show_default="the fastest here", help=BACKEND_HELP),
-    dtype: str = typer.Option("float32", help="float32, float64; on a GPU float16, bfloat16."),
+    dtype: str = typer.Option("float32", help=DTYPE_HELP),
     threads: int = typer.Option(None, min=1, max=MOST_THREADS, show_default="all cores", help="Threads."),
 ) -> None:
     """How good a fine-tuned model is on labelled examples, matched with its labels by name."""
@@ -88,7 +88,7 @@ def predict(
     base: Path = typer.Option(None, show_default="as it says", help="Folder of the model that an adapter is of."),
     batch_tokens: int = typer.Option(4096, min=1, help="Tokens of one pass."),
     backend: str = typer.Option(None, *BACKENDS, show_default="the fastest here", help=BACKEND_HELP),
-    dtype: str = typer.Option("float32", help="float32, float64; on a GPU float16, bfloat16."),
+    dtype: str = typer.Option("float32", help=DTYPE_HELP),
     threads: int = typer.Option(None, min=1, max=MOST_THREADS, show_default="all cores", help="Threads."),
 ) -> None:
     """What a fine-tuned model makes of texts, words or questions: a row for each, in their order."""

@@ -23,7 +23,7 @@ from minibert.cli.objectives import (
     untrained,
     words_of,
 )
-from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, OWN_HELP, PRODUCTS_HELP, set_products
+from minibert.cli.options import BACKENDS, DETERMINISTIC_HELP, DTYPE_HELP, OWN_HELP, PRODUCTS_HELP, set_products
 from minibert.cli.running import (
     SAVE_ERRORS_HELP,
     TENSORBOARD,
@@ -146,7 +146,7 @@ def pretrain(
     backend: str = typer.Option(
         None, *BACKENDS, show_default="the fastest here", help=f"See `minibert backends`. {OWN_HELP}"
     ),
-    dtype: str = typer.Option(None, show_default="float32", help="float32, float64; on a GPU float16, bfloat16."),
+    dtype: str = typer.Option(None, show_default="float32", help=DTYPE_HELP),
     products: str = typer.Option(None, show_default="float32", help=PRODUCTS_HELP),
     deterministic: bool = typer.Option(None, "--deterministic", help=DETERMINISTIC_HELP),
     threads: int = typer.Option(

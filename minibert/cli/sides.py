@@ -11,7 +11,7 @@ import typer
 from minibert import backends
 from minibert.backends import MOST_THREADS
 from minibert.backends.base import NARROW
-from minibert.cli.options import PRODUCTS_HELP, set_products
+from minibert.cli.options import DTYPE_HELP, PRODUCTS_HELP, set_products
 from minibert.errors import UserError
 from minibert.lab.conform.own_kernels import HELP
 from minibert.lab.lockstep.trace import Recording, Side, load
@@ -24,7 +24,7 @@ Config = Annotated[str, typer.Option(help=f"{', '.join(NAMED)}, or a checkpoint'
 Text = Annotated[list[Path] | None, typer.Option(help="Text files; default: the one that ships with minibert.")]
 Tokens = Annotated[int, typer.Option(min=8, help="Tokens in the batch.")]
 MaxSeqLength = Annotated[int, typer.Option(min=8, help="Longest sequence.")]
-Dtype = Annotated[str, typer.Option(help="float32, float64; on a GPU or the emulator float16, bfloat16.")]
+Dtype = Annotated[str, typer.Option(help=DTYPE_HELP)]
 Products = Annotated[str, typer.Option(help=PRODUCTS_HELP)]
 Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads of both sides.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of weights, masks and dropout.")]

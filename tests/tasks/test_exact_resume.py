@@ -36,7 +36,7 @@ PRETRAINING: dict[str, dict[str, Any]] = {
 PLACES = [
     *((backend, "float32", what) for backend in ("numpy", "numba") for what in PRETRAINING),
     ("numpy", "float64", "plain"), ("emulator", "float32", "plain"), ("emulator", "bfloat16", "lora"),
-    ("emulator", "float16", "passes that are summed, whole words"),
+    ("emulator", "float16", "passes that are summed, whole words"), ("numba", "bfloat16", "plain"),
 ]  # fmt: skip
 FINE_TUNING: dict[str, tuple[str, dict[str, Any]]] = {
     "passes that are summed, shuffled each epoch": ("regress", {}),
