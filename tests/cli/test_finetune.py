@@ -317,7 +317,10 @@ TABLES = {
         ("CLASSIFY --output TOYS/tuned", "is not empty: go on with the run in it by --resume"),
         ("CLASSIFY --output TOYS/classify.csv", "is a file: name a folder for the output"),
         ("CLASSIFY --output TOYS/classify.csv/run", "cannot write into "),
-        ("CLASSIFY --dtype int8", "--dtype: backend numpy has arrays of float32, float64, float16, bfloat16: not 'int8'"),
+        (
+            "CLASSIFY --dtype int8",
+            "--dtype: backend numpy has arrays of float32, float64, float16, bfloat16: not 'int8'",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(

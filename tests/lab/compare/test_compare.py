@@ -223,7 +223,10 @@ def test_float64_and_one_backend_alone(monkeypatch: pytest.MonkeyPatch, capsys: 
         ),
         (["compare", "--backends", "numpy,tpu"], "no backend is called 'tpu': choose one of numpy, numba"),
         (["compare", "--backends", "numpy,numpy"], "--backend: expected names such as numpy,numba, each once"),
-        (["compare", "--dtype", "int8"], "--dtype: backend numpy has arrays of float32, float64: not 'int8'"),
+        (
+            ["compare", "--dtype", "int8"],
+            "--dtype: backend numpy has arrays of float32, float64, float16, bfloat16: not 'int8'",
+        ),
         (["compare", "--text", "nowhere.txt"], "nowhere.txt"),
         (["compare", "--kernel", "softmax"], "--kernel: expected FILE.py:FUNCTION=OP"),
         (["compare", "--kernel", "nowhere.py:f=softmax"], "--kernel: there is no file nowhere.py"),

@@ -374,7 +374,7 @@ def test_unknown_names_are_told_with_what_is_near() -> None:
         list(check(["sofmax"]))
     with pytest.raises(UserError, match="no op is called 'zzz': choose from adamw, adamw_shadow, add"):
         find_op("zzz")
-    with pytest.raises(UserError, match="backend numpy has arrays of float32, float64: not 'int8'"):
+    with pytest.raises(UserError, match="backend numpy has arrays of float32, float64, float16, bfloat16: not 'int8'"):
         list(check(dtypes=["int8"]))
     with pytest.raises(ValueError, match="no backend is called 'abacus'"):
         list(check(["softmax"], ["abacus"]))

@@ -212,7 +212,7 @@ def options(**given: Any) -> Any:
         ({"backend": "shelf_backend.py:__version__"}, "expected a minibert.backends.Backend, got str"),
         ({"ops": "softmx"}, "did you mean 'softmax'?"),
         ({"ops": ","}, "--ops: expected names with commas between them"),
-        ({"dtypes": "float16"}, "backend numpy has arrays of float32, float64: not 'float16'"),
+        ({"dtypes": "int8"}, "backend numpy has arrays of float32, float64, float16, bfloat16: not 'int8'"),
         ({"dtypes": "float32,float32"}, "--dtypes: expected names with commas between them, each once"),
         ({"seed": "-1"}, "--conformance-seed: expected a whole number from 0, got '-1'"),
         ({"kernels": ["none.py:f=add"]}, "--kernel: there is no file none.py"),

@@ -328,7 +328,10 @@ def test_many_steps_on_the_command_line(
         (["bisect", "numpy", "numba", "--output", "{file}/sub"], "is a file: name a folder"),
         (["diff", "numba", ""], "no backend is called ''"),
         (["bisect", "numpy", "nonesuch"], "nonesuch"),
-        (["bisect", "numpy", "--b-dtype", "float46"], "--b-dtype: backend numpy has arrays of float32, float64: not"),
+        (
+            ["bisect", "numpy", "--b-dtype", "float46"],
+            "--b-dtype: backend numpy has arrays of float32, float64, float16, bfloat16: not",
+        ),
         (["diff", "numpy", "numba", "--steps", "2", "--step", "2"], "leave out --step"),
         (["diff", "numpy", "--steps", "2", "--record", "{new}"], "leave out --step, --record"),
         (["diff", "numpy", "numba", "--products", "tf32"], "--products: expected float32 on numpy, numba, got 'tf32'"),
