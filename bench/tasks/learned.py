@@ -51,10 +51,11 @@ def report(document: dict[str, Any], json_file: Path | None, picture: Path | Non
         shown.add_column(column, justify="right", no_wrap=True)
     for who, (*_, last) in facts["curves"].items():
         wrong = who in facts["impossible"]
+        share = "-" if wrong or who in facts["fewer_bits"] else f"{facts['share_of_peak'][who]:.0%}"
         shown.add_row(
             who, f"{last['seconds']:.1f}", f"{last['steps']:,}", f"{last['tokens']:,}",
             "-" if wrong else f"{facts['tokens_per_second'][who]:,.0f}",
-            "-" if wrong else f"{facts['share_of_peak'][who]:.0%}", f"{last['held_out_loss']:.4f}",
+            share, f"{last['held_out_loss']:.4f}",
             "[red]impossible[/red]" if wrong else "",
         )  # fmt: skip
     console.print(shown)

@@ -11,6 +11,7 @@ from typing import Any
 
 from bench.peers.torch_bert import TorchTraining, Weights, fused_adamw
 from bench.timing.batches import Batch, work
+from bench.timing.frame import ours_in
 from minibert.backends import Backend
 from minibert.model.bert import BertForMaskedLM
 from minibert.model.config import BertConfig
@@ -23,11 +24,12 @@ ENDLESS = 2**31  # steps: the time ends a run
 class Ours:
     """minibert's Trainer, called step by step; nothing is written: what did write would fail here."""
 
-    library = "minibert"
-
-    def __init__(self, config: BertConfig, weights: Weights, data: Data, settings: TrainingConfig, place: Backend):
-        self.name = place.name
-        model = BertForMaskedLM(config, place, initialise=False)
+    def __init__(
+        self, config: BertConfig, weights: Weights, data: Data, settings: TrainingConfig, place: Backend,
+        dtype: str = "float32", name: str = "",
+    ) -> None:  # fmt: skip
+        self.name, self.library = name or place.name, ours_in(dtype)
+        model = BertForMaskedLM(config, place, dtype, initialise=False)
         model.load_state_dict(dict(weights))
         self.trainer = Trainer(model, data, settings, os.devnull)
 
@@ -61,11 +63,10 @@ class Ours:
 class Torch:
     """BertForMaskedLM of transformers and fused AdamW, with the settings that the Trainer of ours has."""
 
-    name = "torch"
-
-    def __init__(self, weights: Weights, ours: Trainer, threads: int) -> None:
+    def __init__(self, weights: Weights, ours: Trainer, threads: int, bfloat16: bool = False) -> None:
         self.ours, self.config, settings = ours, ours.model.config, ours.config
-        self.training = TorchTraining(self.config, weights, threads, plain=False)
+        self.training = TorchTraining(self.config, weights, threads, plain=False, bfloat16=bfloat16)
+        self.name = self.training.name
         self.library, self.torch = self.training.library, self.training.torch
         self.torch.manual_seed(settings.seed)
         self.training.optimizer, self.training.parameters = fused_adamw(
@@ -87,7 +88,8 @@ class Torch:
     def held_out_loss(self) -> float:
         model, total, count = self.training.model, 0.0, 0
         model.eval()
-        with self.torch.inference_mode():
+        autocast = self.torch.autocast("cpu", self.torch.bfloat16, enabled=self.training.bfloat16)
+        with self.torch.inference_mode(), autocast:
             for batch in (Batch(self.config, flat) for flat in self.ours.held_out):
                 total += float(model(**self.prepare(batch)).loss) * batch.predicted
                 count += batch.predicted

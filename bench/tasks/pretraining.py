@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.step import SAME
+from bench.step import NEAR, SAME
 from bench.tasks.fetch import examples_in, fetched, sha256
 from bench.tasks.learned import report
 from bench.tasks.options import command_line, vars_of
@@ -32,6 +32,7 @@ from bench.tasks.pretrainers import ENDLESS, Ours, Torch
 from bench.tasks.prose import PROSE
 from bench.timing import frame, harness, sides
 from bench.timing.batches import Batch
+from minibert import backends
 from minibert.backends import MOST_THREADS
 from minibert.cli.options import BACKENDS, OWN_HELP, notes, refuse_unwritable
 from minibert.data import (
@@ -50,6 +51,7 @@ from minibert.tasks.picture import figure_library
 from minibert.train.config import TrainingConfig
 from minibert.train.trainer import Trainer, prepare
 
+OPPONENTS = ("torch", "torch.bf16", "numba.float32")
 TURN = 5.0  # seconds of a side, one step after the other
 WARM_UP = 0.05  # share of the time in which the learning rate rises
 FIRST = 2  # steps of each side that are thrown away: they compile
@@ -76,7 +78,8 @@ class Options:
     small: Annotated[
         bool, typer.Option("--small", help="Two seconds of the tiny model on the shipped text: a test.")
     ] = False
-    vs: Annotated[str, typer.Option(help="torch, or nothing: ours alone.")] = "torch"
+    vs: Annotated[str, typer.Option(help=f"{', '.join(OPPONENTS)}; or nothing: ours alone.")] = "torch"
+    dtype: Annotated[str, typer.Option(help="Of our arrays: float32 or bfloat16.")] = "float32"
     backend: Annotated[str, typer.Option(*BACKENDS, help=f"Ours. {OWN_HELP}")] = "numba"
     threads: Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="Of every side; default: all cores.")] = (
         None
@@ -89,8 +92,8 @@ def run(options: Options) -> int:
     """Pretrain, show and write. Raises UserError for options that make no sense and for what is missing."""
     refuse_unwritable(json=options.json_file, picture=options.picture)
     said = command_line("pretraining", options)
-    versus = harness.among("--vs", options.vs, ["torch"])
-    for library in ("torch", "transformers") if versus else ():
+    versus = harness.among("--vs", options.vs, OPPONENTS)
+    for library in ("torch", "transformers") if any(name.startswith("torch") for name in versus) else ():
         if importlib.util.find_spec(library) is None:
             need = pip_install("[parity]")
             raise UserError(f"{library} is not installed, to compare with: {need}, or leave it out by --vs ''")
@@ -126,8 +129,15 @@ def run(options: Options) -> int:
     weights = BertForMaskedLM(config, "numpy", seed=options.seed).state_dict()
 
     def make() -> list[Any]:
-        ours = Ours(config, weights, data, settings, place)
-        return [ours, *(Torch(weights, ours.trainer, options.threads or 1) for _ in versus)]
+        ours = Ours(config, weights, data, settings, place, options.dtype)
+
+        def opponent(name: str) -> Any:
+            if name.endswith(frame.IN_FLOAT32):
+                there = backends.get(name.removesuffix(frame.IN_FLOAT32))
+                return Ours(config, weights, data, settings, there, name=name)
+            return Torch(weights, ours.trainer, options.threads or 1, name.endswith("bf16"))
+
+        return [ours, *map(opponent, versus)]
 
     def one(name: str, progress: Progress) -> dict[str, Any]:
         return pretrained(options, make, progress)
@@ -198,10 +208,13 @@ def pretrained(options: Options, make: Callable[[], list[Any]], progress: Progre
     made = make()
     trainer = made[0].trainer
     quietly = {side.name: side.quiet() for side in made}
+    libraries = {side.name: side.library for side in made}
+    few = frame.in_fewer_bits({"libraries": libraries})
+    near = quietly if made[0].name in few else few  # whatever is compared with fewer bits
     facts: dict[str, Any] = {
-        "libraries": {side.name: side.library for side in made},
+        "libraries": libraries, "fewer_bits": few,
         "without_dropout": {who: {"loss": loss, "gradient_norm": norm} for who, (loss, norm) in quietly.items()},
-        "refused": harness.apart(quietly, SAME), "unigram_loss": trainer.unigram_loss,
+        "refused": harness.apart(quietly, SAME, dict.fromkeys(near, NEAR)), "unigram_loss": trainer.unigram_loss,
         "held_out_predicted": sum(int((batch.labels != IGNORE).sum()) for batch in trainer.held_out),
     }  # fmt: skip
     if facts["refused"]:

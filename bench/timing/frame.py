@@ -113,13 +113,16 @@ def in_fewer_bits(facts: Mapping[str, Any]) -> list[str]:
     return [name for name, library in facts["libraries"].items() if any(kind in library for kind in FEWER_BITS)]
 
 
+def ours_in(dtype: str) -> str:
+    """The library of a side of ours whose arrays are of this dtype."""
+    return "minibert" + (f", weights and states in bfloat16 ({pair_instructions()})" if dtype == "bfloat16" else "")
+
+
 class Ours:
     """minibert's model on one backend: a side, but for what it does with a batch."""
 
     def __init__(self, config: BertConfig, weights: torch_peer.Weights, backend: Backend, dtype: str) -> None:
-        self.name, self.library, self.backend = backend.name, "minibert", backend
-        if dtype == "bfloat16":
-            self.library += f", weights and states in bfloat16 ({pair_instructions()})"
+        self.name, self.library, self.backend = backend.name, ours_in(dtype), backend
         self.model = BertForMaskedLM(config, backend, dtype, initialise=False)
         self.model.load_state_dict(dict(weights))
 
