@@ -3,37 +3,38 @@
 In the kernels qkv is (N, 3, heads, D), y is (N, heads, D), and `sequences` holds (first row, length) of each that is
 not empty, the longest first. Item i of the work is head i // len(sequences) of sequence i % len(sequences): every
 thread gets its share of each sequence, so that they end together whatever the mix of lengths.
-
-Scores lie in rows of `wide` elements, whole vectors: loops over all of a row leave no rest that runs one by one. What
-stands beyond a sequence's length is in no result.
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from minibert.kernels.attention import mask_width
-from minibert.kernels.cpu.arrays import contiguous
+from minibert.kernels.attention.bfloat16 import attention_heads_of_pairs
+from minibert.kernels.attention.scores import (
+    QUERIES,
+    Dropout,
+    draw,
+    drop_scores,
+    exp_rows,
+    vectors,
+    whole_units,
+    word_buffers,
+)
+from minibert.kernels.cpu.arrays import contiguous, empty_on_lines
+from minibert.kernels.cpu.bfloat16 import bits_of, narrowed, widened
 from minibert.kernels.cpu.jit import inline, jit
-from minibert.kernels.cpu.math import constant, exp, philox_block
-from minibert.kernels.cpu.product import UNIT, ceil_div, gemm_by_panels, pack_panels
+from minibert.kernels.cpu.math import constant, exp
+from minibert.kernels.cpu.product import gemm_by_panels, pack_panels
 from minibert.kernels.cpu.threads import rows_worth_a_thread, run_rows
-from minibert.kernels.cpu.vectors import VECTOR_BYTES, row_max, row_sum
-from minibert.kernels.op import Array
+from minibert.kernels.op import Array, takes_bfloat16
 from minibert.kernels.philox import NO_STREAM, Stream, numbers_of, threshold
 
 NANOSECONDS_A_SCORE = 1.5
-QUERIES = 128  # in a block, at most; a multiple of the rows of a tile
-
-
-class Dropout(NamedTuple):
-    width: int  # words that a query and head own
-    drop: np.uint32  # a score whose word is below this is dropped
-    kept: Any  # the factor of the others, in the dtype of the arrays
 
 
 @jit
@@ -109,64 +110,6 @@ def attention_grad_heads(
             gemm_by_panels(p, 0, 1, wide, g_rows, dv, deep, t, size, rows, i > 0)
         store(dk, deep, t, dqkv, first, 1, head)
         store(dv, deep, t, dqkv, first, 2, head)
-
-
-@jit
-def whole_units(count: int) -> int:
-    return UNIT * ceil_div(count, UNIT)
-
-
-@jit
-def vectors(count: int, like: Array) -> Array:
-    """Scratch of `count` elements, aligned to vectors."""
-    lanes = VECTOR_BYTES // like.itemsize
-    buffer = np.empty(count + lanes, like.dtype)
-    return buffer[-(buffer.ctypes.data // like.itemsize) % lanes :]
-
-
-@jit
-def word_buffers(count: int) -> tuple[Array, Array]:
-    """Scratch of `draw`: numbers of blocks, and their words."""
-    return np.empty(count // 4, np.uint64), np.empty(count, np.uint32)
-
-
-@jit
-def draw(blocks: Array, words: Array, first: int, apart: int, rows: int, wide: int, stream: tuple[Any, ...]) -> None:
-    """Rows of `wide` words, from elements first, first + apart, ... of the stream, multiples of 4, all in one loop."""
-    count = wide // 4
-    seed, number, step, layer, start = stream
-    for i in range(rows):
-        row, block = blocks[i * count : (i + 1) * count], start + (first + i * apart) // 4
-        for j in range(count):
-            row[j] = block + j
-    seed, number, step, layer = np.uint64(seed), np.uint64(number), np.uint64(step), np.uint64(layer)
-    one, two, three, four = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)
-    for i in range(np.uint64(rows * count)):  # unsigned: Numba adds no test for negative indices
-        a, b, c, d = philox_block(blocks[i], layer, step, seed, number)
-        place = four * i
-        words[place], words[place + one] = np.uint32(a), np.uint32(b)
-        words[place + two], words[place + three] = np.uint32(c), np.uint32(d)
-
-
-@jit
-def exp_rows(scores: Array, rows: int, t: int, wide: int, scale: float, tops: Array, totals: Array) -> None:
-    """Scores become exp(scale (score - top of the row)); `tops` are scale top, and `totals` the rows' sums."""
-    for i in range(rows):  # three loops: a maximum is long under way, and the next row's need not wait for it
-        tops[i] = row_max(scores, i * wide, t)
-    for i in range(rows):
-        top, row = tops[i], scores[i * wide : (i + 1) * wide]
-        for j in range(wide):
-            row[j] = exp((row[j] - top) * scale)
-    for i in range(rows):
-        tops[i] *= scale
-        totals[i] = row_sum(scores, i * wide, t)
-
-
-@jit
-def drop_scores(scores: Array, words: Array, count: int, drop: np.uint32) -> None:
-    zero = constant(0.0, scores[0])
-    for j in range(np.uint64(count)):
-        scores[j] = scores[j] if words[j] >= drop else zero
 
 
 @jit
@@ -246,16 +189,23 @@ def _grain(sequences: Array) -> int:
     return rows_worth_a_thread(int(lengths @ lengths) // len(lengths), NANOSECONDS_A_SCORE)
 
 
+@takes_bfloat16
 def attention(
     qkv: Array, cu_seqlens: Array, *, num_heads: int, rate: float = 0.0, stream: Stream = NO_STREAM
 ) -> tuple[Array, Array]:
     sequences, parts = _sequences(cu_seqlens, len(qkv)), _by_head(qkv, num_heads)
     rows, _, heads, size = parts.shape
-    y, lse = np.empty((rows, heads, size), qkv.dtype), np.empty((rows, heads), qkv.dtype)
-    dropout, words = _dropout(cu_seqlens, rate, stream, qkv.dtype), numbers_of(stream)
+    narrow = qkv.dtype.itemsize == 2
+    if narrow and size % 2:  # no words of two
+        y, lse = attention(widened(qkv), cu_seqlens, num_heads=num_heads, rate=rate, stream=stream)
+        return narrowed(y, np.empty(y.shape, qkv.dtype)), lse
+    precision = np.dtype(np.float32) if narrow else qkv.dtype
+    y, lse = empty_on_lines((rows, heads, size), qkv.dtype), np.empty((rows, heads), precision)
+    dropout, words = _dropout(cu_seqlens, rate, stream, precision), numbers_of(stream)
     if rows:
-        items = heads * len(sequences)
-        run_rows(attention_heads, items, parts, sequences, dropout, words, y, lse, grain=_grain(sequences))
+        items, kernel = heads * len(sequences), attention_heads_of_pairs if narrow else attention_heads
+        arrays = bits_of(parts), sequences, dropout, words, bits_of(y), lse
+        run_rows(kernel, items, *arrays, grain=_grain(sequences))
     return y.reshape(rows, heads * size), lse
 
 

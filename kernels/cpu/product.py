@@ -167,10 +167,16 @@ def gemm_by_panels(
     """C = A B, or C += A B, on B as `pack_panels` packs it; C has room for whole tiles: MR rows, whole vectors."""
     lanes = lanes_of(c)
     nr = VECTORS * lanes
-    for i in range(0, m, MR):
+    height = TILE_ROWS if by_tiles(panels) else MR
+    set_tiles(panels, min(height, m), depth)
+    for i in range(0, m, height):
+        rows, left = min(height, m - i), a_start + i * a_row
+        if rows < height and i > 0:
+            set_tiles(panels, rows, depth)
         for j in range(0, n, nr):
-            vectors, left = ceil_div(min(nr, n - j), lanes), a_start + i * a_row
-            tile(vectors, a, left, a_row, a_k, min(MR, m - i), panels, j * depth, depth, c, i * c_row + j, c_row, add)
+            vectors = ceil_div(min(nr, n - j), lanes)
+            tile(vectors, a, left, a_row, a_k, rows, panels, j * depth, depth, c, i * c_row + j, c_row, add)
+    release_tiles(panels)
 
 
 @jit

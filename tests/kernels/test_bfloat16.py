@@ -230,3 +230,21 @@ def test_kernels_that_read_bfloat16_are_those_that_read_much() -> None:
         assert not seen
         NUMBA.run(OPS["softmax"], drawn(3, 4))
         assert len(seen) == 1
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 130])
+def test_a_sequence_has_the_same_attention_alone_and_beside_others(length: int) -> None:
+    heads, others = 3, (130, 17, 2)
+    ends = np.cumsum([0, *others[:2], length, others[2]])
+    qkv = drawn(int(ends[-1]), 3 * heads * 32)
+    y, lse = NUMBA.run(OPS["attention"], qkv, ends, num_heads=heads)
+    alone = NUMBA.run(OPS["attention"], qkv[ends[2] : ends[3]], np.array([0, length]), num_heads=heads)
+    assert y[ends[2] : ends[3]].tobytes() == alone[0].tobytes()
+    assert lse.dtype == np.float32 and lse[ends[2] : ends[3]].tobytes() == alone[1].tobytes()
+
+
+def test_a_head_of_odd_size_has_no_words_and_is_computed_in_float32() -> None:
+    qkv, ends = drawn(9, 3 * 2 * 5), np.array([0, 4, 9])
+    y, lse = NUMBA.run(OPS["attention"], qkv, ends, num_heads=2)
+    wanted, log_sum = NUMBA.run(OPS["attention"], widened(qkv), ends, num_heads=2)
+    assert y.tobytes() == wanted.astype(BFLOAT16).tobytes() and lse.tobytes() == log_sum.tobytes()
