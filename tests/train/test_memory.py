@@ -197,7 +197,7 @@ def test_a_backend_that_nobody_has_counted_is_left_alone() -> None:
 
 @pytest.mark.parametrize("dtype, recompute", [("float32", False), ("bfloat16", False), ("float16", True)])
 def test_a_device_with_as_much_as_was_told_is_enough(dtype: str, recompute: bool, tmp_path: Path) -> None:
-    """But for what sizes of blocks are rounded up: a sixteenth is more than was seen."""
+    """With a sixteenth more, for what sizes of blocks are rounded up."""
     run = Run("idle", 4, 128, 512, 1000, 2048, recompute, dtype)
     told = predicted(run, trainer(run, tmp_path / "told", idle_backend())).total
     list(trainer(run, tmp_path / "enough", idle_backend(told * 17 // 16)).run())
