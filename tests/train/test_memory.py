@@ -201,7 +201,7 @@ def test_a_device_with_as_much_as_was_told_is_enough(dtype: str, recompute: bool
     run = Run("idle", 4, 128, 512, 1000, 2048, recompute, dtype)
     told = predicted(run, trainer(run, tmp_path / "told", idle_backend())).total
     list(trainer(run, tmp_path / "enough", idle_backend(told * 17 // 16)).run())
-    with pytest.warns(UserWarning, match="step 1 ran out of memory: from here on each batch is computed in 2 parts"):
+    with pytest.warns(UserWarning, match="step 1 ran out of memory: from here on .* in [24] parts"):
         list(trainer(run, tmp_path / "less", idle_backend(told * 3 // 4)).run())
 
 
