@@ -262,6 +262,10 @@ class Backend:
     def release_memory(self) -> None:
         """Give back what has been freed, where this backend keeps it: after a model was made, before the first step."""
 
+    def device_memory(self) -> int | None:
+        """Bytes that arrays may take in all, those that are there among them; None where they lie in the host's."""
+        return None
+
     @contextmanager
     def peak_memory(self) -> Iterator[Callable[[], int]]:
         """Measure within the block; the function it yields gives the peak, in bytes, above what was there before."""

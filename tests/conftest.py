@@ -45,7 +45,10 @@ SLOW = frozenset(
         "cli/test_signals.py cli/test_full_disk.py cli/test_jobs.py cli/test_read_only.py",
         "kernels/test_cache.py::test_what_is_damaged_is_compiled_anew_with_a_warning",
         "train/test_parts.py::test_a_process_whose_memory_is_limited_goes_on_in_parts",
-        "train/test_memory.py::test_prediction_is_near_what_is_measured data/test_long_texts.py torture/test_texts.py",
+        "train/test_memory.py::test_prediction_is_near_what_is_measured",
+        "train/test_memory.py::test_a_device_with_as_much_as_was_told_is_enough",
+        "train/test_memory.py::test_a_run_too_large_for_its_device_is_refused",
+        "data/test_long_texts.py torture/test_texts.py",
         # every mistake that can be made in a formula or a kernel
         "faults/test_faults.py::put lab/conform/test_drawn.py",
         "right_kernels/test_right_kernels.py::test_right_kernels_follow_the_formula",

@@ -277,6 +277,9 @@ class CudaBackend(Backend):
     def synchronize(self) -> None:
         self.driver.synchronize()
 
+    def device_memory(self) -> int:
+        return self.driver.memory()[0] + self.pool.held
+
     @contextmanager
     def peak_memory(self) -> Iterator[Callable[[], int]]:
         before, outer = self.pool.used, self.pool.peak

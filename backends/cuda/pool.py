@@ -83,6 +83,12 @@ class Pool:
         """Blocks in use, here and in the pool that this one stands beside."""
         return list(self._live)
 
+    @property
+    def held(self) -> int:
+        """Bytes of the device's blocks that are here, in use or not."""
+        free = sum(size * len(addresses) for size, addresses in self._free.items())
+        return free + sum(block.size for block in self._live)
+
     def make_room(self) -> None:
         """What can be done before memory is given up for exhausted."""
         self.trim()

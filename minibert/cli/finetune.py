@@ -300,7 +300,8 @@ def refuse_too_large(run: FineTuning) -> None:
         saving=config.num_train_epochs > 1 or config.save_steps < run.max_steps,
     )  # fmt: skip
     whole = run.task.in_batch  # the examples of a pass are told apart from each other
-    require_memory(predicted, passes, tokens if whole else max(int(lengths.max()), -(-tokens // size)), flags)
+    least = tokens if whole else max(int(lengths.max()), -(-tokens // size))
+    require_memory(model.backend, predicted, passes, least, flags)
 
 
 def prepared(

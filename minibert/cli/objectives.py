@@ -59,14 +59,14 @@ def refuse_too_large(
     share = training.mlm_probability * training.tokens_per_batch
     passes = Passes(
         training.tokens_per_batch, training.gradient_accumulation_steps, round(share), training.checkpoint_activations,
-        saving=training.save_steps < training.max_steps,
+        saving=training.save_steps < training.max_steps, graphed=training.graph,
     )  # fmt: skip
 
     def flags(found: Passes) -> str:
         recompute = " --checkpoint-activations" if found.recompute else ""
         return f"--tokens-per-batch {found.tokens} --gradient-accumulation-steps {found.accumulated}{recompute}"
 
-    require_memory(predicted, passes, training.max_seq_length, flags)
+    require_memory(place, predicted, passes, training.max_seq_length, flags)
 
 
 def untrained(

@@ -94,13 +94,14 @@ def refuse_changes(stored: Mapping[str, Any], given: Mapping[str, Any], changeab
 
 
 def require_memory(
-    predicted: Callable[[Passes], Memory | None], passes: Passes, least: int, flags: Callable[[Passes], str]
-) -> None:
-    """Raise UserError, after a table, where a run would take more memory than there is.
+    place: Backend, predicted: Callable[[Passes], Memory | None], passes: Passes, least: int,
+    flags: Callable[[Passes], str],
+) -> None:  # fmt: skip
+    """Raise UserError, after a table, where a run would take more memory than its device, or the host, has.
 
     `least`: tokens that a pass has to hold. `flags`: those of a command line that ask for such passes.
     """
-    memory, free = predicted(passes), available()
+    memory, free = predicted(passes), available(place)
     if memory is None or free is None or memory.total <= free:
         return
 
@@ -113,9 +114,10 @@ def require_memory(
         table.add_row(name, size.removesuffix(" MB"))
     notes.print(table)
     found = smaller(passes, least, fits)
+    where = "" if place.device_memory() is None else f" on {place.name}"
     mend = "take a smaller model" if found is None else f"the same updates fit with {flags(found)}"
     raise UserError(
-        f"the run would take about {megabytes(memory.total)} of memory, and {megabytes(free)} are free: {mend}"
+        f"the run would take about {megabytes(memory.total)} of memory, and {megabytes(free)} are free{where}: {mend}"
     )
 
 

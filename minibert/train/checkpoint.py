@@ -26,7 +26,7 @@ import numpy as np
 from minibert.errors import UserError, WriteError, warn
 from minibert.model.checkpoint import read_arrays, read_json, sync, write_atomically
 from minibert.train.config import OptimizationConfig, TrainingConfig
-from minibert.train.lock import locked
+from minibert.train.lock import locked, refuse_without_locks
 from minibert.train.log import LOG
 from minibert.train.parts import PARTS
 from minibert.train.tensorboard import PREFIX
@@ -268,6 +268,7 @@ def refuse_to_overwrite(output: Path) -> None:
 
     Raises WriteError where it could not be written into, which would show only once the text has been read.
     """
+    refuse_without_locks()
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: name a folder for the output")
     if output.is_dir() and not is_unbegun(output):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -13,10 +14,9 @@ def locked(path: Path, wait: bool) -> int | None:
 
     Raises OSError where the file cannot be made, UserError on a system without such locks.
     """
-    try:
-        from fcntl import LOCK_EX, LOCK_NB, flock
-    except ImportError:
-        raise UserError("this needs file locks, of Linux or macOS: run it on one of them") from None
+    refuse_without_locks()
+    from fcntl import LOCK_EX, LOCK_NB, flock
+
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         flock(file, LOCK_EX if wait else LOCK_EX | LOCK_NB)
@@ -27,3 +27,9 @@ def locked(path: Path, wait: bool) -> int | None:
         os.close(file)
         raise
     return file
+
+
+def refuse_without_locks() -> None:
+    """Raise UserError on a system that has no such locks (Windows): before there is anything that needs them."""
+    if importlib.util.find_spec("fcntl") is None:
+        raise UserError("this needs file locks, of Linux or macOS: run it on one of them")

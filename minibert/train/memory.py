@@ -2,8 +2,8 @@
 
 A run holds weights, gradients and two moments. On top of these comes the greatest of what its phases take, one after
 the other: the layers' backward pass, the head's products, the optimiser, and writing a checkpoint; one that is written
-while training goes on adds to them. What each holds was counted with `tracemalloc`; `tests/train/test_memory.py`
-compares with whole runs.
+while training goes on adds to them. What each holds was counted with `tracemalloc`, or on a device in the blocks that
+live at the peak; `tests/train/test_memory.py` compares with whole runs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minibert.backends import Backend
+from minibert.backends.base import NARROW
 from minibert.model.bert import HEAD_ROWS
 from minibert.model.config import BertConfig
 from minibert.train.checkpoint import megabytes
@@ -28,10 +30,14 @@ class Costs(NamedTuple):
     hidden: float  # (N, I) in a layer
     channels: float  # (N, C) there, of a backward pass
     logits: float  # (M, V) in the head
-    weights: float  # of the trained parameters' size, in the optimiser
+    least: float  # (N, C) of a backward pass there, however few I are
+    weights: float  # of the trained parameters' size, where the optimiser is made, resumed or at work
+    gradients: float = 0  # of the largest weight's size, on the way to where gradients lie
+    device: bool = False  # it has memory of its own, where 16 bits take two bytes and no checkpoint is copied to
 
 
-COSTS = {"numba": Costs(2, 1.75, 1.1, 0), "numpy": Costs(4, 2, 5.2, 6)}
+CUDA = Costs(2, 1, 2, 4, 1, gradients=1, device=True)  # whatever plays the device
+COSTS = {"numba": Costs(2, 1.75, 1.1, 0, 0), "numpy": Costs(4, 2, 5.2, 10, 6), "cupy": CUDA, "emulator": CUDA}
 
 
 class Passes(NamedTuple):
@@ -43,6 +49,7 @@ class Passes(NamedTuple):
     recompute: bool = False  # layers are computed again in backward
     evaluated: int = 0  # tokens of a pass in evaluation
     saving: bool = False  # there are steps while a checkpoint is written
+    graphed: bool = False  # steps are captured: their blocks serve nothing else, and each shape first runs without
 
     def halved(self) -> Passes:
         """Twice as many of half the size."""
@@ -75,27 +82,32 @@ class Memory(NamedTuple):
 def predict(
     config: BertConfig, passes: Passes, backend: str, dtype: str, parameters: int, trained: int | None = None
 ) -> Memory | None:
-    """What a run takes on a CPU's backend, beside the program itself; None for backends that nobody has counted.
+    """What a run takes where the backend's arrays lie, beside the program; None for backends that nobody has counted.
 
     `trained` is how many of the parameters are: all, where it is not given.
     """
     if backend not in COSTS:
         return None
-    costs, width = COSTS[backend], 8 if dtype == "float64" else 4
+    costs, wide = COSTS[backend], 8 if dtype == "float64" else 4
+    narrow = dtype in NARROW and costs.device
+    width = 2 if narrow else wide
     trained = parameters if trained is None else trained
-    n, m = passes.tokens, min(passes.predicted, HEAD_ROWS)
+    n, m = passes.tokens, passes.predicted if passes.graphed else min(passes.predicted, HEAD_ROWS)
     c, i, layers, v = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size
     of_layer = n * (i + 6 * c)
     kept = 3 * n * c + layers * (n * c if passes.recompute else of_layer)
-    backward = n * max(costs.hidden * i + costs.channels * c, 10 * c if backend == "numpy" else 0)
+    backward = n * max(costs.hidden * i + costs.channels * c, costs.least * c)
+    backward += costs.gradients * c * max(i, 3 * c)
     if passes.recompute:
         backward += of_layer + 3 * n * c
-    head = m * (costs.logits * v + 7 * c)
+    head = m * (costs.logits * v + 7 * c) + (costs.gradients * v * config.embedding_size if m else 0)
     evaluation = passes.evaluated * (costs.hidden * i + (costs.channels + 1) * c)
-    copied = 2 * parameters + 2 * trained  # of the model once for itself, and once with its moments
+    copied = 0 if costs.device else 2 * parameters + 2 * trained  # of the model once for itself, once with its moments
     beside = copied if passes.saving else 0
-    most = max(kept + max(backward, head), costs.weights * trained, evaluation, copied - beside)
-    return Memory(*(int(width * count) for count in (parameters, 3 * trained, kept, most - kept, beside)))
+    step = kept + max(backward, head)
+    most = max(2 * step if passes.graphed else step, costs.weights * trained, evaluation, copied - beside)
+    weights = width * parameters + (wide * trained if narrow else 0)  # which are updated in float32
+    return Memory(weights, (width + 2 * wide) * trained, *(int(width * x) for x in (kept, most - kept, beside)))
 
 
 def parameters_of(config: BertConfig) -> int:
@@ -117,7 +129,15 @@ def smaller(passes: Passes, least: int, fits: Callable[[Passes], bool]) -> Passe
     return None
 
 
-def available() -> int | None:
+def available(place: Backend) -> int | None:
+    """Bytes that a run there may take, with what is there of it already; None where neither device nor system says."""
+    host, device = available_to_process(), place.device_memory()
+    if device is None:
+        return host
+    return min(device, host) if place.emulated and host is not None else device  # whose memory is the host's
+
+
+def available_to_process() -> int | None:
     """Bytes that this process may still take; None where the system does not say (it is not Linux)."""
     try:
         import resource  # where there is one, as on Linux

@@ -11,14 +11,17 @@ import re
 import struct
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from minibert import backends
 from minibert.backends.base import BackendUnavailable
 from minibert.backends.cuda import cublaslt, cupy_driver, nvrtc
+from minibert.backends.cuda.backend import CudaBackend
 from minibert.backends.cuda.cupy_driver import CupyDriver
 from minibert.backends.cuda.driver import DeviceMemoryExhausted
 from minibert.backends.cuda.matmul import (
@@ -29,10 +32,12 @@ from minibert.backends.cuda.matmul import (
     operand_sums,
     sums_arguments,
 )
+from minibert.data import SHIPPED_TEXT
 from minibert.errors import UserError
 from minibert.kernels.gpu.launch import CudaFile
 from tests.column_major import Case, ColumnMajor
 from tests.imagined_cupy import Api, FakeCupy, FakeEvent, FakeStream, Runtime, RuntimeFailure
+from tests.toy_tasks import command
 
 SOURCE = """extern "C" __global__ void __launch_bounds__(128) mixed(
     const Storage* __restrict__ x, int rows, long long count, float scale, unsigned char flag, Stream stream) {}
@@ -184,6 +189,22 @@ def test_memory_that_runs_out_is_told_from_other_failures(cupy: FakeCupy, device
     cupy.cuda.runtime.failing["malloc"] = 700
     with pytest.raises(RuntimeError, match="cudaError700; an earlier kernel may be the cause"):
         device.allocate(12345)
+
+
+def test_a_run_too_large_for_the_gpu_is_refused_before_it_begins(
+    cupy: FakeCupy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cupy.cuda.runtime, "memGetInfo", lambda: (300_000_000, 1_000_000_000))
+    monkeypatch.setitem(backends._loaded, "cupy", CudaBackend(CupyDriver()))
+    run = ["pretrain", SHIPPED_TEXT, "--output", tmp_path / "run", "--config", "mini", "--backend", "cupy"]
+    assert command(monkeypatch, *run, "--tokens-per-batch", 65536, "--dtype", "bfloat16") == 2
+    *table, said = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"error: the run would take about [\d,.]+ MB of memory, and 300.0 MB are free on cupy: the same updates fit "
+        r"with --tokens-per-batch \d+ --gradient-accumulation-steps \d+", said
+    ), said  # fmt: skip
+    assert ["free", "300.0"] in [row.split() for row in table], table
+    assert not (tmp_path / "run").exists()
 
 
 # -------------------------------------------------------------------------------------------------------- kernels

@@ -74,6 +74,17 @@ def test_bfloat16_without_ml_dtypes(
     assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["mine.py"]
 
 
+def test_a_system_without_file_locks(
+    without: Callable[..., None], said: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows has no fcntl: whoever writes into a folder alone says so before anything is there."""
+    monkeypatch.chdir(tmp_path)
+    without("fcntl", "resource")
+    line = said("pretrain --output new --backend numpy --config tiny")
+    assert line == "error: this needs file locks, of Linux or macOS: run it on one of them"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 @pytest.mark.parametrize(
     ("packages", "command", "advice"),
     [
