@@ -36,7 +36,7 @@ def pairs_parts(
 
     Where there is no GELU `before` is left alone; with `add` the product is added to y.
     """
-    scratch, after, panels = scratch_for(weight), np.empty(n, np.float32), np.empty(0, weight.dtype)
+    scratch, panels = scratch_for(weight), np.empty(0, weight.dtype)
     for number in range(start, stop):
         first, rows, left, columns = part_of(bias, m, n, cuts, number)
         right, r_start, r_k, high = weight, left * w_column, w_k, rows
@@ -75,11 +75,9 @@ def pairs_parts(
                 for j in range(columns):
                     kept[j] = to_bfloat16(z[j])
                 if gelu == BY_ERF:
-                    gelu_erf_loop(z, after, 0, columns)
+                    gelu_erf_loop(z, out, 0, columns)
                 else:
-                    gelu_tanh_loop(z, after, 0, columns)
-                for j in range(columns):
-                    out[j] = to_bfloat16(after[j])
+                    gelu_tanh_loop(z, out, 0, columns)
 
 
 def product_of_pairs(a: Array, b: Array, out: Array | None = None, *, add: bool = False, wide: bool = False) -> Array:
