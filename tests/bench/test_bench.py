@@ -272,7 +272,7 @@ def test_outputs_that_are_apart_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     [
         (step, ["--config", "huge"], "--config: expected tiny, mini, minilm"),
         (infer, ["--config", "tiny", "--length", "513"], "512 positions"),
-        (step, ["--vs", "jax"], "--vs: expected torch, torch.compile, each once"),
+        (step, ["--vs", "jax"], "--vs: expected torch, torch.bf16, torch.compile, numba.float32, each once"),
         (infer, ["--vs", "torch,torch"], "each once"),
         (step, ["--measures", "all"], "--measures: expected same_work, masked_head, packed"),
         (infer, ["--sequences", "long"], "--sequences: expected filled or sentences"),

@@ -93,7 +93,7 @@ def test_without_dropout_both_sides_stay_together_step_by_step() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--vs", "jax"], "--vs: expected torch, each once at most, got 'jax'"),
+        (["--vs", "jax"], "--vs: expected torch, torch.bf16, numba.float32, each once at most, got 'jax'"),
         (["--vs", "", "--picture", "curve.txt"], "--picture: expected a name that ends in .png, .svg, .pdf"),
         (["--vs", "", "--small", "--length", "600"], "--length 600: the model has 512 positions; give no more"),
         (["--vs", "", "--backend", "numpy,numba"], "--backend: expected one, got numpy,numba"),
