@@ -27,6 +27,7 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 
 from minibert.kernels.cache import cache_base, own_folder, read_sealed, sealed
+from minibert.kernels.cpu.tiles import PERMITTED
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -44,8 +45,12 @@ CACHE_DAYS = 30  # compiled code of sources that no process has had for so long 
 
 
 def source_hash(root: Path) -> str:
-    """A name for all Python sources under `root` and for the compiler: Numba sees no edit in an imported helper."""
-    compiler = [numba.__version__, llvmlite.__version__, *(getattr(numba.config, name, None) for name in CODE_SETTINGS)]
+    """A name for all Python sources under `root` and for the compiler: Numba sees no edit in an imported helper.
+
+    And for whether tiles may be used: code that has them ends a process that may not.
+    """
+    settings = (getattr(numba.config, name, None) for name in CODE_SETTINGS)
+    compiler = [numba.__version__, llvmlite.__version__, PERMITTED, *settings]
     digest = hashlib.sha256(repr(compiler).encode())
     for path in sorted(root.rglob("*.py")):
         source = path.read_bytes()
