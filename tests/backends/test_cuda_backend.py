@@ -376,7 +376,9 @@ def test_the_command_line_says_that_memory_is_exhausted(
     own_emulator: Callable[[str], Any],
     tmp_path: Any,
 ) -> None:
-    monkeypatch.setitem(backends._loaded, "emulator", own_emulator("0.001"))
+    place = own_emulator("0.001")
+    monkeypatch.setitem(backends._loaded, "emulator", place)
+    monkeypatch.setattr(place, "device_memory", lambda: None)  # it is not known before the run, which begins
     words = ["pretrain", "--backend", "emulator", "--layers", "1", "--hidden", "64", "--output", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", ["minibert", *words, "--vocab-size", "300"])
     with pytest.raises(SystemExit) as stopped:

@@ -99,8 +99,7 @@ FAULTS = (
     ),
     Fault(
         "the last key of a sequence is lost", "attention", "attention", "first attention", "forward",
-        "row[j] = exp((row[j] - top) * scale)",
-        "row[j] = exp((row[j] - top) * scale) if j < max(1, t - 1) else constant(0.0, top)",
+        "v_panels, sums, deep, rows, size, t, False)", "v_panels, sums, deep, rows, size, max(1, t - 1), False)",
     ),
     Fault(
         "no scale of dropout on attention", "attention", "attention", "first attention", "forward",
@@ -150,7 +149,7 @@ FAULTS = (
     # ----------------------------------------------------------------------------------------------------- optimiser
     Fault(
         "the first block alone is summed", "adamw", "square_norm", "optimiser", "optimiser",
-        "np.asarray(partial.sum(), x.dtype)", "np.asarray(partial[0], x.dtype)",
+        "np.asarray(partial.sum(), np.float32", "np.asarray(partial[0], np.float32",
     ),
     Fault(
         "clipping by the square of the norm", "adamw", "clip_scale", "optimiser", "optimiser",
