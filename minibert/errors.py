@@ -1,5 +1,6 @@
 """What is the user's to mend (the command line prints an error in one line, exit code 2), to know of, or to install."""
 
+import errno
 import os
 import sys
 import warnings
@@ -36,10 +37,18 @@ class Interrupted(BaseException):
 
 
 def path_of(given: Any, expected: str) -> Path:
-    """A path that was given. Raises UserError for what is none."""
+    """A path that was given. Raises UserError for what is none, or longer than the system can look up."""
     if not isinstance(given, str | os.PathLike):
         raise UserError(f"expected {expected}, got {type(given).__name__}: give its path")
-    return Path(given)
+    path = Path(given)
+    try:
+        path.exists()
+    except OSError as error:  # what is only not there raises nothing
+        said = (
+            f"{path} cannot be looked up" if error.errno != errno.ENAMETOOLONG else f"{str(path)[:60]}... is too long"
+        )
+        raise UserError(f"expected {expected}, but {said} ({error.strerror}): check the path") from None
+    return path
 
 
 def warn(message: str) -> None:

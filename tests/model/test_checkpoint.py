@@ -389,3 +389,11 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         write_arrays(tmp_path / "absent" / "a.safetensors", {"a": np.ones(1)})
     one_line(error, tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000])
+def test_a_name_that_is_too_long_is_said_in_a_line(name: str) -> None:
+    """As a damaged modules.json gives one."""
+    with pytest.raises(UserError, match=r"expected a folder with a checkpoint, but x.* is too long") as refused:
+        read_config(name)
+    assert len(str(refused.value)) < 200 and "\n" not in str(refused.value)
