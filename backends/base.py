@@ -117,9 +117,9 @@ class Backend:
 
     def _run(self, op: Op, arrays: tuple[Array, ...], params: dict[str, Any]) -> Any:
         kernel = self.kernel(op)
-        if any([a.dtype.itemsize == 2 for a in arrays]) and not getattr(kernel, "takes_bfloat16", False):
+        if any([a.dtype.itemsize == 2 for a in arrays]):
             storage = storage_of(op, arrays)
-            if storage is not None and storage.name in NARROW and (kernel is not None or _computes(op)):
+            if storage is not None and storage.name in NARROW and not self._takes(op, kernel, storage):
                 return self._run_widened(op, arrays, params, storage)
         if kernel is not None:
             result = kernel(*arrays, **params)
@@ -132,6 +132,13 @@ class Backend:
         asarray = self.xp.asarray
         return tuple(map(asarray, result)) if isinstance(result, tuple) else asarray(result)
 
+    @staticmethod
+    def _takes(op: Op, kernel: Kernel | None, storage: np.dtype[Any]) -> bool:
+        """Whether what runs the op here works on arrays in 16 bits themselves."""
+        if kernel is None:
+            return not _computes(op)
+        return storage.name == "bfloat16" and getattr(kernel, "takes_bfloat16", False)
+
     def _run_widened(self, op: Op, arrays: tuple[Array, ...], params: dict[str, Any], storage: np.dtype[Any]) -> Any:
         """On copies in float32: 16 bits are for memory. What the op does not call wide is stored in them again."""
         wide = tuple(self.widened(a) if a.dtype == storage else a for a in arrays)
@@ -139,10 +146,10 @@ class Backend:
         if op.writes:
             for written in op.writes:
                 if arrays[written] is not wide[written]:
-                    self.narrow(wide[written], arrays[written])
+                    arrays[written][...] = self.narrowed(wide[written], storage)
             return tuple(arrays[i] for i in op.writes)
         stored = tuple(
-            r if not holds_floats(r) or k in op.wide_outputs or k in op.whole_outputs else self.narrow(r, storage)
+            r if not holds_floats(r) or k in op.wide_outputs or k in op.whole_outputs else self.narrowed(r, storage)
             for k, r in enumerate(outputs(result))
         )
         return stored if isinstance(result, tuple) else stored[0]
@@ -151,12 +158,9 @@ class Backend:
         """A copy in float32 of an array in 16 bits."""
         return x.astype(np.float32)
 
-    def narrow(self, x: Array, to: Any) -> Array:
-        """`x` (float32) rounded to 16 bits: to a dtype, as a new array, or into an array that is given."""
-        if isinstance(to, np.dtype):
-            return x.astype(to)
-        to[...] = x
-        return to
+    def narrowed(self, x: Array, dtype: np.dtype[Any]) -> Array:
+        """A copy in 16 bits, rounded, of an array in float32."""
+        return x.astype(dtype)
 
     def _run_into(self, op: Op, arrays: tuple[Array, ...], params: dict[str, Any], *into: Array | None) -> Any:
         given = {**params, "into": into} if _takes_places(self.kernel(op)) else params

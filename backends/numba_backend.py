@@ -14,11 +14,10 @@ from minibert.backends.base import Backend
 from minibert.backends.blas import deterministic, set_product_threads
 from minibert.kernels.array_module import numpy_module
 from minibert.kernels.cpu import threads as cpu_threads
-from minibert.kernels.cpu.arrays import empty_on_lines
 from minibert.kernels.cpu.bfloat16 import narrowed, widened
 from minibert.kernels.cpu.prepacked import prepacked
 from minibert.kernels.cpu.vectors import VECTOR_BYTES
-from minibert.kernels.op import Array
+from minibert.kernels.op import Array, is_bfloat16
 
 
 class NumbaBackend(Backend):
@@ -30,10 +29,10 @@ class NumbaBackend(Backend):
         return f"Numba {numba.__version__} ({threads} threads, vectors of {bits} bits{mode})"
 
     def widened(self, x: Array) -> Array:
-        return widened(x)
+        return widened(x) if is_bfloat16(x) else super().widened(x)
 
-    def narrow(self, x: Array, to: Any) -> Array:
-        return narrowed(x, empty_on_lines(x.shape, to) if isinstance(to, np.dtype) else to)
+    def narrowed(self, x: Array, dtype: np.dtype[Any]) -> Array:
+        return narrowed(x, dtype) if dtype.name == "bfloat16" else super().narrowed(x, dtype)
 
     def prepacked(self, weight: Array) -> Array:
         return prepacked(weight)

@@ -127,6 +127,11 @@ def holds_floats(array: Array) -> bool:
     return array.dtype.kind in "fV"
 
 
+def is_bfloat16(array: Array) -> bool:
+    """Whether the elements are bfloat16, which NumPy files under V with its size."""
+    return bool(array.dtype.itemsize == 2 and array.dtype.kind == "V")
+
+
 def outputs(result: Any) -> tuple[Any, ...]:
     """What an op returned, as a tuple."""
     return result if isinstance(result, tuple) else (result,)

@@ -44,10 +44,8 @@ def path_of(given: Any, expected: str) -> Path:
     try:
         path.exists()
     except OSError as error:  # what is only not there raises nothing
-        said = (
-            f"{path} cannot be looked up" if error.errno != errno.ENAMETOOLONG else f"{str(path)[:60]}... is too long"
-        )
-        raise UserError(f"expected {expected}, but {said} ({error.strerror}): check the path") from None
+        said = f"{str(path)[:60]}... is too long" if error.errno == errno.ENAMETOOLONG else f"{path}: {error.strerror}"
+        raise UserError(f"expected {expected}, but {said}: check the path") from None
     return path
 
 

@@ -11,7 +11,7 @@ from minibert.kernels.cpu.arrays import flat
 from minibert.kernels.cpu.bfloat16 import bits_of, loaded, narrowed
 from minibert.kernels.cpu.jit import jit
 from minibert.kernels.cpu.threads import blocks, rows_worth_a_thread, run_rows
-from minibert.kernels.op import Array, takes_bfloat16
+from minibert.kernels.op import Array, is_bfloat16, takes_bfloat16
 
 BLOCK = 1 << 14  # elements of one partial sum
 LIGHT = rows_worth_a_thread(1, cost=0.4)  # elements
@@ -55,10 +55,7 @@ def adamw_shadow(
 ) -> tuple[Array, Array, Array, Array]:
     """`shadow` is of use where it is stored in fewer bits; else it is a copy."""
     adamw(param, grad, exp_avg, exp_avg_sq, grad_scale, **numbers)
-    if shadow.dtype.itemsize == 2:
-        narrowed(param, shadow)
-    else:
-        shadow[...] = param
+    shadow[...] = narrowed(param, shadow.dtype) if is_bfloat16(shadow) else param
     return shadow, param, exp_avg, exp_avg_sq
 
 
@@ -78,7 +75,7 @@ def square_norm(x: Array) -> Array:
     (vector,) = flat(bits_of(x))
     partial = np.empty(blocks(x.size, BLOCK), np.float64)
     run_rows(square_norm_blocks, len(partial), vector, partial, grain=rows_worth_a_thread(BLOCK, cost=0.03))
-    return np.asarray(partial.sum(), np.float32 if x.dtype.itemsize == 2 else x.dtype)
+    return np.asarray(partial.sum(), np.float32 if is_bfloat16(x) else x.dtype)
 
 
 @jit

@@ -15,14 +15,13 @@ from minibert.kernels.attention.scores import (
     draw,
     drop_scores,
     exp_rows,
-    vectors,
     whole_units,
     word_buffers,
 )
-from minibert.kernels.cpu.bfloat16 import to_bfloat16
+from minibert.kernels.cpu.bfloat16 import interleave_rows, stored
 from minibert.kernels.cpu.jit import jit
 from minibert.kernels.cpu.math import constant
-from minibert.kernels.cpu.product import ceil_div, gemm_by_panels, pack_panels
+from minibert.kernels.cpu.product import aligned, ceil_div, gemm_by_panels, pack_panels
 from minibert.kernels.op import Array
 
 
@@ -36,19 +35,19 @@ def attention_heads_of_pairs(
     scale = constant(size**-0.5, kept)
     flat, token, deep, most = qkv.reshape(-1), 3 * heads * size, whole_units(size), whole_units(sequences[0, 1])
     words, word, half = flat.view(np.uint32), token // 2, size // 2
-    k_panels, v_panels = vectors(most * half, words), vectors(most // 2 * deep, words)
-    pairs = vectors(most // 2 * size, words)
-    scores, sums = vectors(QUERIES * most, lse), vectors(QUERIES * deep, lse)
-    p = vectors(QUERIES * most // 2, words)
+    k_panels, v_panels = aligned(most * half, words), aligned(most // 2 * deep, words)
+    pairs = aligned(most // 2 * size, words)[: most // 2 * size]
+    scores, sums = aligned(QUERIES * most, lse), aligned(QUERIES * deep, lse)
+    p = aligned(QUERIES * most // 2, words)
     bits = p.view(np.uint16)
-    tops, totals = vectors(QUERIES, lse), vectors(QUERIES, lse)
+    tops, totals = aligned(QUERIES, lse), aligned(QUERIES, lse)
     blocks, random = word_buffers(QUERIES * most if drop > 0 else 0)
     for item in range(start, stop):
         head, (first, t) = item // len(sequences), sequences[item % len(sequences)]
         wide, depth = whole_units(t), ceil_div(t, 2)
         q = first * word + head * half
         pack_panels(words, q + heads * half, 1, word, half, t, k_panels)
-        pair_rows(flat, 2 * q + 2 * heads * size, token, t, size, pairs)
+        interleave_rows(flat[2 * q + 2 * heads * size :], token, size, t, pairs.reshape(-1, size), 0, depth)
         pack_panels(pairs, 0, size, 1, depth, size, v_panels)
         for i in range(0, t, QUERIES):
             rows = min(QUERIES, t - i)
@@ -58,7 +57,7 @@ def attention_heads_of_pairs(
                 draw(blocks, random, ((first + i) * heads + head) * width, heads * width, rows, wide, stream)
                 drop_scores(scores, random, rows * wide, drop)
             for j in range(rows * wide):
-                bits[j] = to_bfloat16(scores[j])
+                bits[j] = stored(scores[j], bits)
             for r in range(rows if t % 2 else 0):
                 bits[r * wide + t] = 0  # beside the last key, in its word
             gemm_by_panels(p, 0, wide // 2, 1, v_panels, sums, deep, rows, size, depth, False)
@@ -66,18 +65,4 @@ def attention_heads_of_pairs(
                 lse[first + i + r, head] = tops[r] + math.log(totals[r])
                 share, row, sums_row = kept / totals[r], y[first + i + r, head], sums[r * deep :]
                 for j in range(size):
-                    row[j] = to_bfloat16(sums_row[j] * share)
-
-
-@jit
-def pair_rows(x: Array, start: int, x_row: int, rows: int, columns: int, out: Array) -> None:
-    """Words of rows 2 k and 2 k + 1 of x, one row of `columns` words after the other; a row that is missing is 0."""
-    for k in range(ceil_div(rows, 2)):
-        lower, words = x[start + 2 * k * x_row :], out[k * columns : (k + 1) * columns]
-        if 2 * k + 1 < rows:
-            upper = x[start + (2 * k + 1) * x_row :]
-            for j in range(columns):
-                words[j] = np.uint32(lower[j]) | np.uint32(np.uint32(upper[j]) << np.uint32(16))
-        else:
-            for j in range(columns):
-                words[j] = np.uint32(lower[j])
+                    row[j] = stored(sums_row[j] * share, row)

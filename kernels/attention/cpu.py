@@ -21,7 +21,6 @@ from minibert.kernels.attention.scores import (
     draw,
     drop_scores,
     exp_rows,
-    vectors,
     whole_units,
     word_buffers,
 )
@@ -29,9 +28,9 @@ from minibert.kernels.cpu.arrays import contiguous, empty_on_lines
 from minibert.kernels.cpu.bfloat16 import bits_of, narrowed, widened
 from minibert.kernels.cpu.jit import inline, jit
 from minibert.kernels.cpu.math import constant, exp
-from minibert.kernels.cpu.product import gemm_by_panels, pack_panels
+from minibert.kernels.cpu.product import aligned, gemm_by_panels, pack_panels
 from minibert.kernels.cpu.threads import rows_worth_a_thread, run_rows
-from minibert.kernels.op import Array, takes_bfloat16
+from minibert.kernels.op import Array, is_bfloat16, takes_bfloat16
 from minibert.kernels.philox import NO_STREAM, Stream, numbers_of, threshold
 
 NANOSECONDS_A_SCORE = 1.5
@@ -45,9 +44,9 @@ def attention_heads(
     heads, size = y.shape[1:]
     scale = constant(size**-0.5, kept)
     flat, token, deep, most = qkv.reshape(-1), 3 * heads * size, whole_units(size), whole_units(sequences[0, 1])
-    k_panels, v_panels = vectors(most * size, y), vectors(most * deep, y)
-    scores, sums = vectors(QUERIES * most, y), vectors(QUERIES * deep, y)
-    tops, totals = vectors(QUERIES, y), vectors(QUERIES, y)
+    k_panels, v_panels = aligned(most * size, y), aligned(most * deep, y)
+    scores, sums = aligned(QUERIES * most, y), aligned(QUERIES * deep, y)
+    tops, totals = aligned(QUERIES, y), aligned(QUERIES, y)
     blocks, words = word_buffers(QUERIES * most if drop > 0 else 0)
     for item in range(start, stop):
         head, (first, t) = item // len(sequences), sequences[item % len(sequences)]
@@ -80,10 +79,10 @@ def attention_grad_heads(
     scale = constant(size**-0.5, kept)
     flat, flat_g, token = qkv.reshape(-1), g.reshape(-1), 3 * heads * size
     deep, most = whole_units(size), whole_units(sequences[0, 1])
-    k_columns, v_columns, k_rows = vectors(most * size, y), vectors(most * size, y), vectors(most * deep, y)
-    q_rows, g_rows, dq = vectors(QUERIES * deep, y), vectors(QUERIES * deep, y), vectors(QUERIES * deep, y)
-    p, ds = vectors(QUERIES * most, y), vectors(QUERIES * most, y)
-    dk, dv, deltas = vectors(most * deep, y), vectors(most * deep, y), vectors(QUERIES, y)
+    k_columns, v_columns, k_rows = aligned(most * size, y), aligned(most * size, y), aligned(most * deep, y)
+    q_rows, g_rows, dq = aligned(QUERIES * deep, y), aligned(QUERIES * deep, y), aligned(QUERIES * deep, y)
+    p, ds = aligned(QUERIES * most, y), aligned(QUERIES * most, y)
+    dk, dv, deltas = aligned(most * deep, y), aligned(most * deep, y), aligned(QUERIES, y)
     blocks, words = word_buffers(QUERIES * most)
     for item in range(start, stop):
         head, (first, t) = item // len(sequences), sequences[item % len(sequences)]
@@ -195,10 +194,10 @@ def attention(
 ) -> tuple[Array, Array]:
     sequences, parts = _sequences(cu_seqlens, len(qkv)), _by_head(qkv, num_heads)
     rows, _, heads, size = parts.shape
-    narrow = qkv.dtype.itemsize == 2
+    narrow = is_bfloat16(qkv)
     if narrow and size % 2:  # no words of two
         y, lse = attention(widened(qkv), cu_seqlens, num_heads=num_heads, rate=rate, stream=stream)
-        return narrowed(y, np.empty(y.shape, qkv.dtype)), lse
+        return narrowed(y, qkv.dtype), lse
     precision = np.dtype(np.float32) if narrow else qkv.dtype
     y, lse = empty_on_lines((rows, heads, size), qkv.dtype), np.empty((rows, heads), precision)
     dropout, words = _dropout(cu_seqlens, rate, stream, precision), numbers_of(stream)

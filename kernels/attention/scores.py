@@ -13,7 +13,7 @@ import numpy as np
 from minibert.kernels.cpu.jit import jit
 from minibert.kernels.cpu.math import constant, exp, philox_block
 from minibert.kernels.cpu.product import UNIT, ceil_div
-from minibert.kernels.cpu.vectors import VECTOR_BYTES, row_max, row_sum
+from minibert.kernels.cpu.vectors import row_max, row_sum
 from minibert.kernels.op import Array
 
 QUERIES = 128  # in a block, at most; a multiple of the rows of a tile
@@ -28,14 +28,6 @@ class Dropout(NamedTuple):
 @jit
 def whole_units(count: int) -> int:
     return UNIT * ceil_div(count, UNIT)
-
-
-@jit
-def vectors(count: int, like: Array) -> Array:
-    """Scratch of `count` elements, aligned to vectors."""
-    lanes = VECTOR_BYTES // like.itemsize
-    buffer = np.empty(count + lanes, like.dtype)
-    return buffer[-(buffer.ctypes.data // like.itemsize) % lanes :]
 
 
 @jit

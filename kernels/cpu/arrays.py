@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-LINE = 64  # bytes of a cache line: tiles whose rows lie across two take four times as long
+LINE = 64  # bytes of a cache line: tiles whose rows lie across two are slow
 
 
 def flat(*arrays: np.ndarray) -> list[np.ndarray]:

@@ -17,7 +17,7 @@ from minibert.kernels.cpu.jit import jit
 from minibert.kernels.cpu.product import Operand, transpose
 from minibert.kernels.cpu.threads import blocks, rows_worth_a_thread, run_rows
 from minibert.kernels.cpu.vectors import I32
-from minibert.kernels.op import Array
+from minibert.kernels.op import Array, is_bfloat16
 
 BLOCK = 4096  # elements that are converted at once
 COST = 0.1  # nanoseconds an element, for `rows_worth_a_thread`
@@ -42,18 +42,6 @@ def _as_it_is(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) ->
 
 
 @intrinsic
-def to_bfloat16(typing_context: Any, x: Any) -> Any:
-    """The bits of the bfloat16 nearest to a float32, ties to even; a NaN stays one."""
-    return types.uint16(types.float32), _rounded
-
-
-@intrinsic
-def from_bfloat16(typing_context: Any, bits: Any) -> Any:
-    """The float32 of a bfloat16's bits."""
-    return types.float32(types.uint16), _as_float32
-
-
-@intrinsic
 def loaded(typing_context: Any, x: Any) -> Any:
     """An element as arithmetic takes it: a float as it is, the bits of a bfloat16 as a float32."""
     return (types.float32(x), _as_float32) if x == types.uint16 else (x(x), _as_it_is)
@@ -61,7 +49,7 @@ def loaded(typing_context: Any, x: Any) -> Any:
 
 @intrinsic
 def stored(typing_context: Any, value: Any, like: Any) -> Any:
-    """A float as an array keeps it: of an array of bfloat16's bits, rounded to these."""
+    """A float as an array keeps it: where that is the bits of bfloat16, the nearest, ties to even; NaN stays one."""
     if like.dtype == types.uint16:
         return types.uint16(types.float32, like), _rounded
     return value(value, like), _as_it_is
@@ -69,43 +57,32 @@ def stored(typing_context: Any, value: Any, like: Any) -> Any:
 
 def bits_of(x: Array) -> Array:
     """An array as a kernel with `loaded` and `stored` takes it: of bfloat16 the bits."""
-    return x.view(np.uint16) if x.dtype.itemsize == 2 else x
+    return x.view(np.uint16) if is_bfloat16(x) else x
 
 
 @jit
-def widen_blocks(x: Array, y: Array, start: int, stop: int) -> None:
+def convert_blocks(x: Array, y: Array, start: int, stop: int) -> None:
     for block in range(start, stop):
         source, target = x[block * BLOCK : (block + 1) * BLOCK], y[block * BLOCK : (block + 1) * BLOCK]
         for j in range(source.size):
-            target[j] = from_bfloat16(source[j])
-
-
-@jit
-def narrow_blocks(x: Array, y: Array, start: int, stop: int) -> None:
-    for block in range(start, stop):
-        source, target = x[block * BLOCK : (block + 1) * BLOCK], y[block * BLOCK : (block + 1) * BLOCK]
-        for j in range(source.size):
-            target[j] = to_bfloat16(source[j])
+            target[j] = stored(loaded(source[j]), target)
 
 
 def widened(x: Array) -> Array:
     """bfloat16 -> a new array of float32, of the same values."""
-    y = np.empty(x.shape, np.float32)
-    _convert(widen_blocks, np.ascontiguousarray(x).view(np.uint16), y)
+    return _converted(x, np.dtype(np.float32))
+
+
+def narrowed(x: Array, dtype: np.dtype[Any]) -> Array:
+    """float32 -> a new array of bfloat16, which is `dtype`, rounded."""
+    return _converted(x, dtype)
+
+
+def _converted(x: Array, dtype: np.dtype[Any]) -> Array:
+    y, source = empty_on_lines(x.shape, dtype), bits_of(np.ascontiguousarray(x)).reshape(-1)
+    grain = rows_worth_a_thread(BLOCK, COST)
+    run_rows(convert_blocks, blocks(x.size, BLOCK), source, bits_of(y).reshape(-1), grain=grain)
     return y
-
-
-def narrowed(x: Array, out: Array) -> Array:
-    """float32 rounded into an array of bfloat16."""
-    if out.flags.c_contiguous:
-        _convert(narrow_blocks, np.ascontiguousarray(x), out.view(np.uint16))
-    else:
-        out[...] = x
-    return out
-
-
-def _convert(kernel: Any, x: Array, y: Array) -> None:
-    run_rows(kernel, blocks(x.size, BLOCK), x.reshape(-1), y.reshape(-1), grain=rows_worth_a_thread(BLOCK, COST))
 
 
 # --- words of two ----------------------------------------------------------------------------------------------------

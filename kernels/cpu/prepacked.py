@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minibert.kernels.cpu.arrays import empty_on_lines
 from minibert.kernels.cpu.product import PACKED, VECTORS, Operand, operand, pack_panels
 from minibert.kernels.cpu.vectors import VECTOR_BYTES
-from minibert.kernels.op import Array
+from minibert.kernels.op import Array, is_bfloat16
 
-WORDS = {1: np.dtype(np.int32), 2: np.dtype(np.uint32)}  # by the bytes of an element: see `cpu_vectors`
+BYTES, PAIRS = np.dtype(np.int32), np.dtype(np.uint32)  # words: see `cpu_vectors`
 
 
 class Kept(NamedTuple):
@@ -31,7 +32,7 @@ def prepacked(weight: Array) -> Array:
     weight = weight.view()
     (flat, k, column), n, depth = _transposed(weight), len(weight), _depth(weight)
     lanes = VECTOR_BYTES // flat.itemsize
-    panels = _aligned(VECTORS * lanes * -(-n // (VECTORS * lanes)) * depth, flat.dtype)
+    panels = empty_on_lines((VECTORS * lanes * -(-n // (VECTORS * lanes)) * depth,), flat.dtype)
     pack_panels(flat, 0, k, column, depth, n, panels)
     key, row_sums = id(weight), _row_sums(weight) if weight.dtype == np.int8 else None
     _kept[key] = Kept(weakref.ref(weight, lambda _: _kept.pop(key, None)), panels, row_sums)
@@ -52,7 +53,7 @@ def row_sums_of(weight: Array) -> Array:
 
 def words_of(x: Array) -> Array:
     """Rows of int8 or bfloat16 as rows of words, filled up with zeros to whole ones."""
-    word = WORDS[x.itemsize]
+    word = _word(x)
     missing = -x.shape[1] % (word.itemsize // x.itemsize)
     x = np.pad(x, ((0, 0), (0, missing))) if missing else np.ascontiguousarray(x)
     return x.reshape(-1).view(word).reshape(len(x), -1)
@@ -64,19 +65,18 @@ def _found(weight: Array) -> Kept | None:
 
 
 def _transposed(weight: Array) -> Operand:
-    return operand((words_of(weight) if weight.itemsize in WORDS else weight).T)
+    return operand((weight if _word(weight) == weight.dtype else words_of(weight)).T)
 
 
 def _depth(weight: Array) -> int:
     """Rows of the transpose."""
-    word = WORDS.get(weight.itemsize, weight.dtype)
-    return -(-weight.shape[1] * weight.itemsize // word.itemsize)
+    return -(-weight.shape[1] * weight.itemsize // _word(weight).itemsize)
+
+
+def _word(x: Array) -> np.dtype[Any]:
+    """The dtype in which products take an array: words, or its own."""
+    return BYTES if x.itemsize == 1 else PAIRS if is_bfloat16(x) else x.dtype
 
 
 def _row_sums(weight: Array) -> Array:
     return weight.sum(axis=1, dtype=np.int32)
-
-
-def _aligned(count: int, dtype: np.dtype[Any]) -> Array:
-    buffer = np.empty(count + VECTOR_BYTES // dtype.itemsize, dtype)
-    return buffer[-(buffer.ctypes.data // dtype.itemsize) % (VECTOR_BYTES // dtype.itemsize) :][:count]

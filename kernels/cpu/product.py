@@ -59,11 +59,18 @@ def lanes_of(x: Array) -> int:
 
 
 @jit
+def aligned(count: int, like: Array) -> Array:
+    """`count` elements that nobody has written, aligned to vectors: tiles whose rows lie across two lines are slow."""
+    lanes = lanes_of(like)
+    buffer = np.empty(count + lanes, like.dtype)
+    return buffer[-(buffer.ctypes.data // like.itemsize) % lanes :]
+
+
+@jit
 def scratch_for(x: Array) -> Array:
     """What `gemm` packs a B like x into: micropanels, WIDE rows of A, sums at an edge of C; aligned to vectors."""
     nr = VECTORS * lanes_of(x)
-    buffer = np.empty(PANELS * DEPTH * nr + WIDE * DEPTH + max(MR, TILE_ROWS) * nr + lanes_of(x), x.dtype)
-    return buffer[-(buffer.ctypes.data // x.itemsize) % lanes_of(x) :]
+    return aligned(PANELS * DEPTH * nr + WIDE * DEPTH + max(MR, TILE_ROWS) * nr, x)
 
 
 @jit
@@ -308,9 +315,8 @@ def _rows_are_contiguous(x: Array) -> bool:
 
 
 def run_parts(
-    kernel: Any, m: int, n: int, depth: int, dtype: np.dtype[Any], *args: Any, far: bool = False,
-    packed: bool = False, words: bool = False,
-) -> None:  # fmt: skip
+    kernel: Any, m: int, n: int, depth: int, dtype: np.dtype[Any], *args: Any, far: bool = False, packed: bool = False
+) -> None:
     """Call `kernel(*args, cuts, start, stop)` for all parts of a product (m, depth) by (depth, n)."""
     down, across = cuts_of(m, n, depth, VECTORS * (VECTOR_BYTES // dtype.itemsize), num_threads(), far, packed)
     grain = rows_worth_a_thread(m * n * depth // (down * across), COST)

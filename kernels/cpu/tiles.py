@@ -1,8 +1,8 @@
 """Products of words in the processor's tile registers (Intel's Advanced Matrix Extensions).
 
 A tile holds up to 16 rows of 64 bytes. One instruction multiplies 16 rows of A, 16 words long, with 16 rows of B, 16
-columns wide, as micropanels have them: some 16 times as much as one on vectors does in the same time. The operation is
-in Intel's Software Developer's Manual, volume 2, under TDPBUSD and TDPBF16PS: for each 32 terms the products of even
+columns wide, as micropanels have them: many times what one on vectors does in the same time. The operation is in
+Intel's Software Developer's Manual, volume 2, under TDPBUSD and TDPBF16PS: for each 32 terms the products of even
 and of odd terms are summed apart, fused and rounded to nearest even, and both sums then added to C; subnormal numbers
 count as 0. Whole numbers are exact.
 

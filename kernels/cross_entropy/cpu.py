@@ -14,7 +14,7 @@ from minibert.kernels.cpu.math import constant, exp, vmax
 from minibert.kernels.cpu.threads import rows_worth_a_thread, run_rows
 from minibert.kernels.cross_entropy import IGNORED
 from minibert.kernels.linear.cpu import product_with_transpose
-from minibert.kernels.op import Array, takes_bfloat16
+from minibert.kernels.op import Array, is_bfloat16, takes_bfloat16
 
 
 @jit
@@ -104,11 +104,11 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
 def linear_cross_entropy(x: Array, weight: Array, bias: Array, labels: Array) -> tuple[Array, Array]:
     rows, classes = len(x), len(weight)
     bias = contiguous(bias, (classes,), "bias")
-    narrow = x.dtype if x.dtype.itemsize == 2 else None
+    narrow = x.dtype if is_bfloat16(x) else None
     bias = bias if narrow is None else widened(bias)
     labels, count = _labels(labels, rows, classes)
     losses, logits = np.empty(rows), product_with_transpose(x, weight)
     grain = rows_worth_a_thread(classes)
     run_rows(bias_cross_entropy_rows, rows, logits, bias, labels, count, losses, grain=grain)
-    dlogits = logits if narrow is None else narrowed(logits, np.empty(logits.shape, narrow))
+    dlogits = logits if narrow is None else narrowed(logits, narrow)
     return _mean(losses, count, logits.dtype), dlogits

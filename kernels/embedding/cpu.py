@@ -11,11 +11,11 @@ from math import prod
 
 import numpy as np
 
-from minibert.kernels.cpu.arrays import contiguous, empty_on_lines, row_numbers
+from minibert.kernels.cpu.arrays import contiguous, row_numbers
 from minibert.kernels.cpu.bfloat16 import narrowed, widened
 from minibert.kernels.cpu.jit import jit
 from minibert.kernels.cpu.threads import rows_worth_a_thread, run_rows
-from minibert.kernels.op import Array, library, takes_bfloat16
+from minibert.kernels.op import Array, is_bfloat16, library, takes_bfloat16
 
 COST = 0.12  # nanoseconds an element, for `rows_worth_a_thread`
 
@@ -53,10 +53,10 @@ def embedding(
     if not input_ids.shape == position_ids.shape == token_type_ids.shape:
         shapes = f"{input_ids.shape}, {position_ids.shape}, {token_type_ids.shape}"
         raise ValueError(f"expected word, position and type ids of one shape, got {shapes}")
-    if word.dtype.itemsize == 2:  # only the rows that are read go to float32
+    if is_bfloat16(word):  # only the rows that are read go to float32
         read = [_rows_in_float32(*one) for one in zip((word, position, token_type), ids, strict=True)]
         y = embedding(*(table for table, _ in read), *(numbers.reshape(input_ids.shape) for _, numbers in read))
-        return narrowed(y, empty_on_lines(y.shape, word.dtype))
+        return narrowed(y, word.dtype)
     tables = (
         np.ascontiguousarray(word),
         contiguous(position, (len(position), columns), "position"),
@@ -136,7 +136,7 @@ def _add_rows_into(y: Array, x: Array, index: Array, skip: int | None) -> Array:
     if skip is not None:
         targets = targets[targets != skip]
     table = np.ascontiguousarray(y).reshape(num_rows, rows.shape[1])
-    narrow = table if table.dtype.itemsize == 2 else None
+    narrow = table if is_bfloat16(table) else None
     if narrow is not None:  # the rows that are added to go to float32 and back, the others not
         rows, table = widened(rows), widened(narrow[targets])
     places = targets if narrow is None else np.arange(len(targets))
@@ -144,7 +144,7 @@ def _add_rows_into(y: Array, x: Array, index: Array, skip: int | None) -> Array:
     starts, ends = (ends - counts)[targets], ends[targets]
     run_rows(add_rows_loop, len(targets), rows, order, places, starts, ends, table, grain=grain)
     if narrow is not None:
-        narrow[targets] = narrowed(table, np.empty(table.shape, narrow.dtype))
+        narrow[targets] = narrowed(table, narrow.dtype)
         table = narrow
     if not np.shares_memory(table, y):
         y[...] = table.reshape(y.shape)  # its rows are not one after the other

@@ -9,7 +9,7 @@ from minibert.kernels.cpu.arrays import contiguous, empty_on_lines, on_lines
 from minibert.kernels.cpu.jit import inline_unfused, jit
 from minibert.kernels.cpu.math import vmax
 from minibert.kernels.cpu.prepacked import row_sums_of, transpose_of, words_of
-from minibert.kernels.cpu.product import PACKED, UNIT, gemm, part_of, run_parts, scratch_for
+from minibert.kernels.cpu.product import PACKED, aligned, gemm, part_of, run_parts, scratch_for
 from minibert.kernels.cpu.threads import rows_worth_a_thread, run_rows
 from minibert.kernels.int8 import LEVELS, MOST_INPUTS, SMALLEST
 from minibert.kernels.linear.cpu import BY_ERF, BY_TANH, KINDS, NO_GELU
@@ -80,8 +80,7 @@ def linear_int8_parts(
     for number in range(start, stop):
         first, rows, left, columns = part_of(weight_sums, m, n, cuts, number)
         high = min(rows, AT_ONCE) if w_k == PACKED else rows  # else the weight would be packed for each
-        sums = np.empty(high * columns + UNIT, np.int32)
-        sums = sums[-(sums.ctypes.data // sums.itemsize) % UNIT :]  # where tiles are quick: at a cache line
+        sums = aligned(high * columns, weight_sums)
         to_take, factors = weight_sums[left : left + columns], weight_scale[left : left + columns]
         b = bias[left : left + columns]
         for i in range(first, first + rows):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from minibert.kernels.activation.cpu import gelu_erf_loop, gelu_tanh_loop
 from minibert.kernels.cpu.arrays import empty_on_lines
-from minibert.kernels.cpu.bfloat16 import from_bfloat16, left_words, right_words, to_bfloat16, widened
+from minibert.kernels.cpu.bfloat16 import bits_of, left_words, loaded, right_words, stored, widened
 from minibert.kernels.cpu.jit import jit
 from minibert.kernels.cpu.prepacked import transpose_of
 from minibert.kernels.cpu.product import (
     PACKED,
     UNIT,
     Operand,
+    aligned,
     gemm,
     pack_panels,
     part_of,
@@ -36,7 +39,7 @@ def pairs_parts(
 
     Where there is no GELU `before` is left alone; with `add` the product is added to y.
     """
-    scratch, panels = scratch_for(weight), np.empty(0, weight.dtype)
+    scratch, panels = scratch_for(weight), aligned(0, weight)
     for number in range(start, stop):
         first, rows, left, columns = part_of(bias, m, n, cuts, number)
         right, r_start, r_k, high = weight, left * w_column, w_k, rows
@@ -44,14 +47,11 @@ def pairs_parts(
             high = min(rows, AT_ONCE)
         elif rows > AT_ONCE and depth * columns <= KEPT:  # packed once for all rows, which go by a few then
             high, r_start, r_k = AT_ONCE, 0, PACKED
-            size = depth * (columns + UNIT)
-            if panels.size < size:
-                panels = np.empty(size + UNIT, weight.dtype)
-                panels = panels[-(panels.ctypes.data // panels.itemsize) % UNIT :]
+            if panels.size < depth * (columns + UNIT):
+                panels = aligned(depth * (columns + UNIT), weight)
             pack_panels(weight, left * w_column, w_k, w_column, depth, columns, panels)
             right = panels
-        sums = np.empty(high * columns + UNIT, np.float32)
-        sums = sums[-(sums.ctypes.data // sums.itemsize) % UNIT :]  # where tiles are quick: at a cache line
+        sums = aligned(high * columns, bias)
         b = bias[left : left + columns]
         for i in range(first, first + rows, high):
             now = min(high, first + rows - i)
@@ -64,16 +64,16 @@ def pairs_parts(
                 out = y[place : place + columns]
                 if add:
                     for j in range(columns):
-                        z[j] += from_bfloat16(out[j])
+                        z[j] += loaded(out[j])
                 for j in range(columns):
                     z[j] += b[j]
                 if gelu == NO_GELU:
                     for j in range(columns):
-                        out[j] = to_bfloat16(z[j])
+                        out[j] = stored(z[j], out)
                     continue
                 kept = before[place : place + columns]
                 for j in range(columns):
-                    kept[j] = to_bfloat16(z[j])
+                    kept[j] = stored(z[j], kept)
                 if gelu == BY_ERF:
                     gelu_erf_loop(z, out, 0, columns)
                 else:
@@ -88,25 +88,22 @@ def product_of_pairs(a: Array, b: Array, out: Array | None = None, *, add: bool 
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(f"expected (M, K) and (K, N), got {a.shape} and {b.shape}")
     (m, k), n = a.shape, b.shape[1]
-    made = empty_on_lines((m, n), np.float32 if wide else a.dtype)
-    if not m or not n:
-        return made if out is None else out
-    left, right, depth = left_words(a), right_words(b), -(-k // 2)
-    if wide:
-        run_parts(
-            product_parts, m, n, depth, made.dtype, *left, *right, made.reshape(-1), n, m, n, depth, False, words=True
-        )
-        return made
+    if out is not None and out.shape != (m, n):
+        raise ValueError(f"out: expected {m, n}, got {out.shape}")
     placed = out is not None and out.flags.c_contiguous
-    y = out if placed else made
-    if out is not None and out.shape != made.shape:
-        raise ValueError(f"out: expected {made.shape}, got {out.shape}")
+    y: Any = out if placed else empty_on_lines((m, n), np.float32 if wide else a.dtype)
     if add and not placed:
-        made[...] = out
-    _run(left, right, np.zeros(n, np.float32), y, y, NO_GELU, add, depth)
-    if out is not None and not placed:
-        out[...] = made
-    return y if out is None else out
+        y[...] = out
+    if m and n:
+        left, right, depth = left_words(a), right_words(b), -(-k // 2)
+        if wide:
+            run_parts(product_parts, m, n, depth, y.dtype, *left, *right, y.reshape(-1), n, m, n, depth, False)
+        else:
+            _run(left, right, np.zeros(n, np.float32), y, y, NO_GELU, add, depth)
+    if out is None or placed:
+        return y
+    out[...] = y
+    return out
 
 
 def linear_of_pairs(x: Array, weight: Array, bias: Array, gelu: int) -> tuple[Array, Array]:
@@ -122,6 +119,6 @@ def linear_of_pairs(x: Array, weight: Array, bias: Array, gelu: int) -> tuple[Ar
 def _run(left: Operand, right: Operand, bias: Array, before: Array, y: Array, gelu: int, add: bool, depth: int) -> None:
     m, n = y.shape
     run_parts(
-        pairs_parts, m, n, depth, bias.dtype, left.flat, left.row, *right, bias, before.view(np.uint16).reshape(-1),
-        y.view(np.uint16).reshape(-1), n, gelu, add, m, n, depth, packed=right.row == PACKED, words=True,
+        pairs_parts, m, n, depth, bias.dtype, left.flat, left.row, *right, bias, bits_of(before).reshape(-1),
+        bits_of(y).reshape(-1), n, gelu, add, m, n, depth, packed=right.row == PACKED,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from minibert.kernels.cpu.jit import jit
 from minibert.kernels.cpu.prepacked import transpose_of
 from minibert.kernels.cpu.product import PACKED, gemm, operand, part_of, product, run_parts, scratch_for
 from minibert.kernels.linear.bfloat16 import BY_ERF, BY_TANH, NO_GELU, linear_of_pairs, product_of_pairs
-from minibert.kernels.op import Array, takes_bfloat16
+from minibert.kernels.op import Array, is_bfloat16, takes_bfloat16
 from minibert.kernels.reduction.cpu import reduce_sum
 
 KINDS = {None: NO_GELU, "none": BY_ERF, "tanh": BY_TANH}  # by `approximate`
@@ -50,16 +50,12 @@ def product_with_transpose(x: Array, weight: Array) -> Array:
     """x W' for x (..., in) and W (out, in), row after row whatever the order of x's axes; of bfloat16 in float32."""
     rows = x if x.ndim == 2 else np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     right = weight.swapaxes(0, 1)
-    y = product_of_pairs(rows, right, wide=True) if _in_pairs(x) else product(rows, right)
+    y = product_of_pairs(rows, right, wide=True) if is_bfloat16(x) else product(rows, right)
     return y.reshape(*x.shape[:-1], len(weight))
 
 
-def _in_pairs(x: Array) -> bool:
-    return bool(x.dtype.itemsize == 2)
-
-
 def _product(a: Array, b: Array, out: Array | None = None, *, add: bool = False) -> Array:
-    return (product_of_pairs if _in_pairs(a) else product)(a, b, out, add=add)
+    return (product_of_pairs if is_bfloat16(a) else product)(a, b, out, add=add)
 
 
 @takes_bfloat16
@@ -97,7 +93,7 @@ def _linear(x: Array, weight: Array, bias: Array, gelu: str | None = None) -> tu
     bias = contiguous(bias, (n,), "bias")
     if x.shape[-1] != depth:
         raise ValueError(f"x: expected rows of {depth}, got {x.shape}")
-    if _in_pairs(x):
+    if is_bfloat16(x):
         made = linear_of_pairs(np.ascontiguousarray(x).reshape(-1, depth), weight, bias, KINDS[gelu])
         before, y = (a.reshape(*x.shape[:-1], n) for a in made)
         return before, y
@@ -120,7 +116,7 @@ def linear_grad(g: Array, x: Array, *, into: Sequence[Array | None] = (None,)) -
 
 @takes_bfloat16
 def add_linear_grad(total: Array, g: Array, x: Array) -> None:
-    if total.flags.c_contiguous or _in_pairs(total):
+    if total.flags.c_contiguous or is_bfloat16(total):
         _product(g.swapaxes(0, 1), x, total, add=True)
     else:
         total += _product(g.swapaxes(0, 1), x)

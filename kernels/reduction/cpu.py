@@ -13,7 +13,7 @@ import numpy as np
 from minibert.kernels.cpu.bfloat16 import bits_of, loaded
 from minibert.kernels.cpu.jit import jit
 from minibert.kernels.cpu.threads import blocks, rows_worth_a_thread, run_rows
-from minibert.kernels.op import Array, takes_bfloat16
+from minibert.kernels.op import Array, is_bfloat16, takes_bfloat16
 
 ROWS = 256  # of one block, added in the precision of the array
 ELEMENTS = 1 << 14  # of one block of a long row
@@ -64,7 +64,7 @@ def reduce_sum(x: Array, *, axis: int | tuple[int, ...] | None = None) -> Array:
         total = _column_sums(np.ascontiguousarray(x).reshape(length, prod(shape)))
     else:
         total = _row_sums(np.ascontiguousarray(x.transpose(*kept, *summed)).reshape(prod(shape), length))
-    if x.dtype.itemsize == 2:
+    if is_bfloat16(x):
         return total.astype(np.float32).astype(x.dtype).reshape(shape)
     return total.astype(x.dtype).reshape(shape)
 
@@ -72,7 +72,7 @@ def reduce_sum(x: Array, *, axis: int | tuple[int, ...] | None = None) -> Array:
 def _column_sums(x: Array) -> Array:
     """(R, C) -> (C,)"""
     partial = np.empty((blocks(x.shape[0], ROWS), x.shape[1]))
-    zero = (np.float32 if x.dtype.itemsize == 2 else x.dtype.type)(0)
+    zero = (np.float32 if is_bfloat16(x) else x.dtype.type)(0)
     run_rows(
         column_sum_blocks, len(partial), bits_of(x), zero, partial, grain=rows_worth_a_thread(ROWS * x.shape[1], COST)
     )

@@ -18,7 +18,7 @@ from minibert.kernels.cpu.jit import KERNEL_FLAGS, OPTIONS
 from minibert.kernels.cpu.vectors import VECTOR_BYTES
 
 ARITHMETIC = re.compile(r"= (?:[a-z]+ )*(?:fadd|fsub|fmul|fdiv|fcmp|select|call)\b[^\n]*<(\d+) x (float|double)>")
-NO_ARITHMETIC = {"attention.store": "copies", "attention.vectors": "makes scratch"}
+NO_ARITHMETIC = {"attention.store": "copies"}
 LEAST = min(32, VECTOR_BYTES)  # bytes: LLVM may choose half of the widest vectors
 
 
