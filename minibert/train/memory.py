@@ -33,11 +33,12 @@ class Costs(NamedTuple):
     least: float  # (N, C) of a backward pass there, however few I are
     weights: float  # of the trained parameters' size, where the optimiser is made, resumed or at work
     gradients: float = 0  # of the largest weight's size, on the way to where gradients lie
-    device: bool = False  # it has memory of its own, where 16 bits take two bytes and no checkpoint is copied to
+    device: bool = False  # it has memory of its own, where passes are in 16 bits too and no checkpoint is copied to
 
 
 CUDA = Costs(2, 1, 2, 4, 1, gradients=1, device=True)  # whatever plays the device
 COSTS = {"numba": Costs(2, 1.75, 1.1, 0, 0), "numpy": Costs(4, 2, 5.2, 10, 6), "cupy": CUDA, "emulator": CUDA}
+IN_16_BITS = {**COSTS, "numpy": Costs(5, 2, 5.2, 10, 8)}  # with copies in 32, which it computes on
 
 
 class Passes(NamedTuple):
@@ -88,26 +89,27 @@ def predict(
     """
     if backend not in COSTS:
         return None
-    costs, wide = COSTS[backend], 8 if dtype == "float64" else 4
-    narrow = dtype in NARROW and costs.device
-    width = 2 if narrow else wide
+    narrow, wide = dtype in NARROW, 8 if dtype == "float64" else 4
+    costs = (IN_16_BITS if narrow else COSTS)[backend]
+    width = 2 if narrow else wide  # of what is kept
+    passing = width if costs.device else wide
     trained = parameters if trained is None else trained
     n, m = passes.tokens, passes.predicted if passes.graphed else min(passes.predicted, HEAD_ROWS)
     c, i, layers, v = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size
     of_layer = n * (i + 6 * c)
-    kept = 3 * n * c + layers * (n * c if passes.recompute else of_layer)
-    backward = n * max(costs.hidden * i + costs.channels * c, costs.least * c)
-    backward += costs.gradients * c * max(i, 3 * c)
+    kept = width * (3 * n * c + layers * (n * c if passes.recompute else of_layer))
+    backward = passing * n * max(costs.hidden * i + costs.channels * c, costs.least * c)
+    backward += passing * costs.gradients * c * max(i, 3 * c)
     if passes.recompute:
-        backward += of_layer + 3 * n * c
-    head = m * (costs.logits * v + 7 * c) + (costs.gradients * v * config.embedding_size if m else 0)
-    evaluation = passes.evaluated * (costs.hidden * i + (costs.channels + 1) * c)
-    copied = 0 if costs.device else 2 * parameters + 2 * trained  # of the model once for itself, once with its moments
+        backward += width * (of_layer + 3 * n * c)
+    head = passing * (m * (costs.logits * v + 7 * c) + (costs.gradients * v * config.embedding_size if m else 0))
+    evaluation = passing * passes.evaluated * (costs.hidden * i + (costs.channels + 1) * c)
+    copied = 0 if costs.device else 2 * wide * (parameters + trained)  # of the model for itself, and with its moments
     beside = copied if passes.saving else 0
     step = kept + max(backward, head)
-    most = max(2 * step if passes.graphed else step, costs.weights * trained, evaluation, copied - beside)
+    most = max(2 * step if passes.graphed else step, passing * costs.weights * trained, evaluation, copied - beside)
     weights = width * parameters + (wide * trained if narrow else 0)  # which are updated in float32
-    return Memory(weights, (width + 2 * wide) * trained, *(int(width * x) for x in (kept, most - kept, beside)))
+    return Memory(weights, (width + 2 * wide) * trained, *map(int, (kept, most - kept, beside)))
 
 
 def parameters_of(config: BertConfig) -> int:

@@ -58,6 +58,8 @@ SMALL = [
     Run("numpy", 1, 128, 256, 3000, 512, saving=True),
     Run("numpy", 4, 64, 256, 500, 1024, recompute=True),
     Run("numba", 2, 64, 256, 500, 1024),
+    Run("numba", 2, 64, 256, 500, 1024, dtype="bfloat16"),
+    Run("numpy", 2, 64, 256, 500, 1024, dtype="float16"),
     Run("emulator", 1, 64, 128, 300, 256),
     Run("idle", 2, 64, 256, 500, 1024, dtype="bfloat16", saving=True),
     Run("idle", 2, 64, 256, 500, 1024, graph=True),
@@ -73,6 +75,17 @@ ALL = [
     Run("numpy", 2, 256, 1024, 8000, 1024),
     Run("numpy", 6, 64, 256, 1000, 4096),
     Run("numpy", 2, 128, 512, 1000, 2048, dtype="float64"),
+    *(
+        shape._replace(backend=backend, dtype="bfloat16")
+        for shape in (
+            Run("", 4, 128, 512, 1000, 1024),
+            Run("", 2, 256, 1024, 8000, 1024),
+            Run("", 2, 256, 1024, 8000, 1024, saving=True),
+            Run("", 6, 64, 256, 1000, 4096),
+            Run("", 4, 128, 512, 1000, 2048, recompute=True),
+        )
+        for backend in ("numba", "numpy")
+    ),
     Run("emulator", 2, 64, 256, 500, 512, dtype="bfloat16"),
     Run("emulator", 3, 64, 256, 500, 512, recompute=True, dtype="float16"),
     *(
