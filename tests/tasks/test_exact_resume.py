@@ -37,6 +37,7 @@ PLACES = [
     *((backend, "float32", what) for backend in ("numpy", "numba") for what in PRETRAINING),
     ("numpy", "float64", "plain"), ("emulator", "float32", "plain"), ("emulator", "bfloat16", "lora"),
     ("emulator", "float16", "passes that are summed, whole words"), ("numba", "bfloat16", "plain"),
+    ("numpy", "float16", "lora"),
 ]  # fmt: skip
 FINE_TUNING: dict[str, tuple[str, dict[str, Any]]] = {
     "passes that are summed, shuffled each epoch": ("regress", {}),
